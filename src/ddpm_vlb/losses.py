@@ -1,0 +1,199 @@
+r"""The terms of the variational bound, and the training losses made of them.
+
+1. -log p(x_0) <= L_T + sum_{t=2..T} L_{t-1} + L_0
+2. L_T = KL(q(x_T | x_0) || N(0, I))
+3. L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) = sum over dimensions of
+   (u + expm1(-u) + (c0 (x_0 - x_0_hat) / betatilde^{1/2})^2 exp(-u)) / 2,  u = log sigma_t^2 / betatilde_t
+4. L_0 = -log p(x_0 | x_1), of the bin around each level, or the density for continuous data
+5. L_simple = mean (target - o)^2;  L_vlb = T x the sampled term, in bits/dim;  L_hybrid = L_simple + 0.001 L_vlb with
+   the mean frozen in the second
+
+With x_0 = a x_t + b target, equation 3's gap is b (target - o) without subtracting two estimates of x_0, which would
+cancel at small t. Sources: Ho et al. 2020, eq. 5, 13, 14; Nichol & Dhariwal 2021, eq. 16 and section 3.1; Hang et al.
+2023 (min-SNR). All losses are computed in float32 (half is promoted, float64 kept) and return one value per image.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .distributions import DiagonalGaussian, gaussian_kl, promote_half
+from .forward_process import Diffused, gather
+from .reverse_process import Coefficients, ReverseProcess
+
+
+def nats_to_bits_per_dim(nats: Tensor, dims: int) -> Tensor:
+    """Convert nats per image into bits per dimension.
+
+    Args:
+        nats: any shape.
+        dims: number of dimensions D of one image, C x H x W.
+    """
+    return nats / (dims * math.log(2))
+
+
+def vlb_term(reverse: ReverseProcess, model_output: Tensor, diffused: Diffused) -> Tensor:
+    """The term of the bound at each image's step: L_{t-1}, or L_0 where t = 0; in nats per image, (B,).
+
+    Clips x_0_hat as `reverse` says (the training losses do not).
+
+    Args:
+        reverse: p.
+        model_output: the network's output at (x_t, t), (B, C, *) or (B, 2 C, *).
+        diffused: x_0, x_t, t and noise, from `forward.diffuse`.
+
+    Raises:
+        ValueError: the output has the wrong number of channels for the variance type.
+
+    Source: Ho et al. 2020, eq. 5; equations 3 and 4 above.
+    """
+    mean_output, variance_output = reverse.split(model_output, diffused.x_t)
+    diffused = _promoted(diffused)
+    c = reverse.coefficients(diffused.t, diffused.x_t)
+    if reverse.clip_sample or reverse.thresholding:
+        gap = diffused.x_0 - reverse.predict_x_0(mean_output, diffused.x_t, c)
+    else:
+        gap = c.output_to_x_0 * (reverse.target(diffused) - mean_output)
+    return _term(reverse, gap, variance_output, diffused, c)
+
+
+def prior_kl(reverse: ReverseProcess, x_0: Tensor) -> Tensor:
+    """The prior term L_T = KL(q(x_T | x_0) || N(0, I)), in nats per image, (B,). Needs no network.
+
+    Args:
+        reverse: p, whose forward process ends in x_T.
+        x_0: data (B, C, *).
+
+    Source: Ho et al. 2020, eq. 5.
+    """
+    t = torch.full(x_0.shape[:1], len(reverse.forward) - 1, device=x_0.device)
+    q = reverse.forward.q_marginal(x_0, t)
+    prior = DiagonalGaussian(torch.zeros_like(q.mean), torch.zeros_like(q.mean))
+    return q.kl(prior).flatten(1).sum(1)
+
+
+def simple_loss(
+    reverse: ReverseProcess, model_output: Tensor, diffused: Diffused, snr_gamma: float | None = None
+) -> Tensor:
+    """L_simple: the squared error of the mean output, averaged over dimensions, (B,). The variance half is not used.
+
+    Args:
+        reverse: p, which says what the output predicts.
+        model_output: the network's output at (x_t, t), (B, C, *) or (B, 2 C, *).
+        diffused: x_0, x_t, t and noise, from `forward.diffuse`.
+        snr_gamma: gamma of min-SNR weighting, positive (5 is usual); None weights all steps alike.
+
+    Raises:
+        ValueError: the output has the wrong number of channels, or `snr_gamma` is not positive.
+
+    Source: Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 8 (min-SNR).
+    """
+    mean_output, _ = reverse.split(model_output, diffused.x_t)
+    error = reverse.target(_promoted(diffused)) - mean_output
+    return _mean_square(error) * _min_snr_weight(reverse, diffused.t, error, snr_gamma)
+
+
+def vlb_loss(reverse: ReverseProcess, model_output: Tensor, diffused: Diffused) -> Tensor:
+    """L_vlb: T times the sampled term of the bound, in bits/dim, (B,); x_0_hat is not clipped.
+
+    With t uniform over the chain (or importance weights in its place) its expectation is the bound less the prior.
+
+    Args:
+        reverse: p.
+        model_output: the network's output at (x_t, t), (B, C, *) or (B, 2 C, *).
+        diffused: x_0, x_t, t and noise, from `forward.diffuse`.
+
+    Raises:
+        ValueError: the output has the wrong number of channels for the variance type.
+
+    Source: Nichol & Dhariwal 2021, section 3.3, eq. 18.
+    """
+    mean_output, variance_output = reverse.split(model_output, diffused.x_t)
+    diffused = _promoted(diffused)
+    error = reverse.target(diffused) - mean_output
+    return _scaled_term(reverse, error, variance_output, diffused)
+
+
+def hybrid_loss(
+    reverse: ReverseProcess,
+    model_output: Tensor,
+    diffused: Diffused,
+    vlb_weight: float = 0.001,
+    snr_gamma: float | None = None,
+) -> Tensor:
+    """L_hybrid = L_simple + `vlb_weight` L_vlb, (B,): L_simple trains the mean, L_vlb only the variance.
+
+    Args:
+        reverse: p, with a learned variance.
+        model_output: the network's output at (x_t, t), (B, 2 C, *).
+        diffused: x_0, x_t, t and noise, from `forward.diffuse`.
+        vlb_weight: lambda, not negative; the T of L_vlb is already in it.
+        snr_gamma: gamma of min-SNR weighting of L_simple, positive; None weights all steps alike.
+
+    Raises:
+        ValueError: the variance is not learned (then L_vlb would train nothing), or the channels are wrong.
+
+    Source: Nichol & Dhariwal 2021, eq. 16.
+    """
+    if not reverse.learns_variance:
+        raise ValueError(
+            f"`hybrid_loss` trains the variance, but `variance_type={reverse.variance_type!r}` has none to train. Use "
+            "`variance_type='learned_range'` with `out_channels=2 * C`, or `simple_loss`."
+        )
+    mean_output, variance_output = reverse.split(model_output, diffused.x_t)
+    diffused = _promoted(diffused)
+    error = reverse.target(diffused) - mean_output
+    simple = _mean_square(error) * _min_snr_weight(reverse, diffused.t, error, snr_gamma)
+    return simple + vlb_weight * _scaled_term(reverse, error.detach(), variance_output, diffused)
+
+
+def _promoted(diffused: Diffused) -> Diffused:
+    x_0, x_t, t, noise = diffused
+    return Diffused(promote_half(x_0), promote_half(x_t), t, promote_half(noise))
+
+
+def _mean_square(error: Tensor) -> Tensor:
+    return error.square().flatten(1).mean(1)
+
+
+def _min_snr_weight(reverse: ReverseProcess, t: Tensor, like: Tensor, gamma: float | None) -> Tensor | float:
+    """min(SNR, gamma) over the SNR weight that each prediction's plain squared error already has on x_0."""
+    if gamma is None:
+        return 1.0
+    if not gamma > 0:
+        raise ValueError(f"`snr_gamma` must be positive, or None for no weighting, but got {gamma!r}.")
+    snr = (gather(reverse.forward.sqrt_recipm1_alphas_cumprod, t, like) ** -2).flatten()
+    implied = {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1}[reverse.prediction_type]
+    return snr.clamp(max=gamma) / implied
+
+
+def _scaled_term(reverse: ReverseProcess, error: Tensor, variance_output: Tensor | None, diffused: Diffused) -> Tensor:
+    """T times the unclipped term, in bits/dim, from the error of the mean output."""
+    c = reverse.coefficients(diffused.t, diffused.x_t)
+    nats = _term(reverse, c.output_to_x_0 * error, variance_output, diffused, c)
+    return len(reverse.forward) * nats_to_bits_per_dim(nats, diffused.x_0[0].numel())
+
+
+def _term(
+    reverse: ReverseProcess, gap: Tensor, variance_output: Tensor | None, diffused: Diffused, c: Coefficients
+) -> Tensor:
+    """L_{t-1} or L_0 in nats from gap = x_0 - x_0_hat (equations 3 and 4)."""
+    ratio = reverse.log_variance_ratio(variance_output, c)
+    scaled = c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance) * gap
+    kl = gaussian_kl(scaled, ratio).flatten(1).sum(1)
+    first = diffused.t == 0
+    log_variance = (c.posterior_log_variance + ratio).expand_as(gap)
+    if torch.compiler.is_compiling():  # a graph of fixed shapes: the decoder of the whole batch, masked
+        return torch.where(first, _decoder_nats(reverse, gap, log_variance, diffused.x_0), kl)
+    rows = first.nonzero()[:, 0]
+    if len(rows) == 0:
+        return kl
+    return kl.index_put((rows,), _decoder_nats(reverse, gap[rows], log_variance[rows], diffused.x_0[rows]))
+
+
+def _decoder_nats(reverse: ReverseProcess, gap: Tensor, log_variance: Tensor, x_0: Tensor) -> Tensor:
+    """L_0 = -log p(x_0 | x_1); at the first step the mean of p is x_0_hat = x_0 - gap."""
+    p = DiagonalGaussian(x_0 - gap, log_variance)
+    log_prob = p.log_prob(x_0) if reverse.levels is None else p.discretized_log_prob(x_0, reverse.levels)
+    return -log_prob.flatten(1).sum(1)

@@ -1,0 +1,352 @@
+"""DDPMVLBScheduler: DDPMScheduler's place and configuration in diffusers, with the distributions underneath.
+
+`step` is one call of the reverse process p(x_{t-1} | x_t) on the respaced chain; `reverse_process()` hands out the
+same p for training and evaluation. Names here are diffusers' (`original_samples`, `sample`, `timestep`).
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from . import schedules
+from .distributions import promote_half
+from .forward_process import ForwardProcess, check_timesteps, gather
+from .respacing import TIMESTEP_SPACINGS, spaced_timesteps
+from .reverse_process import ReverseProcess
+
+# Keys that stock schedulers do not know are written only where they differ from these defaults.
+_OWN_DEFAULTS: dict[str, Any] = {"levels": 256}
+# What the network was trained with must survive a change of class even where it equals a default.
+_MODEL_DEFINING = {
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "variance_type",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+}
+
+
+class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
+    """DDPM's ancestral sampler with learned variance, respacing and the training process behind it.
+
+    A drop-in for `DDPMScheduler`: the same configuration, defaults and methods.
+
+    Args:
+        num_train_timesteps: T, the number of steps of the training chain.
+        beta_start: beta_1, in (0, 1].
+        beta_end: beta_T, in (0, 1].
+        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid" or "laplace".
+        trained_betas: the betas themselves, in place of a named schedule.
+        variance_type: "fixed_small", "fixed_large", "learned", "learned_range"; "fixed_small_log" and
+            "fixed_large_log" mean the same as without `_log`.
+        clip_sample: clamp x_0_hat to +- `clip_sample_range`.
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        thresholding: dynamic thresholding in place of clipping.
+        dynamic_thresholding_ratio: its quantile, in [0, 1].
+        clip_sample_range: the clamp, positive.
+        sample_max_value: the largest value at which thresholding clamps, at least 1.
+        timestep_spacing: "leading", "linspace" or "trailing".
+        steps_offset: added to the steps of the "leading" spacing.
+        rescale_betas_zero_snr: rescale to zero-terminal SNR.
+        levels: number of levels of the data on [-1, 1]; None for continuous data. Not known to stock schedulers, and
+            saved only where it is not 256.
+
+    Raises:
+        ValueError: an unknown name, betas that are no schedule, or an impossible number.
+
+    Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, section 4.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        levels: int | None = 256,
+    ):
+        if timestep_spacing not in TIMESTEP_SPACINGS:
+            raise ValueError(
+                f"`timestep_spacing` must be one of {list(TIMESTEP_SPACINGS)}, but got {timestep_spacing!r}."
+            )
+        if trained_betas is not None:
+            betas = schedules.check_betas(trained_betas)
+            # Stock takes T from the betas' number too; a config that contradicts itself would break its spacings.
+            if len(betas) != num_train_timesteps:
+                self.register_to_config(num_train_timesteps=len(betas))
+            self.register_to_config(trained_betas=betas.tolist())
+        else:
+            betas = schedules.make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        if rescale_betas_zero_snr:
+            betas = schedules.rescale_betas_zero_snr(betas)
+        if variance_type == "fixed_large_log":  # stock computes NaN under this name, and the same thing under the other
+            variance_type = "fixed_large"
+            self.register_to_config(variance_type=variance_type)
+
+        self._training = ReverseProcess(
+            ForwardProcess.from_betas(betas),
+            prediction_type=prediction_type,
+            variance_type=variance_type,
+            clip_sample=clip_sample,
+            levels=levels,
+            clip_sample_range=clip_sample_range,
+            thresholding=thresholding,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+            sample_max_value=sample_max_value,
+        )
+        self.variance_type = variance_type
+        self.betas = betas.float()
+        self.alphas = (1 - betas).float()
+        self.alphas_cumprod = self._training.forward.alphas_cumprod.float()
+        self.one = torch.tensor(1.0)
+        self.init_noise_sigma = 1.0
+        self.custom_timesteps = False
+        self.num_inference_steps: int | None = None
+        self._forwards: dict[torch.device, ForwardProcess] = {}
+        self._visit(list(range(len(betas)))[::-1], None)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Keep model-defining keys out of diffusers' list of values left at their defaults.
+
+        Another class would drop the listed ones and fall back to its own defaults (see docs/notation.md).
+        """
+        if "_use_default_values" in kwargs:
+            kwargs["_use_default_values"] = [k for k in kwargs["_use_default_values"] if k not in _MODEL_DEFINING]
+        super().register_to_config(**kwargs)
+
+    def to_json_string(self) -> str:
+        """The configuration as JSON, without keys of our own that are at their defaults."""
+        config = json.loads(super().to_json_string())
+        plain = {k: v for k, v in config.items() if k not in _OWN_DEFAULTS or v != _OWN_DEFAULTS[k]}
+        return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+
+    def __len__(self) -> int:
+        return len(self._training.forward)
+
+    def reverse_process(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        timesteps: Sequence[int] | None = None,
+    ) -> ReverseProcess:
+        """The reverse process p of the training chain, for losses and bits/dim.
+
+        Args:
+            device: where its tables shall live; the CPU when None.
+            dtype: torch.float32 or torch.float64.
+            timesteps: score the shorter chain that visits only these training timesteps (any order); None for all.
+
+        Raises:
+            ValueError: another dtype, or timesteps that are repeated or leave the chain.
+        """
+        reverse = self._training if timesteps is None else self._training.respace(sorted(int(t) for t in timesteps))
+        return reverse.to(device, dtype)
+
+    def _visit(self, descending: list[int], device: torch.device | str | None) -> None:
+        """Make `descending` the chain that `step` walks."""
+        whole = len(descending) == len(self)
+        self._chain = self._training if whole else self._training.respace(descending[::-1])
+        self._index = {timestep: len(descending) - 1 - i for i, timestep in enumerate(descending)}
+        self._chain_on: dict[torch.device, tuple[ReverseProcess, Tensor]] = {}
+        self.timesteps = torch.tensor(descending, dtype=torch.int64, device=device)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the steps to visit; `step` then uses the coefficients of that chain.
+
+        Args:
+            num_inference_steps: K, 1 .. T, spaced as `timestep_spacing` says.
+            device: where `self.timesteps` shall live.
+            timesteps: the steps themselves, strictly descending in 0 .. T - 1, in place of a number.
+
+        Raises:
+            ValueError: both or none given, K outside 1 .. T, or timesteps not strictly descending in the chain.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Pass exactly one of `num_inference_steps` and `timesteps`.")
+        total = len(self)
+        if timesteps is None:
+            assert num_inference_steps is not None
+            spacing, offset = self.config.timestep_spacing, self.config.steps_offset
+            chosen = spaced_timesteps(spacing, num_inference_steps, total, offset)
+        else:
+            chosen = [int(t) for t in timesteps]
+            if not chosen:
+                raise ValueError("`timesteps` must hold at least one step, but it is empty.")
+            if any(b >= a for a, b in zip(chosen, chosen[1:])):
+                raise ValueError("`timesteps` must be in descending order, each below the one before it.")
+            if chosen[0] >= total or chosen[-1] < 0:
+                raise ValueError(f"`timesteps` must start before {total}, the length of the chain, and end at 0 or more.")
+        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps = len(chosen)
+        self._visit(chosen, device)
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """Return `sample` as it is: a DDPM does not scale the network's input.
+
+        Args:
+            sample: the network's input.
+            timestep: not used.
+        """
+        return sample
+
+    def previous_timestep(self, timestep: int | Tensor) -> int:
+        """The timestep that follows `timestep` on the way to the data, -1 after the last.
+
+        Args:
+            timestep: a timestep of the current chain.
+
+        Raises:
+            ValueError: `timestep` is not part of the chain.
+        """
+        index = self._chain_index(timestep)
+        return -1 if index == 0 else int(self._chain.forward.timesteps[index - 1])
+
+    def _chain_index(self, timestep: int | Tensor) -> int:
+        if isinstance(timestep, Tensor) and (timestep.is_floating_point() or timestep.dtype == torch.bool):
+            raise TypeError(f"`timestep` must be an integer, but got a tensor of {timestep.dtype}.")
+        if isinstance(timestep, float):
+            raise TypeError(f"`timestep` must be an integer, but got {timestep!r}.")
+        index = self._index.get(int(timestep))
+        if index is None:
+            raise ValueError(
+                f"`timestep` {int(timestep)} is not part of the current chain of {len(self._index)} steps. Take it from "
+                "`scheduler.timesteps`, or include it in `set_timesteps(timesteps=...)`."
+            )
+        return index
+
+    def _forward_on(self, device: torch.device) -> ForwardProcess:
+        if device not in self._forwards:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._forwards[device] = self._training.forward.to(device, dtype)
+        return self._forwards[device]
+
+    def _chain_for(self, timestep: Tensor, sample: Tensor) -> tuple[ReverseProcess, Tensor]:
+        """The chain on the sample's device, and the chain index of each sample's timestep."""
+        device = sample.device
+        if device not in self._chain_on:
+            lookup = torch.full((len(self),), -1)
+            lookup[self._chain.forward.timesteps] = torch.arange(len(self._chain.forward))
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._chain_on[device] = self._chain.to(device, dtype), lookup.to(device)
+        chain, lookup = self._chain_on[device]
+        if timestep.is_floating_point() or timestep.dtype == torch.bool:
+            raise TypeError(f"`timestep` must be an integer tensor, but got {timestep.dtype}.")
+        timestep = timestep.to(device).long()
+        inside = (timestep >= 0) & (timestep < len(self))
+        index = lookup[timestep.clamp(0, len(self) - 1)]
+        if timestep.shape != sample.shape[:1] or not bool((inside & (index >= 0)).all()):
+            raise ValueError(
+                f"A tensor `timestep` must hold one timestep of the current chain of {len(self._index)} steps for each "
+                f"of the {len(sample)} samples, but got {timestep.tolist()[:8]}. Take them from `scheduler.timesteps`."
+            )
+        return chain, index
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Draw x_{t-1} from p(x_{t-1} | x_t); without noise at the chain's last step.
+
+        Args:
+            model_output: the network's output (B, C, *) or (B, 2 C, *); a variance half that the variance type does
+                not use is left aside.
+            timestep: a timestep of the current chain, or one for each sample (B,).
+            sample: x_t, (B, C, *).
+            generator: source of the noise, or a list with one for each sample.
+            return_dict: return a `DDPMSchedulerOutput`, or a tuple.
+
+        Raises:
+            ValueError: a timestep outside the chain, or a wrong number of channels.
+            TypeError: a timestep that is no integer.
+
+        Source: Ho et al. 2020, algorithm 2.
+        """
+        if model_output.shape[1] == 2 * sample.shape[1] and not self._chain.learns_variance:
+            model_output = model_output[:, : sample.shape[1]]
+        per_sample = isinstance(timestep, Tensor) and timestep.ndim > 0 and timestep.numel() > 1
+        if per_sample:
+            chain, index = self._chain_for(timestep, sample)  # type: ignore[arg-type]
+            (p, x_0), last = chain(model_output, sample, index), False
+        else:
+            index = self._chain_index(timestep)
+            (p, x_0), last = self._chain(model_output, sample, index), index == 0
+        if last:
+            previous = p.mean
+        else:
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
+            previous = p.sample(promote_half(noise))
+            if per_sample:
+                first = (index == 0).reshape(-1, *[1] * (sample.ndim - 1))
+                previous = torch.where(first, p.mean, previous)
+        previous, x_0 = previous.to(sample.dtype), x_0.to(sample.dtype)
+        if not return_dict:
+            return previous, x_0
+        return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x_0)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise data to the given steps of the training chain; computed in float32, returned in the data's dtype.
+
+        Args:
+            original_samples: x_0, (B, C, *).
+            noise: epsilon, same shape.
+            timesteps: training timesteps (B,), 0 .. T - 1.
+
+        Raises:
+            TypeError, IndexError, ValueError: as `ForwardProcess.diffuse`.
+        """
+        timesteps = timesteps.to(original_samples.device).reshape(-1).expand(len(original_samples))
+        forward = self._forward_on(original_samples.device)
+        return forward.diffuse(original_samples, timesteps, noise).x_t.to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The v that a v-prediction network should answer: sqrt(abar) noise - sqrt(1 - abar) x_0.
+
+        Args:
+            sample: x_0, (B, C, *).
+            noise: epsilon, same shape.
+            timesteps: training timesteps (B,), 0 .. T - 1.
+
+        Raises:
+            TypeError: timesteps that are no integers.
+        """
+        forward = self._forward_on(sample.device)
+        timesteps = timesteps.to(sample.device).reshape(-1)
+        check_timesteps(timesteps, len(self))
+        x_0, epsilon = promote_half(sample), promote_half(noise)
+        signal = gather(forward.sqrt_alphas_cumprod, timesteps, x_0)
+        sigma = gather(forward.sqrt_one_minus_alphas_cumprod, timesteps, x_0)
+        return (signal * epsilon - sigma * x_0).to(sample.dtype)

@@ -1,0 +1,320 @@
+r"""Which steps t to train on, and the importance weights that keep the expectation of the loss the same.
+
+Every sampler draws t with probability p_t and returns w = 1 / (T p_t), so that E[w f(t)] = mean over t of f(t):
+
+1. uniform: p_t = 1/T, independent draws
+2. low-discrepancy: t = floor(T (i + U) / n) for i = 0 .. n - 1 with one U ~ U(0, 1): each t is uniform, and the n draws
+   of a batch spread evenly (Kingma et al. 2021, VDM, appendix I.1)
+3. importance: the same over the inverse CDF of any p_t (systematic sampling)
+4. loss second moment: p_t proportional to sqrt(E[L_t^2]) over the last losses (Nichol & Dhariwal 2021, eq. 18)
+5. Gaussian data model: p_t proportional to the L_t of Gaussian data with the training data's covariance, in closed form:
+   L_t = (SNR_{t-1} - SNR_t) / 2 x mean_i lam_i (1 - abar_t) / (abar_t lam_i + 1 - abar_t), no warm-up needed
+
+On several processes a sampler draws the t of the *global* batch from a generator that must be seeded alike everywhere,
+and returns the part of its `rank`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _systematic(probabilities: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """n indices drawn by systematic sampling, in random order: each has the distribution `probabilities`."""
+    device = generator.device if generator is not None else "cpu"
+    offset = torch.rand(1, generator=generator, device=device, dtype=torch.float64).cpu()
+    order = torch.randperm(n, generator=generator, device=device).cpu()
+    points = (torch.arange(n, dtype=torch.float64) + offset) / n
+    cdf = torch.cumsum(probabilities, 0)
+    return torch.searchsorted(cdf, points * cdf[-1], right=True).clamp(max=len(probabilities) - 1)[order]
+
+
+def _check_sizes(num_timesteps: int, rank: int, world_size: int) -> None:
+    if num_timesteps < 1:
+        raise ValueError(f"`num_timesteps` must be at least 1, but got {num_timesteps!r}.")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"`rank` must lie in 0 .. world_size - 1, but got rank {rank!r} of {world_size!r}.")
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, but got {batch_size!r}.")
+
+
+class UniformTimesteps:
+    """Independent uniform draws.
+
+    Args:
+        num_timesteps: T, the length of the chain.
+        rank: this process's index among `world_size`.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: sizes out of range.
+
+    Source: Ho et al. 2020, algorithm 1.
+    """
+
+    def __init__(self, num_timesteps: int, rank: int = 0, world_size: int = 1):
+        _check_sizes(num_timesteps, rank, world_size)
+        self.num_timesteps, self.rank, self.world_size = num_timesteps, rank, world_size
+
+    def sample(
+        self, batch_size: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw (t, weights), each (batch_size,): int64 chain indices and float32 weights (here all 1).
+
+        Args:
+            batch_size: number of images of this process, at least 1.
+            device: where the results go.
+            generator: source of randomness, in the same state on every process.
+
+        Raises:
+            ValueError: `batch_size` below 1.
+        """
+        _check_batch_size(batch_size)
+        source = generator.device if generator is not None else "cpu"
+        t = torch.randint(self.num_timesteps, (batch_size * self.world_size,), generator=generator, device=source)
+        t = t[self.rank * batch_size : (self.rank + 1) * batch_size].to(device or "cpu")
+        return t, torch.ones(batch_size, device=t.device)
+
+
+class ImportanceTimesteps:
+    """Systematic draws from given probabilities.
+
+    Args:
+        probabilities: p_t, (T,), positive and finite; normalised here. A zero would bias the loss.
+        rank: this process's index among `world_size`.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: probabilities that are not positive and finite, or sizes out of range.
+
+    Source: Kingma et al. 2021, appendix I.1, over the inverse CDF.
+    """
+
+    def __init__(self, probabilities: Sequence[float] | Tensor, rank: int = 0, world_size: int = 1):
+        p = torch.as_tensor(probabilities, dtype=torch.float64, device="cpu").detach().clone()
+        if p.ndim != 1 or len(p) == 0 or not bool((p.isfinite() & (p > 0)).all()):
+            raise ValueError(
+                "`probabilities` must be a list of positive finite numbers, one for each step of the chain: a step "
+                "that is never drawn would be missing from the loss."
+            )
+        _check_sizes(len(p), rank, world_size)
+        self.num_timesteps, self.rank, self.world_size = len(p), rank, world_size
+        self.probabilities = p / p.sum()
+
+    @classmethod
+    def from_gaussian_model(
+        cls,
+        alphas_cumprod: Tensor,
+        eigenvalues: Tensor,
+        uniform_fraction: float = 0.1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> "ImportanceTimesteps":
+        """The sampler for L_vlb that needs no warm-up: p_t from a Gaussian model of the data (item 5 above).
+
+        Args:
+            alphas_cumprod: alphabar_t of the chain, (T,).
+            eigenvalues: eigenvalues of the training data's covariance, from `covariance_eigenvalues`.
+            uniform_fraction: share of p_t that is uniform, in (0, 1]: real data is not Gaussian.
+            rank: this process's index among `world_size`.
+            world_size: number of processes.
+
+        Raises:
+            ValueError: `uniform_fraction` outside (0, 1], or sizes out of range.
+        """
+        if not 0 < uniform_fraction <= 1:
+            raise ValueError(f"`uniform_fraction` must lie in (0, 1], but got {uniform_fraction!r}.")
+        terms = gaussian_model_terms(alphas_cumprod, eigenvalues)
+        total = terms.sum()
+        share = terms / total if total > 0 else torch.zeros_like(terms)
+        uniform = uniform_fraction if total > 0 else 1.0
+        return cls((1 - uniform) * share + uniform / len(terms), rank, world_size)
+
+    def sample(
+        self, batch_size: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw (t, weights), each (batch_size,): int64 chain indices and float32 weights 1 / (T p_t).
+
+        Args:
+            batch_size: number of images of this process, at least 1.
+            device: where the results go.
+            generator: source of randomness, in the same state on every process.
+
+        Raises:
+            ValueError: `batch_size` below 1.
+        """
+        _check_batch_size(batch_size)
+        t = _systematic(self.probabilities, batch_size * self.world_size, generator)
+        t = t[self.rank * batch_size : (self.rank + 1) * batch_size]
+        weights = (1 / (self.num_timesteps * self.probabilities[t])).float()
+        return t.to(device or "cpu"), weights.to(device or "cpu")
+
+
+class LowDiscrepancyTimesteps(ImportanceTimesteps):
+    """Uniform t, spread evenly over the global batch; all weights are 1.
+
+    Args:
+        num_timesteps: T, the length of the chain.
+        rank: this process's index among `world_size`.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: sizes out of range.
+
+    Source: Kingma et al. 2021, appendix I.1.
+    """
+
+    def __init__(self, num_timesteps: int, rank: int = 0, world_size: int = 1):
+        _check_sizes(num_timesteps, rank, world_size)
+        super().__init__(torch.ones(num_timesteps), rank, world_size)
+
+
+class LossSecondMomentTimesteps:
+    """Importance sampling by the root mean square of each step's last losses; uniform until every step has enough.
+
+    Losses that are NaN or infinite are left out, so one bad batch cannot poison the history.
+
+    Args:
+        num_timesteps: T, the length of the chain.
+        history_per_term: number of losses remembered for each step.
+        uniform_fraction: share of p_t that is uniform, in (0, 1].
+        rank: this process's index among `world_size`.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: sizes out of range.
+
+    Source: Nichol & Dhariwal 2021, section 3.3, eq. 18.
+    """
+
+    def __init__(
+        self,
+        num_timesteps: int,
+        history_per_term: int = 10,
+        uniform_fraction: float = 0.001,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        _check_sizes(num_timesteps, rank, world_size)
+        if history_per_term < 1 or not 0 < uniform_fraction <= 1:
+            raise ValueError(
+                "`history_per_term` must be at least 1 and `uniform_fraction` lie in (0, 1], but got "
+                f"{history_per_term!r} and {uniform_fraction!r}."
+            )
+        self.num_timesteps, self.rank, self.world_size = num_timesteps, rank, world_size
+        self.uniform_fraction = uniform_fraction
+        self._history = torch.zeros(num_timesteps, history_per_term, dtype=torch.float64)
+        self._counts = torch.zeros(num_timesteps, dtype=torch.int64)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p_t as of now, (T,) float64."""
+        uniform = torch.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=torch.float64)
+        if bool((self._counts < self._history.shape[1]).any()):
+            return uniform
+        root = self._history.square().mean(1).sqrt()
+        if root.sum() == 0:
+            return uniform
+        return (1 - self.uniform_fraction) * root / root.sum() + self.uniform_fraction * uniform
+
+    def sample(
+        self, batch_size: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw (t, weights), each (batch_size,): int64 chain indices and float32 weights 1 / (T p_t).
+
+        Args:
+            batch_size: number of images of this process, at least 1.
+            device: where the results go.
+            generator: source of randomness, in the same state on every process.
+
+        Raises:
+            ValueError: `batch_size` below 1.
+        """
+        return ImportanceTimesteps(self.probabilities, self.rank, self.world_size).sample(batch_size, device, generator)
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Remember the losses of a batch. On several processes pass the gathered batch, the same everywhere.
+
+        Args:
+            t: chain indices (B,).
+            losses: unweighted losses (B,); those that are not finite are left out.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if t.shape != losses.shape:
+            raise ValueError(f"`t` and `losses` must have one shape, but got {tuple(t.shape)}, {tuple(losses.shape)}.")
+        losses = losses.detach().double().cpu()
+        size = self._history.shape[1]
+        for i, loss, finite in zip(t.tolist(), losses.tolist(), losses.isfinite().tolist()):
+            if finite:
+                self._history[i, self._counts[i] % size] = loss
+                self._counts[i] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The history, for a checkpoint."""
+        return {"history": self._history.clone(), "counts": self._counts.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Restore a history.
+
+        Args:
+            state_dict: what `state_dict` returned.
+
+        Raises:
+            ValueError: it is of a chain or history of another length.
+        """
+        history, counts = state_dict["history"], state_dict["counts"]
+        if history.shape != self._history.shape:
+            raise ValueError(
+                f"The saved history has the shape {tuple(history.shape)}, but this sampler holds "
+                f"{tuple(self._history.shape)}: it was saved with another number of timesteps or `history_per_term`."
+            )
+        self._history, self._counts = history.double().cpu().clone(), counts.long().cpu().clone()
+
+
+def covariance_eigenvalues(x_0: Tensor, max_dims: int = 2048) -> Tensor:
+    """Eigenvalues of the covariance of the data, float64 (D,), for the Gaussian data model.
+
+    Up to `max_dims` dimensions they are those of the sample covariance; above, those of a stationary model: the power
+    spectrum of the channels' cross-covariance, which a few hundred images give for any size.
+
+    Args:
+        x_0: training data (N, C, *), at least 2 examples; a few hundred to a few thousand are enough.
+        max_dims: largest D = C x H x W for which the full covariance is used.
+
+    Raises:
+        ValueError: fewer than 2 examples, or values that are not finite.
+    """
+    if len(x_0) < 2 or not bool(x_0.isfinite().all()):
+        raise ValueError(f"`x_0` must hold at least 2 finite examples, but got {len(x_0)}.")
+    centred = x_0.detach().cpu().double()
+    centred = centred - centred.mean(0)
+    flat = centred.flatten(1)
+    if flat.shape[1] <= max_dims:
+        return torch.linalg.eigvalsh(flat.T @ flat / (len(flat) - 1)).clamp(min=0)
+    spectrum = torch.fft.fftn(centred, dim=tuple(range(2, x_0.ndim)), norm="ortho").flatten(2).movedim(1, 2)
+    cross = torch.einsum("nkc,nkd->kcd", spectrum, spectrum.conj()) / (len(flat) - 1)
+    return torch.linalg.eigvalsh(cross).clamp(min=0).flatten()
+
+
+def gaussian_model_terms(alphas_cumprod: Tensor, eigenvalues: Tensor) -> Tensor:
+    """L_t of Gaussian data with the best possible network, nats per dimension, float64 (T,); t = 0 copies t = 1.
+
+    Args:
+        alphas_cumprod: alphabar_t of the chain, (T,).
+        eigenvalues: eigenvalues of the data's covariance, (D,), not negative.
+
+    Source: Kingma et al. 2021, eq. 13-14, with the minimum mean squared error of Gaussian data.
+    """
+    abar = alphas_cumprod.detach().cpu().double()[:, None]
+    noise = 1 - abar
+    lam = eigenvalues.detach().cpu().double()
+    mmse = (lam * noise / (abar * lam + noise)).mean(1)
+    snr = (abar / noise).squeeze(1)
+    terms = 0.5 * (snr[:-1] - snr[1:]) * mmse[1:]
+    return torch.cat([terms[:1], terms]) if len(terms) else mmse
