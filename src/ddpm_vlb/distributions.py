@@ -28,6 +28,8 @@ _LEGENDRE_6 = (
 
 def promote_half(x: Tensor) -> Tensor:
     """Return `x` in float32 if it is in half precision or integer, and untouched in float32 and float64."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -117,7 +119,7 @@ class DiagonalGaussian:
         Args:
             noise: epsilon ~ N(0, I), the shape of `mean`.
         """
-        return self.mean + torch.exp(0.5 * self.log_variance) * noise
+        return torch.addcmul(self.mean, torch.exp(0.5 * self.log_variance), noise)
 
     def discretized_log_prob(self, x: Tensor, levels: int = 256) -> Tensor:
         """Exact log mass of the bin around each level of discrete data, in nats per element (equation 3).

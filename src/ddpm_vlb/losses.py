@@ -179,11 +179,14 @@ def _term(
     reverse: ReverseProcess, gap: Tensor, variance_output: Tensor | None, diffused: Diffused, c: Coefficients
 ) -> Tensor:
     """L_{t-1} or L_0 in nats from gap = x_0 - x_0_hat (equations 3 and 4)."""
-    ratio = reverse.log_variance_ratio(variance_output, c)
+    ratio, log_variance = c.ratio_offset, c.log_variance_offset
+    if variance_output is not None:
+        ratio = torch.addcmul(ratio, variance_output, c.variance_slope)
+        log_variance = torch.addcmul(log_variance, variance_output, c.variance_slope)
     scaled = c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance) * gap
     kl = gaussian_kl(scaled, ratio).flatten(1).sum(1)
     first = diffused.t == 0
-    log_variance = (c.posterior_log_variance + ratio).expand_as(gap)
+    log_variance = log_variance.expand_as(gap)
     if torch.compiler.is_compiling():  # a graph of fixed shapes: the decoder of the whole batch, masked
         return torch.where(first, _decoder_nats(reverse, gap, log_variance, diffused.x_0), kl)
     rows = first.nonzero()[:, 0]

@@ -14,8 +14,7 @@ Sources: Ho et al. 2020, eq. 7 and 11; Nichol & Dhariwal 2021, eq. 15 (learned_r
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,15 +34,20 @@ class Prediction(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The coefficients of equations 1 to 3 at some steps, shaped to multiply x_t (floats for a single step)."""
+    """The coefficients of equations 1 to 3 at some steps, shaped to multiply x_t.
 
-    x_t_to_x_0: Any
-    output_to_x_0: Any
-    x_0_to_mean: Any
-    x_t_to_mean: Any
-    posterior_log_variance: Any
-    ratio_offset: Any
-    ratio_slope: Any
+    With the variance output v (0 if there is none), log sigma_t^2 = log_variance_offset + variance_slope v and
+    u = ratio_offset + variance_slope v.
+    """
+
+    x_t_to_x_0: Tensor
+    output_to_x_0: Tensor
+    x_0_to_mean: Tensor
+    x_t_to_mean: Tensor
+    posterior_log_variance: Tensor
+    log_variance_offset: Tensor
+    ratio_offset: Tensor
+    variance_slope: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +85,7 @@ class ReverseProcess:
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
     _table: Tensor = field(init=False, repr=False)
+    _rows: dict[tuple[int, torch.dtype], Coefficients] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, choices in (("prediction_type", PREDICTION_TYPES), ("variance_type", VARIANCE_TYPES)):
@@ -113,19 +118,16 @@ class ReverseProcess:
             "sample": (zero, one),
             "v_prediction": (q.sqrt_alphas_cumprod, -q.sqrt_one_minus_alphas_cumprod),
         }[self.prediction_type]
-        span = q.log_variance_range
-        ratio = {
-            "fixed_small": (zero, zero),
-            # The first step borrows the second's betatilde as fixed_small does, which is u = 0.
-            "fixed_large": (torch.cat([zero[:1], span[1:]]), zero),
-            "learned": (-q.posterior_log_variance, one),
-            "learned_range": (0.5 * span, 0.5 * span),
+        small, span = q.posterior_log_variance, q.log_variance_range
+        # The first step of fixed_large borrows the second's betatilde as fixed_small does, which is u = 0.
+        large = torch.cat([zero[:1], span[1:]])
+        variance = {
+            "fixed_small": (small, zero, zero),
+            "fixed_large": (small + large, large, zero),
+            "learned": (zero, -small, one),
+            "learned_range": (small + 0.5 * span, 0.5 * span, 0.5 * span),
         }[self.variance_type.removesuffix("_log")]
-        return [*x_0, q.posterior_mean_coef_x_0, q.posterior_mean_coef_x_t, q.posterior_log_variance, *ratio]
-
-    @cached_property
-    def _rows(self) -> list[list[float]]:
-        return self._table.tolist()
+        return [*x_0, q.posterior_mean_coef_x_0, q.posterior_mean_coef_x_t, small, *variance]
 
     @property
     def learns_variance(self) -> bool:
@@ -144,11 +146,16 @@ class ReverseProcess:
         """The coefficients at the steps `t`, in one look-up.
 
         Args:
-            t: chain indices (B,), or one Python int for the whole batch (no tensor is made then).
+            t: chain indices (B,), or one Python int for the whole batch.
             x_t: the tensor (B, C, *) that they are for.
         """
         if isinstance(t, int):
-            return Coefficients(*self._rows[t])
+            key = t, x_t.dtype
+            if key not in self._rows:  # a sampler comes back to the same few steps: eight views each time are slow
+                with torch.inference_mode(False):
+                    row = self._table[t].to(torch.promote_types(x_t.dtype, torch.float32))
+                    self._rows[key] = Coefficients(*row.unbind())
+            return self._rows[key]
         return Coefficients(*gather(self._table, t, x_t).unbind(t.ndim))
 
     def split(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -161,29 +168,21 @@ class ReverseProcess:
         Raises:
             ValueError: the output has the wrong number of channels for `variance_type`, or another shape than `x_t`.
         """
-        channels = x_t.shape[1]
-        expected = 2 * channels if self.learns_variance else channels
-        if model_output.shape != (x_t.shape[0], expected, *x_t.shape[2:]):
-            twice = f"twice the {channels}" if self.learns_variance else f"the {channels}"
-            change = "choose a fixed variance" if self.learns_variance else "choose a learned variance"
+        channels, learned = x_t.shape[1], self.learns_variance
+        expected = 2 * channels if learned else channels
+        shape = model_output.shape
+        if shape[1] != expected or shape[0] != x_t.shape[0] or shape[2:] != x_t.shape[2:]:
             raise ValueError(
-                f"`variance_type={self.variance_type!r}` expects a model with {expected} output channels, {twice} of "
-                f"`x_t` {tuple(x_t.shape)}, but got an output of shape {tuple(model_output.shape)}. Build it with "
-                f"`out_channels={expected}`, or {change}."
+                f"`variance_type={self.variance_type!r}` expects a model with {expected} output channels, "
+                f"{'twice ' if learned else ''}the {channels} of `x_t` {tuple(x_t.shape)}, but got an output of shape "
+                f"{tuple(model_output.shape)}. Build it with `out_channels={expected}`, or choose a "
+                f"{'fixed' if learned else 'learned'} variance."
             )
         model_output = promote_half(model_output)
-        if not self.learns_variance:
+        if not learned:
             return model_output, None
-        return model_output[:, :channels], model_output[:, channels:]
-
-    def log_variance_ratio(self, variance_output: Tensor | None, c: Coefficients) -> Tensor | float:
-        """u = log sigma_t^2 - log betatilde_t of equation 3.
-
-        Args:
-            variance_output: the variance half of the network's output, None with a fixed variance.
-            c: the coefficients of the steps.
-        """
-        return c.ratio_offset if variance_output is None else c.ratio_offset + c.ratio_slope * variance_output
+        mean_output, variance_output = model_output.chunk(2, dim=1)
+        return mean_output, variance_output
 
     def predict_x_0(self, mean_output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
         """x_0_hat of equation 1, clipped or thresholded as configured.
@@ -193,7 +192,7 @@ class ReverseProcess:
             x_t: the network's input (B, C, *).
             c: the coefficients of the steps.
         """
-        x_0 = c.x_t_to_x_0 * x_t + c.output_to_x_0 * mean_output
+        x_0 = torch.addcmul(c.x_t_to_x_0 * x_t, mean_output, c.output_to_x_0)
         if self.thresholding:
             s = torch.quantile(x_0.detach().flatten(1).abs(), self.dynamic_thresholding_ratio, dim=1)
             s = s.clamp(1.0, self.sample_max_value).reshape(-1, *[1] * (x_0.ndim - 1))
@@ -218,9 +217,11 @@ class ReverseProcess:
         x_t = promote_half(x_t)
         c = self.coefficients(t, x_t)
         x_0 = self.predict_x_0(mean_output, x_t, c)
-        mean = c.x_0_to_mean * x_0 + c.x_t_to_mean * x_t
-        log_variance = c.posterior_log_variance + self.log_variance_ratio(variance_output, c)
-        return Prediction(DiagonalGaussian(mean, torch.as_tensor(log_variance).to(mean).expand_as(mean)), x_0)
+        mean = torch.addcmul(c.x_t_to_mean * x_t, x_0, c.x_0_to_mean)
+        if variance_output is None:
+            return Prediction(DiagonalGaussian(mean, c.log_variance_offset.expand_as(mean)), x_0)
+        log_variance = torch.addcmul(c.log_variance_offset, variance_output, c.variance_slope)
+        return Prediction(DiagonalGaussian(mean, log_variance), x_0)
 
     def target(self, diffused: Diffused) -> Tensor:
         """What the mean output should be: the noise, the data x_0, or v = sqrt(abar) noise - sqrt(1 - abar) x_0.

@@ -23,6 +23,7 @@ from .reverse_process import ReverseProcess
 
 # Keys that stock schedulers do not know are written only where they differ from these defaults.
 _OWN_DEFAULTS: dict[str, Any] = {"levels": 256}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # What the network was trained with must survive a change of class even where it equals a default.
 _MODEL_DEFINING = {
     "num_train_timesteps",
@@ -169,10 +170,11 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
 
     def _visit(self, descending: list[int], device: torch.device | str | None) -> None:
         """Make `descending` the chain that `step` walks."""
-        whole = len(descending) == len(self)
-        self._chain = self._training if whole else self._training.respace(descending[::-1])
-        self._index = {timestep: len(descending) - 1 - i for i, timestep in enumerate(descending)}
-        self._chain_on: dict[torch.device, tuple[ReverseProcess, Tensor]] = {}
+        if not hasattr(self, "_chain") or descending[::-1] != self._chain.forward.timesteps.tolist():
+            whole = len(descending) == len(self)
+            self._chain = self._training if whole else self._training.respace(descending[::-1])
+            self._index = {timestep: len(descending) - 1 - i for i, timestep in enumerate(descending)}
+            self._chains: dict[tuple[torch.device, torch.dtype], tuple[ReverseProcess, Tensor]] = {}
         self.timesteps = torch.tensor(descending, dtype=torch.int64, device=device)
 
     def set_timesteps(
@@ -232,9 +234,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         return -1 if index == 0 else int(self._chain.forward.timesteps[index - 1])
 
     def _chain_index(self, timestep: int | Tensor) -> int:
-        if isinstance(timestep, Tensor) and (timestep.is_floating_point() or timestep.dtype == torch.bool):
-            raise TypeError(f"`timestep` must be an integer, but got a tensor of {timestep.dtype}.")
-        if isinstance(timestep, float):
+        if isinstance(timestep, float) or (isinstance(timestep, Tensor) and timestep.dtype not in _INTEGERS):
             raise TypeError(f"`timestep` must be an integer, but got {timestep!r}.")
         index = self._index.get(int(timestep))
         if index is None:
@@ -250,26 +250,29 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             self._forwards[device] = self._training.forward.to(device, dtype)
         return self._forwards[device]
 
-    def _chain_for(self, timestep: Tensor, sample: Tensor) -> tuple[ReverseProcess, Tensor]:
-        """The chain on the sample's device, and the chain index of each sample's timestep."""
-        device = sample.device
-        if device not in self._chain_on:
+    def _chain_for(self, sample: Tensor) -> tuple[ReverseProcess, Tensor]:
+        """The current chain with its tables where and in the precision that `sample` needs, and timestep -> index."""
+        key = sample.device, sample.dtype
+        if key not in self._chains:
             lookup = torch.full((len(self),), -1)
             lookup[self._chain.forward.timesteps] = torch.arange(len(self._chain.forward))
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._chain_on[device] = self._chain.to(device, dtype), lookup.to(device)
-        chain, lookup = self._chain_on[device]
-        if timestep.is_floating_point() or timestep.dtype == torch.bool:
+            dtype = torch.promote_types(sample.dtype, torch.float32)
+            self._chains[key] = self._chain.to(sample.device, dtype), lookup.to(sample.device)
+        return self._chains[key]
+
+    def _chain_indices(self, timestep: Tensor, sample: Tensor, lookup: Tensor) -> Tensor:
+        """The chain index of each sample's timestep."""
+        if timestep.dtype not in _INTEGERS:
             raise TypeError(f"`timestep` must be an integer tensor, but got {timestep.dtype}.")
-        timestep = timestep.to(device).long()
-        inside = (timestep >= 0) & (timestep < len(self))
+        timestep = timestep.to(sample.device).long()
         index = lookup[timestep.clamp(0, len(self) - 1)]
-        if timestep.shape != sample.shape[:1] or not bool((inside & (index >= 0)).all()):
+        inside = (timestep >= 0) & (timestep < len(self)) & (index >= 0)
+        if timestep.shape != sample.shape[:1] or not bool(inside.all()):
             raise ValueError(
                 f"A tensor `timestep` must hold one timestep of the current chain of {len(self._index)} steps for each "
                 f"of the {len(sample)} samples, but got {timestep.tolist()[:8]}. Take them from `scheduler.timesteps`."
             )
-        return chain, index
+        return index
 
     def step(
         self,
@@ -295,24 +298,22 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
 
         Source: Ho et al. 2020, algorithm 2.
         """
-        if model_output.shape[1] == 2 * sample.shape[1] and not self._chain.learns_variance:
+        chain, lookup = self._chain_for(sample)
+        if not chain.learns_variance and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
-        per_sample = isinstance(timestep, Tensor) and timestep.ndim > 0 and timestep.numel() > 1
-        if per_sample:
-            chain, index = self._chain_for(timestep, sample)  # type: ignore[arg-type]
-            (p, x_0), last = chain(model_output, sample, index), False
+        if isinstance(timestep, Tensor) and timestep.numel() > 1:
+            index = self._chain_indices(timestep, sample, lookup)
+            p, x_0 = chain(model_output, sample, index)
+            noise = _draw(model_output, sample, generator)
+            # Selected, not multiplied by zero: no noise on the last step, whatever its variance.
+            last = (index == 0).reshape(-1, *[1] * (sample.ndim - 1))
+            previous = torch.where(last, p.mean, p.sample(noise))
         else:
-            index = self._chain_index(timestep)
-            (p, x_0), last = self._chain(model_output, sample, index), index == 0
-        if last:
-            previous = p.mean
-        else:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
-            previous = p.sample(promote_half(noise))
-            if per_sample:
-                first = (index == 0).reshape(-1, *[1] * (sample.ndim - 1))
-                previous = torch.where(first, p.mean, previous)
-        previous, x_0 = previous.to(sample.dtype), x_0.to(sample.dtype)
+            step = self._chain_index(timestep)
+            p, x_0 = chain(model_output, sample, step)
+            previous = p.mean if step == 0 else p.sample(_draw(model_output, sample, generator))
+        if sample.dtype != previous.dtype:
+            previous, x_0 = previous.to(sample.dtype), x_0.to(sample.dtype)
         if not return_dict:
             return previous, x_0
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x_0)
@@ -350,3 +351,14 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         signal = gather(forward.sqrt_alphas_cumprod, timesteps, x_0)
         sigma = gather(forward.sqrt_one_minus_alphas_cumprod, timesteps, x_0)
         return (signal * epsilon - sigma * x_0).to(sample.dtype)
+
+
+def _draw(
+    model_output: Tensor, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None
+) -> Tensor:
+    """Noise in the network's dtype, as stock draws it, so that the same generator gives the same image."""
+    if generator is None:  # what randn_tensor would do, without a tenth of a small step's time for its checks
+        noise = torch.randn(sample.shape, device=sample.device, dtype=model_output.dtype)
+    else:
+        noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
+    return promote_half(noise)

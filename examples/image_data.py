@@ -1,0 +1,244 @@
+"""Image data for the example scripts: scikit-learn's digits by default, or whatever `datasets` can read.
+
+Levels, not pixels: an image is x_0 = 2 k / (levels - 1) - 1 with integer k, so that bits/dim are those of the data as
+it is stored. The split into training, validation and test images depends on the data alone, never on a script's seed;
+it is written beside a trained pipeline as data.json, and `from_record` gives every later script the same images.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+SPLIT_SEED = 0  # of the permutation that makes a missing split; a part of the format, like a file name
+DIGITS_TEST_IMAGES = 297
+
+
+class Images(torch.utils.data.Dataset):
+    """Images of one split as x_0 tensors (C, H, W), decoded when they are asked for.
+
+    Args:
+        data: a dataset whose `column` holds encoded images.
+        column: name of the image column.
+        size: height and width to which images are resized and cropped, or which they must have.
+        channels: 1 (grey) or 3 (colour).
+        levels: number of levels of the stored values, 0 .. levels - 1.
+        resize: resize and crop images of another size; otherwise they are refused.
+        random_flip: mirror half of the images (training only).
+    """
+
+    def __init__(self, data: Any, column: str, size: tuple[int, int], channels: int, levels: int, resize: bool):
+        self.data, self.column, self.size, self.channels, self.levels = data, column, size, channels, levels
+        self.resize, self.random_flip = resize, False
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        encoded = self.data[indices][self.column]
+        return [self._x_0(image, index) for image, index in zip(encoded, indices)]
+
+    def _x_0(self, encoded: dict[str, Any], index: int) -> Tensor:
+        image = decode_image(encoded, index).convert("L" if self.channels == 1 else "RGB")
+        if image.size != self.size[::-1]:
+            if not self.resize:
+                raise ValueError(
+                    f"Image {_image_name(encoded, index)} is {image.width} x {image.height}, but the first one is "
+                    f"{self.size[1]} x {self.size[0]}. Pass `--resolution` to resize all images to one size."
+                )
+            image = _resize_and_crop(image, self.size)
+        k = np.asarray(image, dtype=np.int64).reshape(*self.size, self.channels)
+        if k.max() >= self.levels:
+            raise ValueError(f"Image {_image_name(encoded, index)} has the level {k.max()}, above {self.levels - 1}.")
+        if self.random_flip and torch.rand(()) < 0.5:
+            k = k[:, ::-1]
+        return torch.from_numpy(np.ascontiguousarray(k.transpose(2, 0, 1))).float() * (2 / (self.levels - 1)) - 1
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
+        """Batches in the order of the data, each image exactly once, at most `limit` of them."""
+        total = len(self) if limit is None else min(limit, len(self))
+        for start in range(0, total, batch_size):
+            yield torch.stack(self.__getitems__(list(range(start, min(start + batch_size, total)))))
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """The three splits, what they have in common, and the record that finds them again."""
+
+    train: Images
+    validation: Images
+    test: Images
+    size: tuple[int, int]
+    channels: int
+    levels: int
+    record: dict[str, Any]
+
+
+def decode_image(encoded: dict[str, Any], index: int) -> PIL.Image.Image:
+    """Decode one image; an unreadable one is named."""
+    try:
+        source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
+        image = PIL.Image.open(source)
+        image.load()
+    except Exception as error:
+        raise ValueError(f"Image {_image_name(encoded, index)} cannot be read: {error}") from error
+    return image
+
+
+def _image_name(encoded: dict[str, Any], index: int) -> str:
+    return f"{encoded['path']!r}" if encoded.get("path") else f"number {index}"
+
+
+def _resize_and_crop(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
+    """Scale to cover `size`, then cut out the centre; levels stay 8-bit."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    scaled = image.resize(
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
+        PIL.Image.Resampling.BILINEAR,
+    )
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    return scaled.crop((left, top, left + width, top + height))
+
+
+def _digits() -> datasets.DatasetDict:
+    from sklearn.datasets import load_digits
+
+    images = [PIL.Image.fromarray(image.astype(np.uint8)) for image in load_digits().images]
+    features = datasets.Features({"image": datasets.Image()})
+    data = datasets.Dataset.from_dict({"image": images}, features=features)
+    return data.train_test_split(test_size=DIGITS_TEST_IMAGES, seed=SPLIT_SEED)
+
+
+def _load(dataset_name: str | None, dataset_config_name: str | None, train_data_dir: str | None, cache_dir: str | None):
+    if dataset_name is not None:
+        return datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
+    if not Path(str(train_data_dir)).is_dir():
+        raise FileNotFoundError(f"`train_data_dir` {train_data_dir!r} is not a folder.")
+    return datasets.load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_dir)
+
+
+def _pick(splits: datasets.DatasetDict, name: str) -> datasets.Dataset:
+    if name not in splits:
+        raise ValueError(f"The data set has no split {name!r}; it has {sorted(splits)}.")
+    return splits[name]
+
+
+def load_image_data(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    image_column: str = "image",
+    train_split: str = "train",
+    test_split: str | None = None,
+    resolution: int | None = None,
+    cache_dir: str | None = None,
+) -> ImageData:
+    """Load a data set of images and split it.
+
+    Args:
+        dataset_name: a Hub name, a local folder or a data file; None (and no `train_data_dir`) for the digits.
+        dataset_config_name: its configuration, if it has several.
+        train_data_dir: a folder of image files.
+        image_column: the column that holds the images.
+        train_split: name of the training split.
+        test_split: name of the test split; None takes "test", else "validation", else a tenth of the training split.
+        resolution: resize and crop the images to this square size; None keeps their own.
+        cache_dir: where `datasets` keeps its files.
+
+    Raises:
+        ValueError: no images, an unknown split or column, or an image that cannot be read.
+        FileNotFoundError: the data set is not there.
+    """
+    digits = dataset_name is None and train_data_dir is None
+    splits = _digits() if digits else _load(dataset_name, dataset_config_name, train_data_dir, cache_dir)
+    if not isinstance(splits, datasets.DatasetDict):
+        splits = datasets.DatasetDict({train_split: splits})
+    train = _pick(splits, train_split)
+    if image_column not in train.column_names:
+        raise ValueError(f"The data set has no column {image_column!r}; it has {train.column_names}.")
+    if test_split is None:
+        test_split = next((s for s in ("test", "validation") if s in splits and s != train_split), None)
+    if len(train) < 3 or (test_split is not None and len(_pick(splits, test_split)) == 0):
+        raise ValueError(f"The data set is empty: {len(train)} training images are too few to train and test on.")
+    if test_split is None:
+        parts = train.train_test_split(test_size=max(1, min(10_000, len(train) // 10)), seed=SPLIT_SEED)
+        train, test = parts["train"], parts["test"]
+    else:
+        test = _pick(splits, test_split)
+    if "validation" in splits and "validation" not in (train_split, test_split):
+        validation = splits["validation"]
+    else:
+        parts = train.train_test_split(test_size=max(1, min(1024, len(train) // 20)), seed=SPLIT_SEED)
+        train, validation = parts["train"], parts["test"]
+
+    def encoded(data: datasets.Dataset) -> datasets.Dataset:
+        # Decoding is ours, so that an unreadable file is named.
+        return data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+
+    train, validation, test = encoded(train), encoded(validation), encoded(test)
+    first = decode_image(train[0][image_column], 0)
+    channels = 1 if first.mode in ("1", "L") else 3
+    size = (resolution, resolution) if resolution is not None else (first.height, first.width)
+    levels = 17 if digits else 256
+    parts = [Images(part, image_column, size, channels, levels, resolution is not None) for part in (train, validation, test)]
+    record = {
+        "dataset_name": dataset_name,
+        "dataset_config_name": dataset_config_name,
+        "train_data_dir": train_data_dir,
+        "image_column": image_column,
+        "train_split": train_split,
+        "test_split": test_split,
+        "resolution": resolution,
+        "size": list(size),
+        "channels": channels,
+        "levels": levels,
+        "split_seed": SPLIT_SEED,
+        "num_images": {"train": len(train), "validation": len(validation), "test": len(test)},
+        "test_fingerprint": fingerprint(parts[2]),
+    }
+    return ImageData(*parts, size=size, channels=channels, levels=levels, record=record)
+
+
+def from_record(record: dict[str, Any], cache_dir: str | None = None) -> ImageData:
+    """Load the data of a saved data.json again, and make sure that the test images are the same.
+
+    Args:
+        record: what `load_image_data` recorded.
+        cache_dir: where `datasets` keeps its files.
+
+    Raises:
+        ValueError: the data has changed since.
+    """
+    names = (
+        "dataset_name dataset_config_name train_data_dir image_column train_split test_split resolution".split()
+    )
+    given = {name: record[name] for name in names}
+    # A split that was made is made again; it has no name in the data set.
+    data = load_image_data(**given, cache_dir=cache_dir)
+    if data.record["test_fingerprint"] != record["test_fingerprint"]:
+        raise ValueError(
+            "The test images are not those that the pipeline was trained beside: the data set has changed since "
+            f"({data.record['num_images']} images, were {record['num_images']})."
+        )
+    return data
+
+
+def fingerprint(images: Images, limit: int = 512) -> str:
+    """A hash over the number of images and the levels of the first `limit` of them."""
+    digest = hashlib.sha256(str(len(images)).encode())
+    for batch in images.batches(64, limit):
+        k = ((batch + 1) * ((images.levels - 1) / 2)).round().to(torch.uint8)
+        digest.update(k.numpy().tobytes())
+    return digest.hexdigest()[:32]
