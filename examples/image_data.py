@@ -121,7 +121,9 @@ def _digits() -> datasets.DatasetDict:
     return data.train_test_split(test_size=DIGITS_TEST_IMAGES, seed=SPLIT_SEED)
 
 
-def _load(dataset_name: str | None, dataset_config_name: str | None, train_data_dir: str | None, cache_dir: str | None):
+def _load(
+    dataset_name: str | None, dataset_config_name: str | None, train_data_dir: str | None, cache_dir: str | None
+):
     if dataset_name is not None:
         return datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
     if not Path(str(train_data_dir)).is_dir():
@@ -192,7 +194,10 @@ def load_image_data(
     channels = 1 if first.mode in ("1", "L") else 3
     size = (resolution, resolution) if resolution is not None else (first.height, first.width)
     levels = 17 if digits else 256
-    parts = [Images(part, image_column, size, channels, levels, resolution is not None) for part in (train, validation, test)]
+    parts = [
+        Images(part, image_column, size, channels, levels, resolution is not None)
+        for part in (train, validation, test)
+    ]
     record = {
         "dataset_name": dataset_name,
         "dataset_config_name": dataset_config_name,
@@ -208,7 +213,7 @@ def load_image_data(
         "num_images": {"train": len(train), "validation": len(validation), "test": len(test)},
         "test_fingerprint": fingerprint(parts[2]),
     }
-    return ImageData(*parts, size=size, channels=channels, levels=levels, record=record)
+    return ImageData(parts[0], parts[1], parts[2], size, channels, levels, record)
 
 
 def from_record(record: dict[str, Any], cache_dir: str | None = None) -> ImageData:
@@ -221,9 +226,7 @@ def from_record(record: dict[str, Any], cache_dir: str | None = None) -> ImageDa
     Raises:
         ValueError: the data has changed since.
     """
-    names = (
-        "dataset_name dataset_config_name train_data_dir image_column train_split test_split resolution".split()
-    )
+    names = "dataset_name dataset_config_name train_data_dir image_column train_split test_split resolution".split()
     given = {name: record[name] for name in names}
     # A split that was made is made again; it has no name in the data set.
     data = load_image_data(**given, cache_dir=cache_dir)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm_vlb import VLBEstimate
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def integer_levels(images: Images, limit: int | None = None) -> np.ndarray:
@@ -103,12 +103,12 @@ def plot_vlb_terms(estimate: VLBEstimate, path: Path, bins: int = 40) -> None:
     right.axhline(estimate.bits_per_dim, color="tab:red", linestyle=":", label=f"estimate {estimate.bits_per_dim:.3f}")
     right.set(ylabel="bits/dim", ylim=(0, None))
     handles = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    axis.legend(handles=handles, loc="center left")
-    _save(figure, path)
+    figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False)
+    _save(figure, path, top=0.94)
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
+def _save(figure: Any, path: Path, top: float = 1.0) -> None:
+    figure.tight_layout(rect=(0, 0, 1, top))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

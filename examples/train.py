@@ -3,10 +3,13 @@
 Without options: scikit-learn's 8x8 digits with their own 17 levels, in a few minutes on a CPU.
 
     accelerate launch examples/train.py
-    accelerate launch examples/train.py --dataset_name ylecun/mnist --block_out_channels 32 64 128 --max_train_steps 20000
+    accelerate launch examples/train.py --dataset_name ylecun/mnist --block_out_channels 32 64 --max_train_steps 20000
 """
 
 import argparse
+import contextlib
+import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import math
@@ -18,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from diffusers import UNet2DModel
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from image_data import ImageData, Images, load_image_data
 from reporting import baselines, plot_samples, plot_vlb_terms, score, write_json
 from torch import Tensor
 from tqdm.auto import tqdm
+from train_options import parse_args
 
 from ddpm_vlb import (
     DDPMVLBPipeline,
@@ -46,173 +49,8 @@ from ddpm_vlb import (
     simple_loss,
     vlb_loss,
 )
-from ddpm_vlb.respacing import TIMESTEP_SPACINGS
-from ddpm_vlb.reverse_process import PREDICTION_TYPES, VARIANCE_TYPES
-from ddpm_vlb.schedules import BETA_SCHEDULES
 
 TimestepSampler = UniformTimesteps | ImportanceTimesteps | LossSecondMomentTimesteps
-
-
-def _number(kind: Callable[[str], Any], low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a number in a range."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not (low < value if open_low else low <= value) or value > high:
-            raise argparse.ArgumentTypeError(f"must lie in {'(' if open_low else '['}{low}, {high}], but got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-positive_int, not_negative_int = _number(int, 1), _number(int, 0)
-positive_float, not_negative_float = _number(float, 0, open_low=True), _number(float, 0)
-fraction = _number(float, 0, 1)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The options; those that diffusers' train_unconditional.py has too are named as there."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument("--config", help="YAML or JSON file of options; the command line overrides it.")
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", help="Hub name, local folder or file for `datasets`; default: the digits.")
-    data.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
-    data.add_argument("--train_data_dir", help="Folder of image files, in place of --dataset_name.")
-    data.add_argument("--image_column", default="image", help="Column that holds the images.")
-    data.add_argument("--train_split", default="train", help="Name of the training split.")
-    data.add_argument("--test_split", help="Name of the test split; default: test, validation, or a made one.")
-    data.add_argument("--resolution", type=positive_int, help="Resize and crop to this size; default: as they are.")
-    data.add_argument("--random_flip", action=switch, default=False, help="Mirror half of the training images.")
-    data.add_argument("--cache_dir", help="Where `datasets` keeps its files.")
-    data.add_argument("--dataloader_num_workers", type=not_negative_int, default=0, help="Worker processes.")
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--model_config_name_or_path", help="A UNet2DModel config in place of the size flags.")
-    model.add_argument("--block_out_channels", type=positive_int, nargs="+", default=[32, 64], help="U-Net widths.")
-    model.add_argument("--layers_per_block", type=positive_int, default=1, help="ResNet blocks in each level.")
-    model.add_argument("--norm_num_groups", type=positive_int, default=8, help="Groups of the group norms.")
-    model.add_argument("--attention_levels", type=not_negative_int, nargs="*", default=[], help="Levels with attention.")
-    model.add_argument("--dropout", type=fraction, default=0.0, help="Dropout of the ResNet blocks.")
-
-    process = parser.add_argument_group("diffusion process")
-    process.add_argument("--ddpm_num_steps", type=positive_int, default=1000, help="T.")
-    process.add_argument("--ddpm_beta_schedule", choices=BETA_SCHEDULES, default="linear", help="Noise schedule.")
-    process.add_argument(
-        "--ddpm_beta_start", type=positive_float, help="beta_1; default: 1e-4, or more for data of few levels."
-    )
-    process.add_argument("--ddpm_beta_end", type=positive_float, default=0.02, help="beta_T.")
-    process.add_argument("--rescale_betas_zero_snr", action=switch, default=False, help="Zero-terminal SNR.")
-    process.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="What the mean is.")
-    process.add_argument(
-        "--variance_type", choices=VARIANCE_TYPES, help="default: fixed_small for simple, else learned_range."
-    )
-    process.add_argument("--timestep_spacing", choices=TIMESTEP_SPACINGS, default="linspace", help="Of short chains.")
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--objective", choices=("simple", "hybrid", "vlb"), default="vlb", help="The loss.")
-    training.add_argument(
-        "--timestep_sampler",
-        choices=("uniform", "low_discrepancy", "loss_second_moment", "gaussian"),
-        help="Which t to train on; default: gaussian for vlb, else low_discrepancy.",
-    )
-    training.add_argument("--vlb_weight", type=not_negative_float, default=0.001, help="Of L_vlb in hybrid.")
-    training.add_argument("--snr_gamma", type=positive_float, help="Min-SNR weighting of L_simple; 5 is usual.")
-    training.add_argument("--train_batch_size", type=positive_int, default=64, help="Images for each process and step.")
-    training.add_argument("--max_train_steps", type=positive_int, help="Optimizer steps; default: 1000, or --num_epochs.")
-    training.add_argument("--num_epochs", type=positive_int, help="Epochs, in place of --max_train_steps.")
-    training.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches for each step.")
-    training.add_argument("--learning_rate", type=positive_float, default=2e-3, help="Peak learning rate of AdamW.")
-    training.add_argument(
-        "--lr_scheduler", choices=[s.value for s in SchedulerType], default="cosine", help="Its schedule."
-    )
-    training.add_argument("--lr_warmup_steps", type=not_negative_int, default=100, help="Its warm-up.")
-    training.add_argument("--adam_beta1", type=fraction, default=0.9, help="AdamW's beta_1.")
-    training.add_argument("--adam_beta2", type=fraction, default=0.99, help="AdamW's beta_2.")
-    training.add_argument("--adam_weight_decay", type=not_negative_float, default=1e-6, help="AdamW's weight decay.")
-    training.add_argument("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon.")
-    training.add_argument("--max_grad_norm", type=positive_float, default=10.0, help="Gradient clipping.")
-    training.add_argument("--use_ema", action=switch, default=True, help="Score and save averaged weights.")
-    training.add_argument("--ema_inv_gamma", type=positive_float, default=1.0, help="EMA warm-up: inverse gamma.")
-    training.add_argument("--ema_power", type=positive_float, default=0.75, help="EMA warm-up: power.")
-    training.add_argument("--ema_max_decay", type=fraction, default=0.9999, help="EMA: largest decay.")
-    training.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: accelerate's setting.")
-    training.add_argument("--seed", type=not_negative_int, default=0, help="Of weights, data order, t and noise.")
-    training.add_argument("--cpu", action=switch, default=False, help="Train on the CPU even if there is a GPU.")
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default="runs/digits", help="Where everything is written.")
-    output.add_argument("--logger", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="Tracker.")
-    output.add_argument("--logging_dir", default="logs", help="Its folder, inside --output_dir.")
-    output.add_argument("--validation_steps", type=positive_int, default=500, help="Validate every so many steps.")
-    output.add_argument("--checkpointing_steps", type=positive_int, help="Save the state every so many; default: never.")
-    output.add_argument("--checkpoints_total_limit", type=positive_int, help="Keep only the last so many.")
-    output.add_argument("--resume_from_checkpoint", help="A checkpoint folder's name, or `latest`.")
-    output.add_argument("--eval_batch_size", type=positive_int, default=64, help="Number of images to sample.")
-    output.add_argument("--num_test_images", type=positive_int, help="Score only the first so many; default: all.")
-    output.add_argument("--calls_per_image", type=positive_int, default=64, help="Network calls to score a test image.")
-    output.add_argument(
-        "--ddpm_num_inference_steps", type=positive_int, default=250, help="Steps of the sampled pictures."
-    )
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check the options; --config becomes options of its own, in front of the given ones."""
-    import sys
-
-    parser = build_parser()
-    given = list(sys.argv[1:] if argv is None else argv)
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("--config")
-    path = config.parse_known_args(given)[0].config
-    args = parser.parse_args([*_config_as_options(path, parser), *given])
-    if args.dataset_name is not None and args.train_data_dir is not None:
-        parser.error("pass only one of --dataset_name and --train_data_dir")
-    if args.max_train_steps is not None and args.num_epochs is not None:
-        parser.error("pass only one of --max_train_steps and --num_epochs")
-    if args.variance_type is None:
-        args.variance_type = "fixed_small" if args.objective == "simple" else "learned_range"
-    if args.objective == "hybrid" and not args.variance_type.startswith("learned"):
-        parser.error(f"--objective hybrid trains the variance, but --variance_type {args.variance_type} has none")
-    if args.objective == "simple" and args.variance_type.startswith("learned"):
-        parser.error(f"--objective simple does not train the variance of --variance_type {args.variance_type}")
-    if args.snr_gamma is not None and args.objective == "vlb":
-        parser.error("--snr_gamma weights L_simple, which --objective vlb does not have")
-    if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
-        parser.error("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample")
-    if args.timestep_sampler is None:
-        args.timestep_sampler = "gaussian" if args.objective == "vlb" else "low_discrepancy"
-    args.ddpm_num_inference_steps = min(args.ddpm_num_inference_steps, args.ddpm_num_steps)
-    args.calls_per_image = max(2, args.calls_per_image - args.calls_per_image % (2 if args.calls_per_image < 8 else 4))
-    return args
-
-
-def _config_as_options(path: str | None, parser: argparse.ArgumentParser) -> list[str]:
-    """A config file as command-line options, so that argparse checks names, types and choices in one place."""
-    if path is None:
-        return []
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        parser.error(f"--config {path} cannot be read: {error}")
-    if not isinstance(content, dict):
-        parser.error(f"--config {path} must hold options by name, but holds {type(content).__name__}")
-    options: list[str] = []
-    for name, value in content.items():
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            options.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            options += [f"--{name}", *map(str, value)]
-        else:
-            options.append(f"--{name}={value}")
-    return options
 
 
 def build_scheduler(args: argparse.Namespace, levels: int) -> DDPMVLBScheduler:
@@ -239,8 +77,8 @@ def build_unet(args: argparse.Namespace, data: ImageData) -> UNet2DModel:
         unet = UNet2DModel.from_config(config)
         if (unet.config.in_channels, unet.config.out_channels) != (data.channels, out_channels):
             raise ValueError(
-                f"The model config has {unet.config.in_channels} input and {unet.config.out_channels} output channels, "
-                f"but this data and variance type need {data.channels} and {out_channels}."
+                f"The model config has {unet.config.in_channels} input and {unet.config.out_channels} output "
+                f"channels, but this data and variance type need {data.channels} and {out_channels}."
             )
         return unet
     depth = len(args.block_out_channels)
@@ -270,7 +108,9 @@ def build_unet(args: argparse.Namespace, data: ImageData) -> UNet2DModel:
     )
 
 
-def build_sampler(args: argparse.Namespace, reverse: ReverseProcess, train: Images, rank: int, world_size: int):
+def build_sampler(
+    args: argparse.Namespace, reverse: ReverseProcess, train: Images, rank: int, world_size: int
+) -> TimestepSampler:
     """The timestep sampler of --timestep_sampler."""
     steps = len(reverse.forward)
     if args.timestep_sampler == "gaussian":
@@ -289,9 +129,9 @@ def build_sampler(args: argparse.Namespace, reverse: ReverseProcess, train: Imag
 def build_loss(args: argparse.Namespace) -> Callable[..., Tensor]:
     """The loss of --objective, called as loss(reverse, model_output, diffused) -> (B,)."""
     if args.objective == "simple":
-        return lambda *a: simple_loss(*a, snr_gamma=args.snr_gamma)
+        return functools.partial(simple_loss, snr_gamma=args.snr_gamma)
     if args.objective == "hybrid":
-        return lambda *a: hybrid_loss(*a, vlb_weight=args.vlb_weight, snr_gamma=args.snr_gamma)
+        return functools.partial(hybrid_loss, vlb_weight=args.vlb_weight, snr_gamma=args.snr_gamma)
     return vlb_loss
 
 
@@ -418,31 +258,26 @@ class Run:
         with self.accelerator.autocast():
             return self.accelerator.unwrap_model(self.unet)(x_t, timesteps).sample.float()
 
-    def averaged(self) -> "_Averaged":
-        """A context in which the network has its averaged weights."""
-        return _Averaged(self)
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context in which the network is in evaluation mode, with its averaged weights."""
+        parameters = list(self.unet.parameters())
+        self.unet.eval()
+        if self.args.use_ema:
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            if self.args.use_ema:
+                self.ema.restore(parameters)
+            self.unet.train()
 
     def pipeline(self) -> DDPMVLBPipeline:
         """The pipeline of the network as it is now."""
         pipeline = DDPMVLBPipeline(unet=self.accelerator.unwrap_model(self.unet), scheduler=self.scheduler)
         pipeline.set_progress_bar_config(desc="Sampling", leave=False)
         return pipeline
-
-
-class _Averaged:
-    def __init__(self, run: Run):
-        self.run = run
-
-    def __enter__(self) -> None:
-        self.run.unet.eval()
-        if self.run.args.use_ema:
-            self.run.ema.store(self.run.unet.parameters())
-            self.run.ema.copy_to(self.run.unet.parameters())
-
-    def __exit__(self, *_: object) -> None:
-        if self.run.args.use_ema:
-            self.run.ema.restore(self.run.unet.parameters())
-        self.run.unet.train()
 
 
 def batches(run: Run) -> Iterator[Tensor]:
@@ -474,7 +309,9 @@ def train_batch(run: Run, x_0: Tensor, micro_step: int) -> Tensor:
         run.sampler.update(run.accelerator.gather(t), run.accelerator.gather(losses.detach()))
     if not bool(weighted.isfinite().all()):
         bad = t[~weighted.isfinite()].tolist()
-        raise FloatingPointError(f"The loss is NaN or infinite at step {run.progress.step}, chain indices t={bad[:8]}.")
+        raise FloatingPointError(
+            f"The loss is NaN or infinite at step {run.progress.step}, chain indices t={bad[:8]}."
+        )
     return weighted.detach()
 
 
@@ -523,10 +360,7 @@ def train(run: Run) -> float:
 
 def evaluate(run: Run, images: Images, limit: int | None, calls_per_image: int, description: str) -> VLBEstimate:
     """Bits/dim of the first `limit` images with the network's weights as they are; x_0 is not clipped."""
-    reverse = run.scheduler.reverse_process(run.accelerator.device)
-    reverse = ReverseProcess(
-        reverse.forward, reverse.prediction_type, reverse.variance_type, clip_sample=False, levels=reverse.levels
-    )
+    reverse = dataclasses.replace(run.reverse, clip_sample=False)
     total = len(images) if limit is None else min(limit, len(images))
     pilot_images = torch.cat(list(run.data.train.batches(64, limit=64))).to(run.accelerator.device)
     with tqdm(total=total, desc=description, unit="image", leave=False) as bar:
@@ -546,7 +380,10 @@ def evaluate(run: Run, images: Images, limit: int | None, calls_per_image: int, 
 def sample(run: Run, num_images: int, steps: int) -> Tensor:
     """Images (N, C, H, W) in [0, 1], the same for the same seed."""
     generator = torch.Generator().manual_seed(run.args.seed)
-    return run.pipeline()(num_images, generator=generator, num_inference_steps=steps, output_type="pt").images.cpu()
+    images: Any = run.pipeline()(
+        num_images, generator=generator, num_inference_steps=steps, output_type="pt", return_dict=False
+    )
+    return images[0].cpu()
 
 
 def validate(run: Run, step: int) -> None:
@@ -615,7 +452,7 @@ def report(metrics: dict[str, Any], estimate_line: str, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Train, score and save. Returns the metrics (on the main process)."""
-    args = parse_args(argv)
+    args = parse_args(argv, str(__doc__))
     folder = prepare_output_dir(args)
     accelerator = Accelerator(
         cpu=args.cpu,
@@ -638,7 +475,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             args.cache_dir,
         )
     run = Run(args, accelerator, data, folder)
-    accelerator.init_trackers("train", config={k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()})
+    accelerator.init_trackers(
+        "train", config={k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}
+    )
     resume(accelerator, folder, args.resume_from_checkpoint)
     seconds = train(run)
     metrics = None

@@ -14,8 +14,8 @@ from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vl
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
 from .respacing import spaced_timesteps
 from .reverse_process import Prediction, ReverseProcess
-from .scheduling_ddpm_vlb import DDPMVLBScheduler
 from .schedules import beta_start_for_levels, make_betas, rescale_betas_zero_snr
+from .scheduling_ddpm_vlb import DDPMVLBScheduler
 from .timestep_samplers import (
     ImportanceTimesteps,
     LossSecondMomentTimesteps,

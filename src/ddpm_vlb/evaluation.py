@@ -38,7 +38,7 @@ class VLBTerms(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class VLBEstimate:
-    """An estimate of the bound over a data set; everything in bits/dim (nats/dim of density with a continuous decoder).
+    """An estimate of the bound over a data set, in bits/dim (in nats/dim of density with a continuous decoder).
 
     Args:
         bits_per_dim: the estimate, the mean over images.
@@ -78,7 +78,7 @@ def check_data(x_0: Tensor, levels: int | None) -> None:
         levels: number of levels on [-1, 1]; None for continuous data, of which only finite values are asked.
 
     Raises:
-        ValueError: NaN or infinite values, values outside [-1, 1], or off the grid of levels by over 1e-5 of the range.
+        ValueError: NaN or infinite values, values outside [-1, 1], or off the levels by over 1e-5 of the range.
     """
     if not x_0.is_floating_point():
         raise ValueError(f"`x_0` must be a floating point tensor scaled to [-1, 1], but got {x_0.dtype}.")

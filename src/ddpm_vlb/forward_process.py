@@ -6,7 +6,8 @@ alphabar_s, beta_{t|s} = 1 - alpha_{t|s}:
 1. q(x_t | x_0) = N(sqrt(alphabar_t) x_0, (1 - alphabar_t) I)
 2. q(x_t | x_s) = N(sqrt(alpha_{t|s}) x_s, beta_{t|s} I)
 3. q(x_s | x_t, x_0) = N(c0 x_0 + ct x_t, betatilde I), c0 = sqrt(alphabar_s) beta_{t|s} / (1 - alphabar_t),
-   ct = sqrt(alpha_{t|s}) (1 - alphabar_s) / (1 - alphabar_t), betatilde = beta_{t|s} (1 - alphabar_s) / (1 - alphabar_t)
+   ct = sqrt(alpha_{t|s}) (1 - alphabar_s) / (1 - alphabar_t),
+   betatilde = beta_{t|s} (1 - alphabar_s) / (1 - alphabar_t)
 
 Sources: Ho et al. 2020 (DDPM), eq. 2, 4, 6, 7; Kingma et al. 2021 (VDM), appendix A, for any s < t. In code `t` is
 0-based: code t = paper t - 1, and code s = -1 stands for the data x_0.
@@ -26,7 +27,7 @@ from .schedules import check_betas
 class Diffused(NamedTuple):
     """Data, its noised version and how it was noised: what a loss needs beside the network's output.
 
-    x_0: data (B, C, *). x_t: noised data, the network's input. t: chain indices (B,), 0-based. noise: epsilon (B, C, *).
+    x_0: data (B, C, *). x_t: noised data, the network's input. t: chain indices (B,). noise: epsilon (B, C, *).
     """
 
     x_0: Tensor
@@ -253,7 +254,8 @@ class ForwardProcess:
         """
         x_0, x_t = promote_half(x_0), promote_half(x_t)
         if s is None:
-            coef_x_0, coef_x_t = gather(self.posterior_mean_coef_x_0, t, x_t), gather(self.posterior_mean_coef_x_t, t, x_t)
+            coef_x_0 = gather(self.posterior_mean_coef_x_0, t, x_t)
+            coef_x_t = gather(self.posterior_mean_coef_x_t, t, x_t)
             log_variance = gather(self.posterior_log_variance, t, x_t)
         else:
             log_alpha, log_beta = self._transition(t, s)
@@ -289,7 +291,9 @@ class ForwardProcess:
             )
         check_timesteps(t, len(self))
         x_0, noise = promote_half(x_0), promote_half(noise)
-        x_t = gather(self.sqrt_alphas_cumprod, t, x_0) * x_0 + gather(self.sqrt_one_minus_alphas_cumprod, t, x_0) * noise
+        signal = gather(self.sqrt_alphas_cumprod, t, x_0)
+        sigma = gather(self.sqrt_one_minus_alphas_cumprod, t, x_0)
+        x_t = torch.addcmul(signal * x_0, sigma, noise)
         return Diffused(x_0, x_t, t, noise)
 
     def _log_abar(self, t: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def _min_snr_weight(reverse: ReverseProcess, t: Tensor, like: Tensor, gamma: flo
     if not gamma > 0:
         raise ValueError(f"`snr_gamma` must be positive, or None for no weighting, but got {gamma!r}.")
     snr = (gather(reverse.forward.sqrt_recipm1_alphas_cumprod, t, like) ** -2).flatten()
-    implied = {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1}[reverse.prediction_type]
+    implied = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[reverse.prediction_type]
     return snr.clamp(max=gamma) / implied
 
 

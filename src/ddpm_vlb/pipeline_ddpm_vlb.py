@@ -43,9 +43,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
         super().__init__()
         if type(scheduler) is DDPMScheduler:
             # Passed explicitly: values that stock left at its defaults are dropped on the way otherwise.
-            scheduler = DDPMVLBScheduler.from_config(
-                scheduler.config, variance_type=scheduler.config.variance_type
-            )
+            scheduler = DDPMVLBScheduler.from_config(scheduler.config, variance_type=scheduler.config.variance_type)
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
@@ -117,7 +115,9 @@ class DDPMVLBPipeline(DiffusionPipeline):
         classes = self._num_classes
         if class_labels is None:
             if guidance_scale != 1.0:
-                raise ValueError("`guidance_scale` needs `class_labels`: without a class there is nothing to guide to.")
+                raise ValueError(
+                    "`guidance_scale` needs `class_labels`: without a class there is nothing to guide to."
+                )
             if classes is not None:
                 raise ValueError(f"This network is class-conditional: pass `class_labels` (0 .. {classes - 1}).")
             return None, None

@@ -2,7 +2,7 @@ r"""Noise schedules beta_1 .. beta_T by name, in float64.
 
 1. linear: beta_t evenly spaced from beta_start to beta_end (Ho et al. 2020, section 4)
 2. scaled_linear: sqrt(beta_t) evenly spaced (Rombach et al. 2022)
-3. squaredcos_cap_v2: alphabar(u) = cos^2((u + 0.008) / 1.008 * pi / 2), beta_t <= 0.999 (Nichol & Dhariwal 2021, eq. 17)
+3. squaredcos_cap_v2: alphabar(u) = cos^2((u + 0.008) / 1.008 * pi / 2), beta_t <= 0.999 (Nichol & Dhariwal 2021)
 4. sigmoid: beta_t a logistic curve over (-6, 6) between beta_start and beta_end (Xu et al. 2022, GeoDiff)
 5. laplace: the log SNR follows a Laplace distribution (Hang et al. 2024), in the form that diffusers gives it
 

@@ -105,7 +105,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             betas = schedules.make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         if rescale_betas_zero_snr:
             betas = schedules.rescale_betas_zero_snr(betas)
-        if variance_type == "fixed_large_log":  # stock computes NaN under this name, and the same thing under the other
+        if variance_type == "fixed_large_log":  # a name under which stock computes NaN
             variance_type = "fixed_large"
             self.register_to_config(variance_type=variance_type)
 
@@ -129,6 +129,8 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
         self._forwards: dict[torch.device, ForwardProcess] = {}
+        self._chain = self._training
+        self._index: dict[int, int] = {}
         self._visit(list(range(len(betas)))[::-1], None)
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -170,7 +172,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
 
     def _visit(self, descending: list[int], device: torch.device | str | None) -> None:
         """Make `descending` the chain that `step` walks."""
-        if not hasattr(self, "_chain") or descending[::-1] != self._chain.forward.timesteps.tolist():
+        if not self._index or descending[::-1] != self._chain.forward.timesteps.tolist():
             whole = len(descending) == len(self)
             self._chain = self._training if whole else self._training.respace(descending[::-1])
             self._index = {timestep: len(descending) - 1 - i for i, timestep in enumerate(descending)}
@@ -207,7 +209,9 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             if any(b >= a for a, b in zip(chosen, chosen[1:])):
                 raise ValueError("`timesteps` must be in descending order, each below the one before it.")
             if chosen[0] >= total or chosen[-1] < 0:
-                raise ValueError(f"`timesteps` must start before {total}, the length of the chain, and end at 0 or more.")
+                raise ValueError(
+                    f"`timesteps` must start before {total}, the length of the chain, and not go below 0."
+                )
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)
         self._visit(chosen, device)
@@ -239,8 +243,8 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         index = self._index.get(int(timestep))
         if index is None:
             raise ValueError(
-                f"`timestep` {int(timestep)} is not part of the current chain of {len(self._index)} steps. Take it from "
-                "`scheduler.timesteps`, or include it in `set_timesteps(timesteps=...)`."
+                f"`timestep` {int(timestep)} is not part of the current chain of {len(self._index)} steps. Take it "
+                "from `scheduler.timesteps`, or include it in `set_timesteps(timesteps=...)`."
             )
         return index
 
@@ -269,8 +273,9 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         inside = (timestep >= 0) & (timestep < len(self)) & (index >= 0)
         if timestep.shape != sample.shape[:1] or not bool(inside.all()):
             raise ValueError(
-                f"A tensor `timestep` must hold one timestep of the current chain of {len(self._index)} steps for each "
-                f"of the {len(sample)} samples, but got {timestep.tolist()[:8]}. Take them from `scheduler.timesteps`."
+                f"A tensor `timestep` must hold one timestep of the current chain of {len(self._index)} steps for "
+                f"each of the {len(sample)} samples, but got {timestep.tolist()[:8]}. Take them from "
+                "`scheduler.timesteps`."
             )
         return index
 
@@ -353,9 +358,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         return (signal * epsilon - sigma * x_0).to(sample.dtype)
 
 
-def _draw(
-    model_output: Tensor, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None
-) -> Tensor:
+def _draw(model_output: Tensor, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
     """Noise in the network's dtype, as stock draws it, so that the same generator gives the same image."""
     if generator is None:  # what randn_tensor would do, without a tenth of a small step's time for its checks
         noise = torch.randn(sample.shape, device=sample.device, dtype=model_output.dtype)

@@ -3,11 +3,11 @@ r"""Which steps t to train on, and the importance weights that keep the expectat
 Every sampler draws t with probability p_t and returns w = 1 / (T p_t), so that E[w f(t)] = mean over t of f(t):
 
 1. uniform: p_t = 1/T, independent draws
-2. low-discrepancy: t = floor(T (i + U) / n) for i = 0 .. n - 1 with one U ~ U(0, 1): each t is uniform, and the n draws
-   of a batch spread evenly (Kingma et al. 2021, VDM, appendix I.1)
+2. low-discrepancy: t = floor(T (i + U) / n) for i = 0 .. n - 1 with one U ~ U(0, 1): each t is uniform, and the n
+   draws of a batch spread evenly (Kingma et al. 2021, VDM, appendix I.1)
 3. importance: the same over the inverse CDF of any p_t (systematic sampling)
 4. loss second moment: p_t proportional to sqrt(E[L_t^2]) over the last losses (Nichol & Dhariwal 2021, eq. 18)
-5. Gaussian data model: p_t proportional to the L_t of Gaussian data with the training data's covariance, in closed form:
+5. Gaussian data model: p_t proportional to the L_t of Gaussian data with the training data's covariance:
    L_t = (SNR_{t-1} - SNR_t) / 2 x mean_i lam_i (1 - abar_t) / (abar_t lam_i + 1 - abar_t), no warm-up needed
 
 On several processes a sampler draws the t of the *global* batch from a generator that must be seeded alike everywhere,
@@ -234,7 +234,9 @@ class LossSecondMomentTimesteps:
         Raises:
             ValueError: `batch_size` below 1.
         """
-        return ImportanceTimesteps(self.probabilities, self.rank, self.world_size).sample(batch_size, device, generator)
+        return ImportanceTimesteps(self.probabilities, self.rank, self.world_size).sample(
+            batch_size, device, generator
+        )
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Remember the losses of a batch. On several processes pass the gathered batch, the same everywhere.

@@ -1,0 +1,187 @@
+"""The options of train.py; those that diffusers' train_unconditional.py has too are named as there."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers.optimization import SchedulerType
+
+from ddpm_vlb.respacing import TIMESTEP_SPACINGS
+from ddpm_vlb.reverse_process import PREDICTION_TYPES, VARIANCE_TYPES
+from ddpm_vlb.schedules import BETA_SCHEDULES
+
+
+def _number(
+    kind: Callable[[str], Any], low: float, high: float = math.inf, open_low: bool = False
+) -> Callable[[str], Any]:
+    """An argparse type: a number in a range."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or value > high:
+            raise argparse.ArgumentTypeError(f"must lie in {'(' if open_low else '['}{low}, {high}], but got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive_int, not_negative_int = _number(int, 1), _number(int, 0)
+positive_float, not_negative_float = _number(float, 0, open_low=True), _number(float, 0)
+fraction = _number(float, 0, 1)
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The options and their help texts."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--config", help="YAML or JSON file of options; the command line overrides it.")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", help="Hub name, local folder or file for `datasets`; default: the digits.")
+    data.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
+    data.add_argument("--train_data_dir", help="Folder of image files, in place of --dataset_name.")
+    data.add_argument("--image_column", default="image", help="Column that holds the images.")
+    data.add_argument("--train_split", default="train", help="Name of the training split.")
+    data.add_argument("--test_split", help="Name of the test split; default: test, validation, or a made one.")
+    data.add_argument("--resolution", type=positive_int, help="Resize and crop to this size; default: as they are.")
+    data.add_argument("--random_flip", action=switch, default=False, help="Mirror half of the training images.")
+    data.add_argument("--cache_dir", help="Where `datasets` keeps its files.")
+    data.add_argument("--dataloader_num_workers", type=not_negative_int, default=0, help="Worker processes.")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_config_name_or_path", help="A UNet2DModel config in place of the size flags.")
+    model.add_argument("--block_out_channels", type=positive_int, nargs="+", default=[32, 64], help="U-Net widths.")
+    model.add_argument("--layers_per_block", type=positive_int, default=1, help="ResNet blocks in each level.")
+    model.add_argument("--norm_num_groups", type=positive_int, default=8, help="Groups of the group norms.")
+    model.add_argument(
+        "--attention_levels", type=not_negative_int, nargs="*", default=[], help="Levels with attention."
+    )
+    model.add_argument("--dropout", type=fraction, default=0.0, help="Dropout of the ResNet blocks.")
+
+    process = parser.add_argument_group("diffusion process")
+    process.add_argument("--ddpm_num_steps", type=positive_int, default=1000, help="T.")
+    process.add_argument("--ddpm_beta_schedule", choices=BETA_SCHEDULES, default="linear", help="Noise schedule.")
+    process.add_argument(
+        "--ddpm_beta_start", type=positive_float, help="beta_1; default: 1e-4, or more for data of few levels."
+    )
+    process.add_argument("--ddpm_beta_end", type=positive_float, default=0.02, help="beta_T.")
+    process.add_argument("--rescale_betas_zero_snr", action=switch, default=False, help="Zero-terminal SNR.")
+    process.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="What the mean is.")
+    process.add_argument(
+        "--variance_type", choices=VARIANCE_TYPES, help="default: fixed_small for simple, else learned_range."
+    )
+    process.add_argument("--timestep_spacing", choices=TIMESTEP_SPACINGS, default="linspace", help="Of short chains.")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--objective", choices=("simple", "hybrid", "vlb"), default="vlb", help="The loss.")
+    training.add_argument(
+        "--timestep_sampler",
+        choices=("uniform", "low_discrepancy", "loss_second_moment", "gaussian"),
+        help="Which t to train on; default: gaussian for vlb, else low_discrepancy.",
+    )
+    training.add_argument("--vlb_weight", type=not_negative_float, default=0.001, help="Of L_vlb in hybrid.")
+    training.add_argument("--snr_gamma", type=positive_float, help="Min-SNR weighting of L_simple; 5 is usual.")
+    training.add_argument(
+        "--train_batch_size", type=positive_int, default=64, help="Images for each process and step."
+    )
+    training.add_argument(
+        "--max_train_steps", type=positive_int, help="Optimizer steps; default: 1000, or --num_epochs."
+    )
+    training.add_argument("--num_epochs", type=positive_int, help="Epochs, in place of --max_train_steps.")
+    training.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches for each step.")
+    training.add_argument("--learning_rate", type=positive_float, default=2e-3, help="Peak learning rate of AdamW.")
+    training.add_argument(
+        "--lr_scheduler", choices=[s.value for s in SchedulerType], default="cosine", help="Its schedule."
+    )
+    training.add_argument("--lr_warmup_steps", type=not_negative_int, default=100, help="Its warm-up.")
+    training.add_argument("--adam_beta1", type=fraction, default=0.9, help="AdamW's beta_1.")
+    training.add_argument("--adam_beta2", type=fraction, default=0.99, help="AdamW's beta_2.")
+    training.add_argument("--adam_weight_decay", type=not_negative_float, default=1e-6, help="AdamW's weight decay.")
+    training.add_argument("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon.")
+    training.add_argument("--max_grad_norm", type=positive_float, default=10.0, help="Gradient clipping.")
+    training.add_argument("--use_ema", action=switch, default=True, help="Score and save averaged weights.")
+    training.add_argument("--ema_inv_gamma", type=positive_float, default=1.0, help="EMA warm-up: inverse gamma.")
+    training.add_argument("--ema_power", type=positive_float, default=0.75, help="EMA warm-up: power.")
+    training.add_argument("--ema_max_decay", type=fraction, default=0.9999, help="EMA: largest decay.")
+    training.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: accelerate's setting.")
+    training.add_argument("--seed", type=not_negative_int, default=0, help="Of weights, data order, t and noise.")
+    training.add_argument("--cpu", action=switch, default=False, help="Train on the CPU even if there is a GPU.")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", default="runs/digits", help="Where everything is written.")
+    output.add_argument("--logger", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="Tracker.")
+    output.add_argument("--logging_dir", default="logs", help="Its folder, inside --output_dir.")
+    output.add_argument("--validation_steps", type=positive_int, default=500, help="Validate every so many steps.")
+    output.add_argument(
+        "--checkpointing_steps", type=positive_int, help="Save the state every so many; default: never."
+    )
+    output.add_argument("--checkpoints_total_limit", type=positive_int, help="Keep only the last so many.")
+    output.add_argument("--resume_from_checkpoint", help="A checkpoint folder's name, or `latest`.")
+    output.add_argument("--eval_batch_size", type=positive_int, default=64, help="Number of images to sample.")
+    output.add_argument("--num_test_images", type=positive_int, help="Score only the first so many; default: all.")
+    output.add_argument(
+        "--calls_per_image", type=positive_int, default=64, help="Network calls to score a test image."
+    )
+    output.add_argument(
+        "--ddpm_num_inference_steps", type=positive_int, default=250, help="Steps of the sampled pictures."
+    )
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
+    """Parse and check the options; --config becomes options of its own, in front of the given ones."""
+    parser = build_parser(description)
+    given = list(sys.argv[1:] if argv is None else argv)
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    path = config.parse_known_args(given)[0].config
+    args = parser.parse_args([*_config_as_options(path, parser), *given])
+    if args.dataset_name is not None and args.train_data_dir is not None:
+        parser.error("pass only one of --dataset_name and --train_data_dir")
+    if args.max_train_steps is not None and args.num_epochs is not None:
+        parser.error("pass only one of --max_train_steps and --num_epochs")
+    if args.variance_type is None:
+        args.variance_type = "fixed_small" if args.objective == "simple" else "learned_range"
+    if args.objective == "hybrid" and not args.variance_type.startswith("learned"):
+        parser.error(f"--objective hybrid trains the variance, but --variance_type {args.variance_type} has none")
+    if args.objective == "simple" and args.variance_type.startswith("learned"):
+        parser.error(f"--objective simple does not train the variance of --variance_type {args.variance_type}")
+    if args.snr_gamma is not None and args.objective == "vlb":
+        parser.error("--snr_gamma weights L_simple, which --objective vlb does not have")
+    if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
+        parser.error("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample")
+    if args.timestep_sampler is None:
+        args.timestep_sampler = "gaussian" if args.objective == "vlb" else "low_discrepancy"
+    args.ddpm_num_inference_steps = min(args.ddpm_num_inference_steps, args.ddpm_num_steps)
+    args.calls_per_image = max(2, args.calls_per_image - args.calls_per_image % (2 if args.calls_per_image < 8 else 4))
+    return args
+
+
+def _config_as_options(path: str | None, parser: argparse.ArgumentParser) -> list[str]:
+    """A config file as command-line options, so that argparse checks names, types and choices in one place."""
+    if path is None:
+        return []
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {path} cannot be read: {error}")
+    if not isinstance(content, dict):
+        parser.error(f"--config {path} must hold options by name, but holds {type(content).__name__}")
+    options: list[str] = []
+    for name, value in content.items():
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            options.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            options += [f"--{name}", *map(str, value)]
+        else:
+            options.append(f"--{name}={value}")
+    return options
