@@ -11,6 +11,7 @@ Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", eq. 13 (3);
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,37 @@ def _u_plus_expm1_minus_u(u: Tensor) -> Tensor:
     """u + exp(-u) - 1 >= 0 with its relative precision kept around u = 0, where it is u^2 / 2."""
     near = u.abs() < 0.1
     last = 10 if u.dtype == torch.float64 else 6
-    v = torch.where(near, u, 0.0)  # far values must not overflow in the branch that is thrown away
-    series = torch.full_like(v, 1 / math.factorial(last))
-    for n in range(last - 1, 1, -1):
-        series = 1 / math.factorial(n) - v * series
+    v = torch.where(near, u, 0.0)  # far values would overflow in the branch that is thrown away
+    series = v * (-1 / math.factorial(last)) + 1 / math.factorial(last - 1)
+    for n in range(last - 2, 1, -1):
+        constant = torch.full((), 1 / math.factorial(n), dtype=u.dtype, device=u.device)
+        series = torch.addcmul(constant, v, series, value=-1)
     return torch.where(near, v.square() * series, u + torch.expm1(-u))
+
+
+class _GaussianKL(torch.autograd.Function):
+    """The KL of equation 2 from (d, u), with its exact derivatives: half of autograd's work, and no series in it.
+
+    dKL/dd = d exp(-u), dKL/du = -(expm1(-u) + d^2 exp(-u)) / 2.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(d: Tensor, u: Tensor) -> Tensor:
+        return 0.5 * torch.addcmul(_u_plus_expm1_minus_u(u), d.square(), torch.exp(-u))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        d, u = ctx.saved_tensors
+        slope = d * torch.exp(-u)
+        to_d = gradient * slope if ctx.needs_input_grad[0] else None
+        to_u = gradient * -0.5 * torch.addcmul(torch.expm1(-u), d, slope) if ctx.needs_input_grad[1] else None
+        return to_d, to_u
 
 
 def gaussian_kl(scaled_difference: Tensor, log_variance_ratio: Tensor) -> Tensor:
@@ -56,8 +83,7 @@ def gaussian_kl(scaled_difference: Tensor, log_variance_ratio: Tensor) -> Tensor
 
     Source: Kingma & Welling 2014, appendix B; equation 2 above.
     """
-    u = log_variance_ratio
-    return 0.5 * (_u_plus_expm1_minus_u(u) + scaled_difference.square() * torch.exp(-u))
+    return _GaussianKL.apply(*torch.broadcast_tensors(scaled_difference, log_variance_ratio))
 
 
 def _exact_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,10 +52,10 @@ def vlb_term(reverse: ReverseProcess, model_output: Tensor, diffused: Diffused) 
     diffused = _promoted(diffused)
     c = reverse.coefficients(diffused.t, diffused.x_t)
     if reverse.clip_sample or reverse.thresholding:
-        gap = diffused.x_0 - reverse.predict_x_0(mean_output, diffused.x_t, c)
-    else:
-        gap = c.output_to_x_0 * (reverse.target(diffused) - mean_output)
-    return _term(reverse, gap, variance_output, diffused, c)
+        error = diffused.x_0 - reverse.predict_x_0(mean_output, diffused.x_t, c)
+        return _term(reverse, error, torch.ones_like(c.output_to_x_0), variance_output, diffused, c)
+    error = reverse.target(diffused) - mean_output
+    return _term(reverse, error, c.output_to_x_0, variance_output, diffused, c)
 
 
 def prior_kl(reverse: ReverseProcess, x_0: Tensor) -> Tensor:
@@ -171,28 +171,34 @@ def _min_snr_weight(reverse: ReverseProcess, t: Tensor, like: Tensor, gamma: flo
 def _scaled_term(reverse: ReverseProcess, error: Tensor, variance_output: Tensor | None, diffused: Diffused) -> Tensor:
     """T times the unclipped term, in bits/dim, from the error of the mean output."""
     c = reverse.coefficients(diffused.t, diffused.x_t)
-    nats = _term(reverse, c.output_to_x_0 * error, variance_output, diffused, c)
+    nats = _term(reverse, error, c.output_to_x_0, variance_output, diffused, c)
     return len(reverse.forward) * nats_to_bits_per_dim(nats, diffused.x_0[0].numel())
 
 
 def _term(
-    reverse: ReverseProcess, gap: Tensor, variance_output: Tensor | None, diffused: Diffused, c: Coefficients
+    reverse: ReverseProcess,
+    error: Tensor,
+    error_to_x_0: Tensor,
+    variance_output: Tensor | None,
+    diffused: Diffused,
+    c: Coefficients,
 ) -> Tensor:
-    """L_{t-1} or L_0 in nats from gap = x_0 - x_0_hat (equations 3 and 4)."""
+    """L_{t-1} or L_0 in nats (equations 3 and 4) from x_0 - x_0_hat = error_to_x_0 * error."""
     ratio, log_variance = c.ratio_offset, c.log_variance_offset
     if variance_output is not None:
         ratio = torch.addcmul(ratio, variance_output, c.variance_slope)
         log_variance = torch.addcmul(log_variance, variance_output, c.variance_slope)
-    scaled = c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance) * gap
-    kl = gaussian_kl(scaled, ratio).flatten(1).sum(1)
+    scale = c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance) * error_to_x_0
+    kl = gaussian_kl(scale * error, ratio).flatten(1).sum(1)
     first = diffused.t == 0
-    log_variance = log_variance.expand_as(gap)
+    log_variance = log_variance.expand_as(error)
     if torch.compiler.is_compiling():  # a graph of fixed shapes: the decoder of the whole batch, masked
-        return torch.where(first, _decoder_nats(reverse, gap, log_variance, diffused.x_0), kl)
+        return torch.where(first, _decoder_nats(reverse, error_to_x_0 * error, log_variance, diffused.x_0), kl)
     rows = first.nonzero()[:, 0]
     if len(rows) == 0:
         return kl
-    return kl.index_put((rows,), _decoder_nats(reverse, gap[rows], log_variance[rows], diffused.x_0[rows]))
+    decoder = _decoder_nats(reverse, error_to_x_0[rows] * error[rows], log_variance[rows], diffused.x_0[rows])
+    return kl.index_put((rows,), decoder)
 
 
 def _decoder_nats(reverse: ReverseProcess, gap: Tensor, log_variance: Tensor, x_0: Tensor) -> Tensor:
