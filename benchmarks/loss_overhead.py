@@ -42,15 +42,15 @@ def main() -> None:
 
     output = unet(diffused.x_t, t).sample.detach()
 
+    losses = {"simple": simple_loss, "vlb": vlb_loss, "hybrid": hybrid_loss}
+
     def loss(kind: str) -> float:
         leaf = output.clone().requires_grad_()
         started = time.perf_counter()
         if kind == "mse":
             value = torch.nn.functional.mse_loss(leaf[:, :3], diffused.noise)
         else:
-            value = {"simple": simple_loss, "vlb": vlb_loss, "hybrid": hybrid_loss}[kind](
-                reverse, leaf, diffused
-            ).mean()
+            value = losses[kind](reverse, leaf, diffused).mean()
         value.backward()
         return time.perf_counter() - started
 

@@ -4,8 +4,8 @@ Nothing here is shared with the package. Where it can, the oracle takes another 
 products instead of sums of logarithms, conditioning by precisions for the posterior of two far steps, the textbook KL
 of two means and variances, and 50-digit arithmetic for the decoder. Code indices: t = 0 is the decoder step.
 
-Sources: Ho et al. 2020 (DDPM), eq. 2-14; Nichol & Dhariwal 2021, eq. 15-18; Salimans & Ho 2022, appendix D; Hang et al.
-2023, eq. 8.
+Sources: Ho et al. 2020 (DDPM), eq. 2-14; Nichol & Dhariwal 2021, eq. 15-18; Salimans & Ho 2022, appendix D; Hang et
+al. 2023, eq. 8.
 """
 
 from types import SimpleNamespace
@@ -123,26 +123,26 @@ def target(tab, prediction_type, x_0, t, noise):
     return {"epsilon": noise, "sample": x_0, "v_prediction": signal * noise - sigma * x_0}[prediction_type]
 
 
-def log_bin_mass(x, mean, log_var, levels, digits=50):
-    """Exact log mass of the bin around the level x: three numbers in, one out."""
-    with mpmath.workdps(digits):
-        half = mpmath.mpf(1) / (levels - 1)
-        sigma = mpmath.exp(mpmath.mpf(float(log_var)) / 2)
-        centre = mpmath.mpf(float(x)) - mpmath.mpf(float(mean))
-        low = -mpmath.inf if x < -1 + 1 / (levels - 1) else (centre - half) / sigma
-        high = mpmath.inf if x > 1 - 1 / (levels - 1) else (centre + half) / sigma
-        if low + high > 0:  # the lighter tail, in which the difference keeps its digits
-            low, high = -high, -low
-        return float(mpmath.log(_cdf(high) - _cdf(low)))
-
-
-def _cdf(z):
-    return mpmath.erfc(-z / mpmath.sqrt(2)) / 2
+def log_bin_mass(x, mean, log_var, levels):
+    """Exact log mass of the bin around the level x, at mpmath's precision: real numbers in, one out."""
+    half = mpmath.mpf(1) / (levels - 1)
+    sigma = mpmath.exp(log_var / 2)
+    centre = mpmath.mpf(x) - mean
+    low = -mpmath.inf if x < -1 + 1 / (levels - 1) else (centre - half) / sigma
+    high = mpmath.inf if x > 1 - 1 / (levels - 1) else (centre + half) / sigma
+    if low + high > 0:  # the lighter tail, in which the difference keeps its digits
+        low, high = -high, -low
+    return mpmath.log((mpmath.erfc(-high / mpmath.sqrt(2)) - mpmath.erfc(-low / mpmath.sqrt(2))) / 2)
 
 
 def discretized_log_prob(x, mean, log_var, levels):
     """Exact log mass of the bin around each level, per element."""
-    return np.vectorize(log_bin_mass, otypes=[np.float64])(x, mean, log_var, levels)
+
+    def score(*numbers):
+        return float(log_bin_mass(*(mpmath.mpf(float(number)) for number in numbers), levels))
+
+    with mpmath.workdps(50):
+        return np.vectorize(score, otypes=[np.float64])(x, mean, log_var)
 
 
 def log_normal(x, mean, log_var):

@@ -47,7 +47,7 @@ def gather(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     Raises:
         TypeError: `t` is not of an integer dtype (a boolean or uint8 tensor would select, not index).
     """
-    if t.dtype not in (torch.int64, torch.int32, torch.int16):
+    if t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"`t` must be an integer tensor of chain indices (torch.int64), but got {t.dtype}.")
     values = table[t].to(torch.promote_types(x.dtype, torch.float32))
     return values.reshape(values.shape + (1,) * (x.ndim - t.ndim))

@@ -6,6 +6,7 @@ What it saves is plain diffusers wherever stock can sample it rightly: `Diffusio
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from .scheduling_ddpm_vlb import DDPMVLBScheduler
 
 # The schedulers whose `step` takes the variance half of the channels; all others get the mean half only.
 _TAKES_VARIANCE = (DDPMVLBScheduler, DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)
+_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
@@ -45,6 +47,28 @@ class DDPMVLBPipeline(DiffusionPipeline):
             # Passed explicitly: values that stock left at its defaults are dropped on the way otherwise.
             scheduler = DDPMVLBScheduler.from_config(scheduler.config, variance_type=scheduler.config.variance_type)
         self.register_modules(unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a pipeline of ours or a stock DDPMPipeline, from a folder or the Hub.
+
+        The scheduler is read as ours from the start: stock's class would warn of `levels` on the way.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a Hub repository.
+            kwargs: those of `DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            OSError, ValueError: as `DiffusionPipeline.from_pretrained`.
+        """
+        if "scheduler" not in kwargs:
+            where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            index = cls.load_config(pretrained_model_name_or_path, **where)
+            if list(index.get("scheduler", ())) == ["diffusers", "DDPMScheduler"]:
+                kwargs["scheduler"] = DDPMVLBScheduler.from_pretrained(
+                    pretrained_model_name_or_path, subfolder="scheduler", **where
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @torch.no_grad()
     def __call__(

@@ -1,8 +1,8 @@
 """Writes decoder_points.npz: exact log masses of a Gaussian's bins, and their gradients, at 10,000 points a regime.
 
-Run as `python tests/golden/make_decoder_points.py`; it takes some minutes. Every input is exact in float32, so one set
-serves both dtypes: `x` is the float32 nearest to the level -1 + 2 k / (levels - 1), and the bin is x +- 1 / (levels - 1)
-around that very number, open below for k = 0 and above for the last level.
+Run as `python tests/golden/make_decoder_points.py`; it takes half a minute. Every input is exact in float32, so one
+set serves both dtypes: `x` is the float32 nearest to the level -1 + 2 k / (levels - 1), and the bin reaches
+1 / (levels - 1) to both sides of that very number, open below for k = 0 and above for the last level.
 """
 
 from pathlib import Path
