@@ -81,7 +81,7 @@ def gaussian_kl(scaled_difference: Tensor, log_variance_ratio: Tensor) -> Tensor
         scaled_difference: (mu_1 - mu_2) / s_1, any shape.
         log_variance_ratio: u = log s_2^2 / s_1^2, broadcastable to it.
 
-    Source: Kingma & Welling 2014, appendix B; equation 2 above.
+    Source: equation 2 above; Kingma & Welling 2014, appendix B, has it for a standard normal second argument.
     """
     return _GaussianKL.apply(*torch.broadcast_tensors(scaled_difference, log_variance_ratio))
 

@@ -13,7 +13,7 @@ Sources: Ho et al. 2020, eq. 5; Nichol & Dhariwal 2021, section 3.3; Owen 2013, 
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ class VLBTerms(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class VLBEstimate:
-    """An estimate of the bound over a data set, in bits/dim (in nats/dim of density with a continuous decoder).
+    """An estimate of the bound over a data set, in bits/dim (of density, where the decoder is continuous).
 
     Args:
         bits_per_dim: the estimate, the mean over images.
@@ -50,7 +50,7 @@ class VLBEstimate:
         per_image: each image's estimate, in the order of the data, (N,).
         network_calls_per_image: R x M.
         term_mean: mean L_t at each chain index, NaN where none was drawn, (T,).
-        term_se: its standard error, NaN where fewer than two were drawn, (T,).
+        term_se: its standard error from t, noise and images, NaN where fewer than two images were drawn, (T,).
     """
 
     bits_per_dim: float
@@ -230,11 +230,6 @@ def pilot_probabilities(
     return (1 - uniform_fraction) * rms / rms.sum() + uniform_fraction / steps
 
 
-def _image_groups(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    for batch in batches:
-        yield from batch.split(size)
-
-
 def estimate_vlb(
     model: Model,
     reverse: ReverseProcess,
@@ -279,7 +274,7 @@ def estimate_vlb(
     device = device if device is not None else reverse.forward.betas.device
     draws = calls_per_image // num_replicates
     rows: list[Tensor] = []  # for each image: replicates of the KL part, of the decoder part, and the prior
-    sums = torch.zeros(3, steps, dtype=torch.float64)  # count, sum and sum of squares of the drawn L_t
+    curve = torch.zeros(6, steps, dtype=torch.float64)
     position, dims = 0, 0
     for x_0 in (group for batch in batches for group in batch.split(max(1, _chunk_size(batch, values_per_call)))):
         check_data(x_0, reverse.levels)
@@ -291,15 +286,14 @@ def estimate_vlb(
         first = (t == 0).double()
         replicates = (weighted * (1 - first)).sum(2), (weighted * first).sum(2)
         rows.append(torch.cat([replicates[0], replicates[1], prior[:, None]], dim=1))
-        for power, row in enumerate(sums):
-            row.index_add_(0, t.flatten(), terms.flatten() ** power)
+        curve += _curve_sums(t.flatten(1), terms.flatten(1), steps)
         position += len(x_0)
         if on_images is not None:
             on_images(len(x_0))
     if not rows:
         raise ValueError("`batches` holds no images: there is nothing to score.")
-    unit = 1 / dims if reverse.levels is None else 1 / (dims * math.log(2))
-    return _summary(torch.cat(rows) * unit, sums, unit, num_replicates, calls_per_image)
+    unit = 1 / (dims * math.log(2))
+    return _summary(torch.cat(rows) * unit, curve, unit, num_replicates, calls_per_image)
 
 
 def _draw(
@@ -336,15 +330,30 @@ def _stream(
     return torch.cat(terms).reshape(t.shape)
 
 
-def _summary(rows: Tensor, sums: Tensor, unit: float, replicates: int, calls: int) -> VLBEstimate:
+def _curve_sums(t: Tensor, terms: Tensor, steps: int) -> Tensor:
+    """Sums over images of C, S, C^2, C S, S^2 and [C > 0] at each step, C draws of an image there with the sum S."""
+    count = torch.zeros(len(t), steps, dtype=torch.float64).scatter_add_(1, t, torch.ones_like(terms))
+    total = torch.zeros(len(t), steps, dtype=torch.float64).scatter_add_(1, t, terms)
+    each = (count, total, count.square(), count * total, total.square(), (count > 0).double())
+    return torch.stack([values.sum(0) for values in each])
+
+
+def _curve(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean L_t and its standard error; the draws of one image share x_0, so images are the independent units."""
+    count, total, count_2, cross, total_2, images = sums
+    mean = total / count
+    residual = (total_2 - 2 * mean * cross + mean.square() * count_2).clamp(min=0)  # sum of (S - mean C)^2
+    return mean, torch.where(images > 1, (residual * images / (images - 1)).sqrt() / count, torch.nan)
+
+
+def _summary(rows: Tensor, curve: Tensor, unit: float, replicates: int, calls: int) -> VLBEstimate:
     """Means and standard errors from per-image replicates (N, 2 R + 1), in bits/dim."""
     kl, decoder, prior = rows[:, :replicates], rows[:, replicates:-1], rows[:, -1]
     totals = kl + decoder + prior[:, None]
     per_image, images = totals.mean(1), len(rows)
     noise_variance = totals.var(1).mean() / replicates  # of one image's estimate
     spread = per_image.var() - noise_variance if images > 1 else torch.tensor(float("nan"))
-    count, mean = sums[0], sums[1] / sums[0]
-    variance = (sums[2] / count - mean.square()) * count / (count - 1)
+    term_mean, term_se = _curve(curve)
     return VLBEstimate(
         bits_per_dim=float(per_image.mean()),
         noise_se=float((noise_variance / images).sqrt()),
@@ -354,6 +363,6 @@ def _summary(rows: Tensor, sums: Tensor, unit: float, replicates: int, calls: in
         decoder=float(decoder.mean()),
         per_image=per_image,
         network_calls_per_image=calls,
-        term_mean=mean * unit,
-        term_se=torch.where(count > 1, (variance.clamp(min=0) / count).sqrt() * unit, torch.nan),
+        term_mean=term_mean * unit,
+        term_se=term_se * unit,
     )

@@ -136,7 +136,7 @@ class ForwardProcess:
     @classmethod
     def _from_root(cls, timesteps: Tensor, log_abar: Tensor, betas: Tensor) -> "ForwardProcess":
         previous = torch.cat([log_abar.new_zeros(1), log_abar[:-1]])
-        noise, previous_noise = -torch.expm1(log_abar), -torch.expm1(previous)
+        noise, previous_noise = 0.0 - torch.expm1(log_abar), 0.0 - torch.expm1(previous)  # 0 - 0 is not -0
         posterior_variance = betas * previous_noise / noise
         borrowed = torch.cat([(posterior_variance[1:2] if len(betas) > 1 else betas), posterior_variance[1:]])
         return cls(

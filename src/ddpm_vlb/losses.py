@@ -87,7 +87,7 @@ def simple_loss(
     Raises:
         ValueError: the output has the wrong number of channels, or `snr_gamma` is not positive.
 
-    Source: Ho et al. 2020, eq. 14; Hang et al. 2023, eq. 8 (min-SNR).
+    Source: Ho et al. 2020, eq. 14; Hang et al. 2023, section 3.4 (min-SNR).
     """
     mean_output, _ = reverse.split(model_output, diffused.x_t)
     error = reverse.target(_promoted(diffused)) - mean_output

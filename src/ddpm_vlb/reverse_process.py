@@ -57,7 +57,8 @@ class ReverseProcess:
     Args:
         forward: the process q to reverse; its tables give p's.
         prediction_type: what the mean output means, "epsilon", "sample" (x_0) or "v_prediction".
-        variance_type: "fixed_small" (betatilde_t), "fixed_large" (beta_t), "learned" (the second half of the output
+        variance_type: "fixed_small" (betatilde_t), "fixed_large" (beta_t; the first step takes the second's betatilde,
+            as fixed_small does), "learned" (the second half of the output
             channels is log sigma^2) or "learned_range" (it is v, interpolating between the logarithms of the two
             fixed ones; -1 is betatilde_t, 1 is beta_t). Stock's "fixed_small_log" and "fixed_large_log" mean the same
             as the names without `_log`.

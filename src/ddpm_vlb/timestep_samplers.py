@@ -311,7 +311,7 @@ def gaussian_model_terms(alphas_cumprod: Tensor, eigenvalues: Tensor) -> Tensor:
         alphas_cumprod: alphabar_t of the chain, (T,).
         eigenvalues: eigenvalues of the data's covariance, (D,), not negative.
 
-    Source: Kingma et al. 2021, eq. 13-14, with the minimum mean squared error of Gaussian data.
+    Source: Kingma et al. 2021, eq. 13, with the minimum mean squared error of Gaussian data.
     """
     abar = alphas_cumprod.detach().cpu().double()[:, None]
     noise = 1 - abar

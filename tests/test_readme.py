@@ -1,0 +1,110 @@
+"""The documents keep their word: every Python block runs as it stands, every command exists."""
+
+import configparser
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import train_options
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PYTHON_BLOCK = re.compile(r"^(<!-- continues -->\s*)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BASH_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+INSTALL = 'pip install -c constraints.txt -e ".[test]"'
+
+
+def python_programs(path):
+    """The Python blocks of a document as lists of (line, code); a continuing block joins the one before it."""
+    programs = []
+    text = path.read_text()
+    for match in PYTHON_BLOCK.finditer(text):
+        block = text.count("\n", 0, match.start(2)), match[2]
+        if match[1]:
+            programs[-1].append(block)
+        else:
+            programs.append([block])
+    return programs
+
+
+def commands(text):
+    """The commands of a script, without comments, flags for silence, and shell set-up."""
+    lines = (line.split(" #")[0].strip() for line in text.splitlines() if not line.startswith("#"))
+    return [command.strip().replace(" --quiet", "") for line in lines for command in line.split("&&") if command]
+
+
+def bash_commands(path):
+    """The commands in the bash blocks of a document."""
+    return [command for block in BASH_BLOCK.findall(path.read_text()) for command in commands(block)]
+
+
+PROGRAMS = [(path, program) for path in DOCUMENTS for program in python_programs(path)]
+
+
+@pytest.mark.parametrize(
+    "path, program", PROGRAMS, ids=[f"{path.name}:{program[0][0] + 1}" for path, program in PROGRAMS]
+)
+def test_python_blocks_run(path, program, tmp_path, monkeypatch):
+    """Each block, with those that continue it, runs as a program in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for line, code in program:
+        # The empty lines make a traceback point into the document.
+        exec(compile("\n" * line + code, str(path), "exec"), namespace)
+
+
+def test_every_python_block_is_run():
+    """No block hides from the test above behind an unusual fence."""
+    fences = sum(len(re.findall(r"```\s*(?:python|py)\b", path.read_text(), re.IGNORECASE)) for path in DOCUMENTS)
+    assert fences == sum(len(program) for _, program in PROGRAMS) > 0
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_documents_name_the_commands_of_ci(name):
+    """What .ci/run runs is what a contributor is told to run: install, checks, tests, in the same words."""
+    script = commands((ROOT / ".ci" / "run").read_text())
+    start = script.index(INSTALL)
+    assert script[start:] == [INSTALL, "ruff check", "ruff format --check", "mypy", "pytest"]
+    assert set(script[start:]) <= set(bash_commands(ROOT / name))
+
+
+def test_install_commands_name_extras_that_exist():
+    """Every `pip install` of the documents is pinned, editable, and asks for an extra of setup.cfg."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = set(config["options.extras_require"])
+    documents = (*DOCUMENTS, ROOT / "CONTRIBUTING.md")
+    installs = [command for path in documents for command in bash_commands(path) if "pip install" in command]
+    assert installs
+    for command in installs:
+        match = re.fullmatch(r'pip install -c constraints\.txt -e "\.\[(\w+)\]"', command)
+        assert match and match[1] in extras, command
+
+
+def test_the_first_training_command_is_the_default_one():
+    """The README's figures come from the command without options."""
+    training = [c for c in bash_commands(ROOT / "README.md") if "examples/train.py" in c]
+    assert training[0] == "accelerate launch examples/train.py"
+
+
+def test_training_commands_parse(tmp_path, monkeypatch):
+    """Every `examples/train.py` command of a document has options that exist, with values that they take."""
+    documented = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "examples" / "train.py"]
+    lines = [line.strip() for path in documented for line in path.read_text().splitlines()]
+    lines = [line for line in lines if re.match(r"(accelerate launch|python) .*examples/train\.py", line)]
+    assert len(lines) >= 3
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        options = shlex.split(line.partition("examples/train.py")[2], comments=True)
+        if "--config" in options:
+            Path(options[options.index("--config") + 1]).write_text("{}")
+        if options != ["--help"]:
+            train_options.parse_args(options, "")
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(path):
+    """Files that a document points to are there."""
+    assert [link for link in LINK.findall(path.read_text()) if not (path.parent / link).exists()] == []

@@ -1,0 +1,886 @@
+import dataclasses
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import reporting
+import safetensors.torch
+import torch
+import train
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from image_data import from_record, load_image_data
+from reporting import baselines
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_options import build_parser, parse_args
+
+from ddpm_vlb import DDPMVLBPipeline, estimate_vlb, pilot_probabilities
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--block_out_channels 8 8 --norm_num_groups 4 --train_batch_size 8 --ddpm_num_steps 20 --lr_warmup_steps 0 "
+    "--calls_per_image 8 --num_test_images 8 --eval_batch_size 4 --ddpm_num_inference_steps 4"
+).split()
+SCORES = {"bits_per_dim", "noise_se", "image_se", "prior", "kl", "decoder", "num_images", "network_calls_per_image"}
+SHARED_WITH_DIFFUSERS = """
+    dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir cache_dir resolution
+    random_flip train_batch_size eval_batch_size dataloader_num_workers num_epochs gradient_accumulation_steps
+    learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon use_ema
+    ema_inv_gamma ema_power ema_max_decay logger logging_dir mixed_precision prediction_type ddpm_num_steps
+    ddpm_num_inference_steps ddpm_beta_schedule checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+""".split()
+ALSO_IN_DIFFUSERS_OTHER_SCRIPTS = "max_train_steps seed snr_gamma max_grad_norm image_column validation_steps".split()
+
+
+def reset_accelerate():
+    """Accelerate keeps its settings for the whole process; each run here brings its own."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def tiny(folder, options="", *more):
+    """Train a tiny network for a few steps on the CPU; returns the metrics."""
+    reset_accelerate()
+    return train.main([*TINY, "--cpu", "--output_dir", str(folder), *options.split(), *map(str, more)])
+
+
+def weights(folder):
+    return safetensors.torch.load_file(str(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+
+
+def checkpoint_weights(folder, step):
+    return safetensors.torch.load_file(str(folder / f"checkpoint-{step}" / "model.safetensors"))
+
+
+def same_weights(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def check_metrics(metrics, folder):
+    """What every metrics.json promises."""
+    test = metrics["test"]
+    assert SCORES <= test.keys() and all(math.isfinite(test[name]) for name in SCORES)
+    assert test["prior"] + test["kl"] + test["decoder"] == pytest.approx(test["bits_per_dim"], abs=1e-9)
+    assert (test["num_images"], test["network_calls_per_image"], test["clip_sample"]) == (8, 8, False)
+    assert test["noise_se"] > 0 and test["image_se"] >= 0 and test["decoder"] >= 0
+    assert metrics["baselines"].keys() == {"uniform", "histogram_per_position", "lzma"}
+    assert all(math.isfinite(value) and value > 0 for value in metrics["baselines"].values())
+    assert metrics["train"]["seconds"] > 0
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+
+
+def write_images(folder, count, sizes, mode):
+    """Random images of the given sizes (height, width) in turn."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    bands = {"L": (), "RGB": (3,)}[mode]
+    for i in range(count):
+        levels = rng.integers(0, 256, (*sizes[i % len(sizes)], *bands), dtype=np.uint8)
+        PIL.Image.fromarray(levels).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def scalars(folder):
+    """The last value of each scalar in a run's logs, and the tags of its images."""
+    events = EventAccumulator(str(folder / "logs" / "train")).Reload()
+    tags = events.Tags()
+    return {tag: events.Scalars(tag)[-1] for tag in tags["scalars"]}, tags["images"]
+
+
+class Reached(Exception):
+    """Raised where training would begin."""
+
+
+@pytest.fixture
+def until_training(monkeypatch):
+    """`tiny` that stops, with `Reached`, where training would begin."""
+
+    def reached(run):
+        raise Reached
+
+    monkeypatch.setattr(train, "train", reached)
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder in which a run with validation has finished, and its metrics."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    return folder, tiny(folder, "--max_train_steps 3 --validation_steps 2")
+
+
+# Options
+
+
+def test_every_option_has_a_help_text():
+    """And the help renders, with all of them in it."""
+    parser = build_parser("Title.")
+    page = parser.format_help()
+    for action in parser._actions:
+        assert action.help and action.help.strip(), action.option_strings
+        assert action.option_strings[0] in page
+    assert page.index("Title.") < page.index("--config")
+
+
+@pytest.mark.parametrize("name", SHARED_WITH_DIFFUSERS + ALSO_IN_DIFFUSERS_OTHER_SCRIPTS)
+def test_options_are_named_as_in_diffusers(name):
+    """Where diffusers' scripts have a feature too, they and we call it the same."""
+    assert f"--{name}" in build_parser("")._option_string_actions
+
+
+def test_defaults_of_the_objectives():
+    """Each objective brings the variance and the sampler that it needs; given ones stay."""
+    chosen = {
+        objective: (args.variance_type, args.timestep_sampler)
+        for objective in ("vlb", "hybrid", "simple")
+        for args in [parse_args(["--objective", objective], "")]
+    }
+    assert chosen == {
+        "vlb": ("learned_range", "gaussian"),
+        "hybrid": ("learned_range", "low_discrepancy"),
+        "simple": ("fixed_small", "low_discrepancy"),
+    }
+    args = parse_args("--variance_type fixed_large --timestep_sampler uniform".split(), "")
+    assert (args.variance_type, args.timestep_sampler) == ("fixed_large", "uniform")
+
+
+@pytest.mark.parametrize("given, used", [(1, 2), (2, 2), (3, 2), (6, 6), (7, 4), (8, 8), (63, 60), (64, 64)])
+def test_network_calls_come_in_replicates(given, used):
+    """--calls_per_image is cut to what the replicates of the estimate divide, never to none."""
+    calls = parse_args(["--calls_per_image", str(given)], "").calls_per_image
+    assert (calls, calls % (4 if calls % 4 == 0 else 2)) == (used, 0)
+
+
+BAD = """
+    --max_train_steps 0
+    --max_train_steps -5
+    --max_train_steps 2.5
+    --num_epochs 0
+    --train_batch_size 0
+    --eval_batch_size 0
+    --gradient_accumulation_steps 0
+    --learning_rate -1e-3
+    --learning_rate 0
+    --learning_rate nan
+    --learning_rate fast
+    --lr_warmup_steps -1
+    --max_grad_norm 0
+    --adam_beta1 1.5
+    --ema_max_decay 2
+    --dropout -0.1
+    --dropout 1.5
+    --vlb_weight -1
+    --snr_gamma 0 --objective simple
+    --seed -1
+    --ddpm_num_steps 0
+    --ddpm_beta_start 0
+    --ddpm_num_inference_steps 0
+    --calls_per_image 0
+    --num_test_images 0
+    --validation_steps 0
+    --checkpointing_steps 0
+    --checkpoints_total_limit 0
+    --resolution 0
+    --dataloader_num_workers -1
+    --block_out_channels 8 0
+    --block_out_channels
+    --attention_levels -1
+    --norm_num_groups 0
+    --layers_per_block 0
+    --objective elbo
+    --timestep_sampler importance
+    --variance_type learnt
+    --prediction_type eps
+    --ddpm_beta_schedule cosine
+    --timestep_spacing even
+    --lr_scheduler cos
+    --mixed_precision fp8
+    --logger mlflow
+    --variance_type learned_range --objective simple
+    --variance_type learned --objective simple
+    --variance_type fixed_small --objective hybrid
+    --variance_type fixed_large_log --objective hybrid
+    --rescale_betas_zero_snr
+    --rescale_betas_zero_snr --prediction_type epsilon
+    --snr_gamma 5 --objective vlb
+    --train_data_dir a --dataset_name b
+    --num_epochs 1 --max_train_steps 1
+    --batch_size 8
+    --max_train_step 8
+"""
+
+
+@pytest.mark.parametrize("options", [line.strip() for line in BAD.strip().splitlines()])
+def test_bad_options_are_refused(tmp_path, capsys, options):
+    """Exit code 2 and the option's name, before a folder is made or data is read."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--output_dir", str(tmp_path / "run"), *options.split()])
+    message = capsys.readouterr().err.partition("error: ")[2]  # the usage before it names every option
+    assert stop.value.code == 2
+    assert re.search(rf"{options.split()[0]}\b", message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["objective", "variance_type", "prediction_type", "lr_scheduler", "logger"])
+def test_unknown_names_list_the_choices(capsys, option):
+    """The message says what there is to choose from."""
+    with pytest.raises(SystemExit):
+        parse_args([f"--{option}", "nonsense"], "")
+    message = capsys.readouterr().err.partition("error: ")[2]
+    choices = build_parser("")._option_string_actions[f"--{option}"].choices
+    assert all(choice in message for choice in choices)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--norm_num_groups 3", "--norm_num_groups 3 must divide"),
+        ("--attention_levels 2", "--attention_levels 2 is not below the 2 levels"),
+        ("--resolution 7", r"sides that 2 divides, but they are \(7, 7\).*--resolution"),
+        ("--ddpm_beta_end 2", "`beta_end` must lie in"),
+        ("--train_data_dir missing", "`train_data_dir` 'missing' is not a folder"),
+        ("--test_split dev", "no split 'dev'"),
+        ("--image_column img", "no column 'img'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(tmp_path, until_training, options, message):
+    """What only the data or the network shows is refused before training too, with the fix."""
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        until_training(tmp_path / "run", options)
+
+
+@pytest.mark.parametrize("name", build_parser("")._option_string_actions["--lr_scheduler"].choices)
+def test_every_learning_rate_schedule_can_be_made(tmp_path, until_training, name):
+    """No choice is offered that cannot work."""
+    with pytest.raises(Reached):
+        until_training(tmp_path / "run", "--logger none --max_train_steps 4 --lr_scheduler", name)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, until_training, name):
+    """Before training, with the option and the path; a file in the way stops even root."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match=rf"--output_dir .*{name} cannot be written"):
+        until_training(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# --config
+
+
+def config(tmp_path, content, *argv, name="options.yaml"):
+    """Parse a config file's content, and the command line after it."""
+    text = content if isinstance(content, str) else yaml.safe_dump(content)
+    (tmp_path / name).write_text(text)
+    return parse_args(["--config", str(tmp_path / name), *argv], "")
+
+
+def test_config_gives_every_type(tmp_path):
+    """Numbers (YAML reads 1e-3 as text), lists, switches both ways, names, and null for a default."""
+    args = config(
+        tmp_path,
+        "learning_rate: 1e-3\nmax_train_steps: 7\nblock_out_channels: [16, 8]\nattention_levels: []\n"
+        "use_ema: false\nrandom_flip: true\nobjective: hybrid\noutput_dir: a b\nresolution: null\n",
+    )
+    assert args.learning_rate == 0.001 and isinstance(args.learning_rate, float)
+    assert args.max_train_steps == 7 and args.block_out_channels == [16, 8] and args.attention_levels == []
+    assert args.use_ema is False and args.random_flip is True
+    assert (args.objective, args.output_dir, args.resolution) == ("hybrid", "a b", None)
+    assert args.train_batch_size == parse_args([], "").train_batch_size
+
+
+def test_config_may_be_json(tmp_path):
+    """As the help says."""
+    args = config(tmp_path, json.dumps({"learning_rate": 1e-3, "use_ema": False, "logger": "none"}), name="a.json")
+    assert (args.learning_rate, args.use_ema, args.logger) == (1e-3, False, "none")
+
+
+def test_the_command_line_overrides_the_config(tmp_path):
+    """Wherever --config stands on it."""
+    content = {"learning_rate": 1e-3, "block_out_channels": [16, 8], "use_ema": False, "seed": 5}
+    options = "--learning_rate 5e-4 --use_ema --block_out_channels 4".split()
+    args = config(tmp_path, content, *options)
+    assert (args.learning_rate, args.block_out_channels, args.use_ema, args.seed) == (5e-4, [4], True, 5)
+    args = parse_args([*options, f"--config={tmp_path / 'options.yaml'}"], "")
+    assert (args.learning_rate, args.block_out_channels, args.use_ema, args.seed) == (5e-4, [4], True, 5)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("batch_size: 8", "--batch_size"),
+        ("max_train_step: 8", "--max_train_step"),
+        ("no-use_ema: 1", "--no-use_ema"),
+        ("max_train_steps: 2.5", "--max_train_steps"),
+        ("max_train_steps: ten", "--max_train_steps"),
+        ("max_train_steps: 0", "--max_train_steps"),
+        ("learning_rate: fast", "--learning_rate"),
+        ("learning_rate: -1e-3", "--learning_rate"),
+        ("block_out_channels: [8, wide]", "--block_out_channels"),
+        ("seed: true", "--seed"),
+        ("use_ema: 3", "use_ema"),
+        ("objective: elbo", "--objective"),
+        ("objective: simple\nvariance_type: learned", "--variance_type"),
+        ("[1, 2]", "options by name, but holds list"),
+        ("", "options by name, but holds NoneType"),
+        ("a: [1", "cannot be read"),
+    ],
+)
+def test_a_bad_config_is_refused(tmp_path, capsys, content, message):
+    """Names, types, ranges, choices and combinations are checked as on the command line."""
+    with pytest.raises(SystemExit) as stop:
+        config(tmp_path, content)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.partition("error: ")[2]
+
+
+def test_a_missing_config_is_named(tmp_path, capsys):
+    """With its path."""
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--config", str(tmp_path / "missing.yaml")], "")
+    assert stop.value.code == 2
+    assert "missing.yaml cannot be read" in capsys.readouterr().err
+
+
+def test_config_understands_a_plain_no(tmp_path):
+    """`mixed_precision: no` is one of its choices, though YAML makes a boolean of the word."""
+    assert config(tmp_path, "mixed_precision: no").mixed_precision == "no"
+
+
+def test_saved_options_are_a_config(base, tmp_path):
+    """The options in metrics.json, given back as --config, are the options of the run."""
+    _, metrics = base
+    saved = metrics["options"]
+    again = vars(config(tmp_path, json.dumps(saved), name="options.json"))
+    assert {name for name in saved if again[name] != saved[name]} == {"config"}
+
+
+# What a run leaves behind
+
+
+def test_metrics(base):
+    """metrics.json holds the score with its parts and errors, the baselines, and how it came about."""
+    folder, metrics = base
+    check_metrics(metrics, folder)
+    assert metrics["train"]["steps"] == 3 and metrics["train"]["device"] == "cpu"
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert not list(folder.rglob("*.partial")) and not list(folder.rglob(".write_test"))
+
+
+def test_the_report_is_printed(tmp_path, capsys):
+    """The score with both errors, its parts, and every baseline."""
+    metrics = tiny(tmp_path, "--max_train_steps 1 --logger none")
+    out = capsys.readouterr().out
+    test = metrics["test"]
+    assert f"{test['bits_per_dim']:.3f} +- {test['noise_se']:.3f} (noise) +- {test['image_se']:.3f} (images)" in out
+    assert f"prior {test['prior']:.4f} + KL {test['kl']:.4f} + decoder {test['decoder']:.4f}" in out
+    assert all(f"{name:22} {value:.3f}" in out for name, value in metrics["baselines"].items())
+
+
+@pytest.mark.parametrize("name", ["samples.png", "vlb_terms.png"])
+def test_pictures_are_drawn(base, name):
+    """Each opens, and both its halves show something."""
+    picture = PIL.Image.open(base[0] / name)
+    picture.load()
+    levels = np.asarray(picture.convert("L"))
+    assert min(levels.shape) >= 300
+    for half in np.array_split(levels, 2, axis=1):
+        # A blank half would be white all over.
+        assert (half < 128).mean() > 0.002 and (half > 200).any()
+
+
+def test_data_record(base):
+    """data.json finds the same test images again."""
+    folder, metrics = base
+    record = json.loads((folder / "data.json").read_text())
+    assert record == metrics["data"]
+    assert from_record(record).record == record
+
+
+def test_tensorboard_logs(base):
+    """Loss, gradient norm and learning rate of the last step, validation scores, and a grid of samples."""
+    values, images = scalars(base[0])
+    names = {"loss", "grad_norm", "lr", "validation_bits_per_dim", "validation_se"}
+    assert names <= values.keys() and all(math.isfinite(values[name].value) for name in names)
+    assert values["loss"].step == 3 and values["validation_se"].step == 2
+    assert values["grad_norm"].value > 0 and values["validation_se"].value > 0
+    assert any(tag.startswith("samples") for tag in images)
+
+
+def test_no_logs_without_a_tracker(tmp_path):
+    """--logger none leaves no log folder."""
+    tiny(tmp_path, "--max_train_steps 1 --logger none")
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("loader, kind", [(DiffusionPipeline, DDPMPipeline), (DDPMVLBPipeline, DDPMVLBPipeline)])
+def test_the_pipeline_loads_and_samples(base, loader, kind):
+    """Stock's loader makes a stock pipeline of it, ours one of ours; both hold the trained weights and sample."""
+    folder, _ = base
+    pipeline = loader.from_pretrained(folder)
+    assert type(pipeline) is kind
+    assert isinstance(pipeline.scheduler, DDPMScheduler) == (kind is DDPMPipeline)
+    assert same_weights(pipeline.unet.state_dict(), weights(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        batch_size=2, num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0)
+    ).images
+    assert images.shape == (2, 8, 8, 1)
+    assert 0 <= images.min() < images.max() <= 1
+
+
+def test_the_saved_pipeline_has_the_saved_score(base):
+    """Scored again from what was saved, with the same seed, it comes to the number in metrics.json."""
+    folder, metrics = base
+    data = from_record(json.loads((folder / "data.json").read_text()))
+    pipeline = DDPMVLBPipeline.from_pretrained(folder)
+    reverse = dataclasses.replace(pipeline.scheduler.reverse_process(), clip_sample=False)
+    pilot = next(data.train.batches(64))
+    estimate = estimate_vlb(
+        pipeline.unet.eval(),
+        reverse,
+        [next(data.test.batches(8))],
+        probabilities=pilot_probabilities(pipeline.unet, reverse, pilot, seed=0),
+        calls_per_image=8,
+        seed=0,
+    )
+    for name in ("bits_per_dim", "noise_se", "prior", "kl", "decoder"):
+        assert getattr(estimate, name) == pytest.approx(metrics["test"][name], rel=1e-4)
+
+
+def test_the_score_does_not_depend_on_the_batch_size(base, tmp_path):
+    """--eval_batch_size changes how images are grouped for the network, and how many are sampled."""
+    metrics = tiny(tmp_path, "--max_train_steps 3 --eval_batch_size 3 --logger none")
+    for name in ("bits_per_dim", "noise_se", "image_se", "prior", "kl", "decoder"):
+        assert metrics["test"][name] == pytest.approx(base[1]["test"][name], rel=1e-4)
+
+
+# Training
+
+
+OBJECTIVES = {
+    "simple": ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"],
+    "hybrid": ["learned_range", "learned", "learned_range", "learned"],
+    "vlb": ["fixed_small", "fixed_large", "learned", "learned_range"],
+}
+SAMPLERS = ("uniform", "low_discrepancy", "loss_second_moment", "gaussian")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+@pytest.mark.parametrize(
+    "objective, sampler, prediction, variance",
+    [
+        (objective, sampler, PREDICTIONS[(i + j) % 3], variances[j])
+        for i, (objective, variances) in enumerate(OBJECTIVES.items())
+        for j, sampler in enumerate(SAMPLERS)
+    ],
+)
+def test_objectives_samplers_and_predictions(tmp_path, objective, sampler, prediction, variance):
+    """They train, score, and are saved under diffusers' names."""
+    metrics = tiny(
+        tmp_path,
+        f"--max_train_steps 2 --logger none --objective {objective} --timestep_sampler {sampler} "
+        f"--prediction_type {prediction} --variance_type {variance}",
+    )
+    check_metrics(metrics, tmp_path)
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert config["prediction_type"] == prediction
+    assert config["variance_type"] == ("fixed_large" if variance == "fixed_large_log" else variance)
+    assert DDPMVLBPipeline.from_pretrained(tmp_path).unet.config.out_channels == 1 + variance.startswith("learned")
+    # Stock knows `learned`, but samples it wrongly.
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == ("DDPMVLBPipeline" if variance == "learned" else "DDPMPipeline")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--ddpm_num_steps 1",
+        "--rescale_betas_zero_snr --prediction_type v_prediction",
+        "--objective simple --snr_gamma 5",
+        "--ddpm_beta_schedule squaredcos_cap_v2 --ddpm_num_steps 100",
+        "--attention_levels 1 --dropout 0.1 --layers_per_block 2",
+        "--timestep_spacing trailing",
+        "--dataloader_num_workers 1",
+        "--train_batch_size 2000",
+    ],
+)
+def test_other_options_train(tmp_path, options):
+    """Edge cases of the chain, the network and the loader."""
+    check_metrics(tiny(tmp_path, f"--max_train_steps 2 --logger none {options}"), tmp_path)
+
+
+@pytest.mark.parametrize("objective", ["vlb", "hybrid", "simple"])
+def test_training_lowers_the_bound(tmp_path, objective):
+    """Sixty steps are worth far more than the standard errors of the two scores."""
+    options = f"--logger none --objective {objective} --lr_scheduler constant --num_test_images 32"
+    before = tiny(tmp_path / "a", f"{options} --max_train_steps 1")["test"]
+    after = tiny(tmp_path / "b", f"{options} --max_train_steps 60")["test"]
+    errors = math.hypot(*(score[name] for score in (before, after) for name in ("noise_se", "image_se")))
+    assert before["bits_per_dim"] - after["bits_per_dim"] > 5 * errors
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_is_one_update_of_all_its_batches(tmp_path, monkeypatch, accumulation):
+    """The learning rate's warm-up and the progress count updates, each made of that many batches."""
+    batches = []
+    train_batch = train.train_batch
+    monkeypatch.setattr(train, "train_batch", lambda run, *rest: batches.append(rest) or train_batch(run, *rest))
+    metrics = tiny(
+        tmp_path,
+        "--max_train_steps 5 --learning_rate 1e-3 --lr_scheduler constant_with_warmup --lr_warmup_steps 10",
+        "--gradient_accumulation_steps",
+        accumulation,
+    )
+    assert metrics["train"]["steps"] == 5 and len(batches) == 5 * accumulation
+    assert [micro_step for _, micro_step in batches] == list(range(accumulation)) * 5
+    assert scalars(tmp_path)[0]["lr"].value == pytest.approx(5e-4)
+    check_metrics(metrics, tmp_path)
+
+
+@pytest.mark.parametrize("accumulation, steps", [(1, 10), (2, 6)])
+def test_epochs(tmp_path, monkeypatch, accumulation, steps):
+    """An epoch shows each image once (up to a last batch that is short), its last update is made of what is left."""
+    epochs = []
+    train_batch = train.train_batch
+
+    def record(run, x_0, micro_step):
+        epochs.append(x_0)
+        return train_batch(run, x_0, micro_step)
+
+    monkeypatch.setattr(train, "train_batch", record)
+    metrics = tiny(
+        tmp_path, "--num_epochs 2 --train_batch_size 285 --logger none --gradient_accumulation_steps", accumulation
+    )
+    assert metrics["train"]["steps"] == steps
+    data = torch.stack([image.flatten() for image in load_image_data().train])
+    first, second = torch.cat(epochs[:5]).flatten(1), torch.cat(epochs[5:]).flatten(1)
+    for epoch in (first, second):
+        assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, data.tolist()))
+    assert not torch.equal(first, second)
+
+
+def test_the_average_is_what_is_saved(tmp_path):
+    """With --use_ema the saved weights are the recursion s <- d s + (1 - d) w, d = 1 - (1 + k)^-0.75, over the run's."""
+    tiny(tmp_path, "--max_train_steps 4 --checkpointing_steps 1 --lr_scheduler constant --logger none")
+    last = checkpoint_weights(tmp_path, 4)
+    average = checkpoint_weights(tmp_path, 1)  # before the second step nothing of the past is kept
+    for k in (1, 2, 3):
+        decay = 1 - (1 + k) ** -0.75
+        current = checkpoint_weights(tmp_path, k + 1)
+        average = {name: decay * average[name] + (1 - decay) * current[name] for name in average}
+    saved = weights(tmp_path)
+    for name in saved:
+        torch.testing.assert_close(saved[name], average[name], rtol=1e-5, atol=1e-6)
+    assert not same_weights(saved, last)
+
+
+def test_without_an_average_the_last_weights_are_saved(tmp_path):
+    """--no-use_ema saves what the optimizer left."""
+    tiny(tmp_path, "--max_train_steps 4 --checkpointing_steps 4 --lr_scheduler constant --logger none --no-use_ema")
+    assert same_weights(weights(tmp_path), checkpoint_weights(tmp_path, 4))
+
+
+def test_bf16(base, tmp_path):
+    """Mixed precision reaches the network; weights, losses and files stay in float32."""
+    metrics = tiny(tmp_path, "--max_train_steps 3 --logger none --mixed_precision bf16")
+    check_metrics(metrics, tmp_path)
+    half = weights(tmp_path)
+    assert {tensor.dtype for tensor in half.values()} == {torch.float32}
+    assert not same_weights(half, weights(base[0]))
+
+
+def test_colour_images_that_are_not_square(tmp_path):
+    """A folder of 8 x 12 colour pictures: 256 levels, six output channels, stock samples of the same shape."""
+    pictures = write_images(tmp_path / "pictures", 24, [(8, 12)], "RGB")
+    options = ("--max_train_steps 2 --logger none --train_data_dir", pictures, "--cache_dir", tmp_path / "cache")
+    metrics = tiny(tmp_path / "run", *options, "--num_test_images", 2, "--random_flip")
+    assert metrics["baselines"]["uniform"] == 8
+    assert metrics["data"]["num_images"] == {"train": 21, "validation": 1, "test": 2}
+    assert math.isfinite(metrics["test"]["bits_per_dim"])
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert type(pipeline) is DDPMPipeline
+    assert (pipeline.unet.config.in_channels, pipeline.unet.config.out_channels) == (3, 6)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(batch_size=1, num_inference_steps=2).images[0].size == (12, 8)
+    assert PIL.Image.open(tmp_path / "run" / "samples.png").size[0] > 300
+
+
+def test_images_of_any_size_with_a_resolution(tmp_path):
+    """Grey pictures of several sizes, resized; the record brings them back."""
+    pictures = write_images(tmp_path / "pictures", 90, [(9, 13), (8, 8), (20, 11)], "L")
+    options = ("--resolution 8 --max_train_steps 2 --logger none --train_data_dir", pictures)
+    metrics = tiny(tmp_path / "run", *options, "--cache_dir", tmp_path / "cache")
+    check_metrics(metrics, tmp_path / "run")
+    assert metrics["data"]["size"] == [8, 8] and metrics["data"]["channels"] == 1
+    assert from_record(metrics["data"], str(tmp_path / "cache")).record == metrics["data"]
+
+
+def test_a_network_from_its_config(tmp_path):
+    """--model_config_name_or_path takes a saved UNet2DModel config; one with the wrong channels is refused."""
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (12,)}
+    for out_channels in (1, 2):
+        unet = UNet2DModel(8, 1, out_channels, norm_num_groups=4, layers_per_block=1, add_attention=False, **blocks)
+        unet.save_config(tmp_path / f"unet{out_channels}")
+    options = ("--max_train_steps 1 --logger none --model_config_name_or_path", tmp_path / "unet2")
+    tiny(tmp_path / "run", *options)
+    assert DDPMVLBPipeline.from_pretrained(tmp_path / "run").unet.config.block_out_channels == [12]
+    with pytest.raises(ValueError, match="1 input and 1 output channels, but this data.* need 1 and 2"):
+        tiny(tmp_path / "other", *options[:1], tmp_path / "unet1")
+
+
+def test_the_same_seed_gives_the_same_run(base, tmp_path):
+    """Bit for bit, weights and scores."""
+    folder, metrics = base
+    again = tiny(tmp_path, "--max_train_steps 3 --logger none")
+    assert again["test"] == metrics["test"]
+    assert same_weights(weights(tmp_path), weights(folder))
+
+
+def test_another_seed_gives_another_run(base, tmp_path):
+    """On the same images."""
+    folder, metrics = base
+    other = tiny(tmp_path, "--max_train_steps 3 --logger none --seed 1")
+    assert other["test"]["bits_per_dim"] != metrics["test"]["bits_per_dim"]
+    assert not same_weights(weights(tmp_path), weights(folder))
+    assert other["data"] == metrics["data"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """With the step and the chain indices, and without a score."""
+    with pytest.raises(FloatingPointError, match=r"NaN or infinite at step \d+, chain indices t=\[\d+"):
+        tiny(tmp_path, "--max_train_steps 5 --learning_rate 1e20 --logger none")
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_network_that_breaks_in_its_last_step_is_not_scored(tmp_path):
+    """The evaluation names t, and there is no metrics.json."""
+    with pytest.raises(FloatingPointError, match=r"at chain index t=\d+"):
+        tiny(tmp_path, "--max_train_steps 1 --learning_rate 1e20 --logger none --lr_scheduler constant")
+    assert not (tmp_path / "metrics.json").exists()
+
+
+# Checkpoints
+
+
+def test_three_steps_and_three_are_six(tmp_path):
+    """Stopped after step 3 and resumed, a run has the weights and the score of one that was not, bit for bit."""
+    options = "--logger none --lr_scheduler constant"
+    straight = tiny(tmp_path / "straight", f"{options} --max_train_steps 6")
+    tiny(tmp_path / "resumed", f"{options} --max_train_steps 3 --checkpointing_steps 3")
+    assert not same_weights(weights(tmp_path / "resumed"), weights(tmp_path / "straight"))
+    resumed = tiny(tmp_path / "resumed", f"{options} --max_train_steps 6 --resume_from_checkpoint latest")
+    assert same_weights(weights(tmp_path / "resumed"), weights(tmp_path / "straight"))
+    assert resumed["test"] == straight["test"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--gradient_accumulation_steps 2",
+        "--timestep_sampler loss_second_moment --ddpm_num_steps 2",
+        "--train_batch_size 300",  # four batches an epoch: the checkpoint's step 7 is in the second
+        "--train_batch_size 300 --gradient_accumulation_steps 3",  # two updates an epoch, the second of one batch
+        "--no-use_ema",
+        "--validation_steps 2",
+        "--random_flip",
+        "--dropout 0.3",
+    ],
+)
+def test_a_resumed_run_repeats_the_rest(tmp_path, monkeypatch, options):
+    """From a checkpoint on, a second run ends in the same weights, bit for bit, without doing the first part again."""
+    steps = []
+    train_batch = train.train_batch
+    monkeypatch.setattr(
+        train, "train_batch", lambda run, *rest: steps.append(run.progress.step) or train_batch(run, *rest)
+    )
+    options = f"--logger none --max_train_steps 10 --checkpointing_steps 7 {options}"
+    tiny(tmp_path, options)
+    straight = weights(tmp_path)
+    steps.clear()
+    tiny(tmp_path, f"{options} --resume_from_checkpoint checkpoint-7")
+    assert sorted(set(steps)) == [7, 8, 9]
+    assert same_weights(weights(tmp_path), straight)
+
+
+def test_latest_without_a_checkpoint_starts_anew(base, tmp_path, capsys):
+    """As in diffusers' scripts: the same command line serves the first start and every restart."""
+    metrics = tiny(tmp_path, "--max_train_steps 3 --logger none --resume_from_checkpoint latest")
+    assert "starting anew" in capsys.readouterr().out
+    assert metrics["test"] == base[1]["test"]
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path, until_training):
+    """With its path, before training."""
+    with pytest.raises(SystemExit, match=r"--resume_from_checkpoint checkpoint-9: there is no .*checkpoint-9"):
+        until_training(tmp_path, "--logger none --resume_from_checkpoint checkpoint-9")
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    """--checkpoints_total_limit removes the oldest."""
+    tiny(
+        tmp_path, "--max_train_steps 5 --checkpointing_steps 1 --checkpoints_total_limit 2 --logger none --no-use_ema"
+    )
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    assert same_weights(weights(tmp_path), checkpoint_weights(tmp_path, 5))
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    """9 comes before 10, and a folder of another name is none."""
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-100", "checkpoint-best", "unet"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in train.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+
+
+def test_the_seconds_of_a_resumed_run_count_from_its_start(tmp_path):
+    """metrics.json says how long its steps took, all of them: a finished run resumed has not taken 0 s."""
+    options = "--max_train_steps 3 --checkpointing_steps 3 --logger none"
+    first = tiny(tmp_path, options)
+    again = tiny(tmp_path, f"{options} --resume_from_checkpoint latest")
+    assert again["train"]["steps"] == 3
+    assert again["train"]["seconds"] >= 0.5 * first["train"]["seconds"] > 0
+
+
+# Baselines
+
+
+class Levels:
+    """Images with the given integer levels (N, C, H, W)."""
+
+    def __init__(self, levels, number):
+        self.array, self.levels = torch.as_tensor(levels), number
+
+    def batches(self, batch_size, limit=None):
+        """As `Images.batches`."""
+        return (self.array[:limit].float() * (2 / (self.levels - 1)) - 1).split(batch_size)
+
+
+def test_the_digits_baselines():
+    """Uniform is log2 17; the histogram agrees with one written from its definition; lzma needs bits, but fewer."""
+    data = load_image_data()
+    result = baselines(data.train, data.test)
+    assert result["uniform"] == math.log2(17)
+    fitted, scored = (
+        np.stack([np.rint((x_0.double().numpy() + 1) * 8).astype(int).ravel() for x_0 in part])
+        for part in (data.train, data.test)
+    )
+    bits = 0.0
+    for position in range(64):
+        counts = np.bincount(fitted[:, position], minlength=17) + 0.5
+        bits -= np.log2(counts / counts.sum())[scored[:, position]].sum()
+    assert result["histogram_per_position"] == pytest.approx(bits / scored.size, rel=1e-12)
+    assert 0 < result["lzma"] < math.log2(17)
+
+
+def test_baselines_of_constant_images():
+    """The histogram has Jeffreys' prior: a level seen N times of N costs log2 (N + L/2) / (N + 1/2), another more."""
+    train_images = Levels(np.full((100, 3, 4, 4), 7), 256)
+    seen = baselines(train_images, Levels(np.full((20, 3, 4, 4), 7), 256))
+    other = baselines(train_images, Levels(np.full((20, 3, 4, 4), 9), 256))
+    assert seen["histogram_per_position"] == pytest.approx(math.log2(228 / 100.5))
+    assert other["histogram_per_position"] == pytest.approx(math.log2(228 / 0.5))
+    assert 0 < seen["lzma"] < 1
+
+
+def test_baselines_of_noise():
+    """Uniform noise compresses to no less than its entropy, and a histogram fitted on little data costs more."""
+    rng = np.random.default_rng(0)
+    noise = [Levels(rng.integers(0, 256, (50, 1, 16, 16)), 256) for _ in range(2)]
+    result = baselines(*noise)
+    assert result["uniform"] == 8 and result["lzma"] >= 8 and result["histogram_per_position"] > 8
+
+
+def test_baselines_are_those_of_the_stored_images(base, tmp_path):
+    """--random_flip is for training: the histogram is fitted on images as they are."""
+    metrics = tiny(tmp_path, "--max_train_steps 1 --logger none --random_flip")
+    assert metrics["baselines"] == base[1]["baselines"]
+
+
+def test_json_is_never_half_written(tmp_path):
+    """A failed write leaves the file that was there."""
+    path = tmp_path / "a.json"
+    reporting.write_json({"a": 1}, path)
+    with pytest.raises(TypeError):
+        reporting.write_json({"a": object()}, path)
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+# As commands
+
+
+def launch(arguments, script_options, **environment):
+    """Run examples/train.py under `accelerate launch`; returns what it printed."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, "examples/train.py", *script_options]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+def launch_two(folder, options):
+    """Train on two CPU processes. (`--cpu --num_processes 2` would start one.)"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (
+        "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
+        f"--main_process_port {port}"
+    )
+    script_options = [*TINY, "--output_dir", str(folder), *options.split()]
+    return launch(arguments.split(), script_options, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """They finish together, with one report, one score, and a learning rate that counts updates, not processes."""
+    options = "--max_train_steps 4 --checkpointing_steps 2 --validation_steps 2 --lr_scheduler constant_with_warmup"
+    out = launch_two(tmp_path, f"{options} --lr_warmup_steps 8 --learning_rate 1e-3")
+    assert out.count("Test bits/dim") == 1
+    assert [path.parent for path in tmp_path.rglob("metrics.json")] == [tmp_path]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    check_metrics(metrics, tmp_path)
+    assert metrics["train"]["steps"] == 4
+    assert scalars(tmp_path)[0]["lr"].value == pytest.approx(5e-4)
+    assert {path.name for path in (tmp_path / "checkpoint-4").glob("random_states_*")} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
+    assert not same_weights(checkpoint_weights(tmp_path, 2), checkpoint_weights(tmp_path, 4))
+
+
+@pytest.mark.slow
+def test_two_processes_resume(tmp_path):
+    """From a checkpoint in the second epoch on, they end in the same weights, bit for bit."""
+    options = "--max_train_steps 6 --checkpointing_steps 4 --train_batch_size 300 --logger none"
+    launch_two(tmp_path, options)
+    straight = weights(tmp_path)
+    assert "Resuming" in launch_two(tmp_path, f"{options} --resume_from_checkpoint latest")
+    assert same_weights(weights(tmp_path), straight)
+
+
+@pytest.mark.slow
+def test_the_default_command_learns_the_digits(tmp_path):
+    """`accelerate launch examples/train.py`: at most 1.95 test bits/dim, unclipped, all test images scored."""
+    launch([], ["--output_dir", str(tmp_path)])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["test"]["num_images"] == 297 and metrics["test"]["clip_sample"] is False
+    assert metrics["test"]["bits_per_dim"] <= 1.95
