@@ -215,7 +215,7 @@ def test_estimate_is_unbiased(name, levels):
     terms = expected_terms(x_0)
     if levels is not None:
         terms[:, 0] = expected_decoder_on_levels(x_0, levels)
-    unit = 1 / 16 if levels is None else 1 / (16 * math.log(2))
+    unit = 1 / (16 * math.log(2))
     exact = (terms.sum(1) + prior_kl(reverse, x_0).numpy()) * unit
     estimates = torch.stack(
         [
@@ -253,7 +253,7 @@ def test_noise_standard_error_is_calibrated(replicates):
 def test_noise_interval_covers_the_bound(replicates):
     """Of 200 intervals +- 1.96 noise_se between 90 % and 99 % hold the closed-form expectation."""
     reverse, x_0 = process(), images(16)
-    exact = float((expected_terms(x_0).sum(1) + prior_kl(reverse, x_0).numpy()).mean() / 16)
+    exact = float((expected_terms(x_0).sum(1) + prior_kl(reverse, x_0).numpy()).mean() / 16 / math.log(2))
     inside = np.mean([abs(r.bits_per_dim - exact) < 1.96 * r.noise_se for r in replicates])
     assert 0.90 <= inside <= 0.99
 
@@ -266,7 +266,7 @@ def test_image_standard_error_is_that_of_the_exact_bounds():
     """
     reverse = process()
     x_0 = images(16) * torch.linspace(0, 1.5, 16, dtype=torch.float64).reshape(16, 1, 1, 1)
-    exact = (expected_terms(x_0).sum(1) + prior_kl(reverse, x_0).numpy()) / 16
+    exact = (expected_terms(x_0).sum(1) + prior_kl(reverse, x_0).numpy()) / 16 / math.log(2)
     model, p = PosteriorMean(reverse.forward), 1 / (1 + torch.arange(T).double())
     results = [estimate_vlb(model, reverse, [x_0], p, calls_per_image=16, seed=seed) for seed in range(100)]
     squares = np.array([r.image_se**2 for r in results])
@@ -278,7 +278,7 @@ def test_image_standard_error_is_that_of_the_exact_bounds():
 
 def test_term_means_are_the_terms(replicates):
     """Pooled over the seeds term_mean is E[L_t] and term_se its error: no z-score of the 12 exceeds 4."""
-    exact = expected_terms(images(16)).mean(0) / 16
+    exact = expected_terms(images(16)).mean(0) / 16 / math.log(2)
     means = np.stack([r.term_mean.numpy() for r in replicates])
     z = (np.nanmean(means, 0) - exact) / (np.nanstd(means, 0, ddof=1) / np.sqrt(np.isfinite(means).sum(0)))
     assert np.abs(z).max() < 4
@@ -295,7 +295,7 @@ def test_parts_sum_to_the_estimate(levels):
     result = estimate_vlb(model, reverse, x_0.split(4), calls_per_image=24, num_replicates=3)
     assert result.prior + result.kl + result.decoder == pytest.approx(result.bits_per_dim, rel=1e-12)
     assert result.bits_per_dim == pytest.approx(float(result.per_image.mean()), rel=1e-12)
-    unit = 1 / 16 if levels is None else 1 / (16 * math.log(2))
+    unit = 1 / (16 * math.log(2))
     assert result.prior == pytest.approx(float(prior_kl(reverse, x_0).mean()) * unit, rel=1e-12)
     assert result.num_images == 6 and result.network_calls_per_image == 24
     assert len(model.told) == 6 * 24
@@ -331,7 +331,7 @@ def test_per_image_values_keep_the_order():
     x_0 = images(6) * torch.tensor([0.1, 1.0, 0.3, 0.8, 0.0, 0.5], dtype=torch.float64).reshape(6, 1, 1, 1)
     model = PosteriorMean(reverse.forward)
     result = estimate_vlb(model, reverse, x_0.split(4), calls_per_image=1200)
-    exact = (expected_terms(x_0).sum(1) + prior_kl(reverse, x_0).numpy()) / 16
+    exact = (expected_terms(x_0).sum(1) + prior_kl(reverse, x_0).numpy()) / 16 / math.log(2)
     assert np.corrcoef(result.per_image.numpy(), exact)[0, 1] > 0.99
 
 

@@ -322,9 +322,9 @@ def test_shapes(shape):
         assert torch.equal(flat(full.mean), vector.mean) and torch.equal(flat(full.log_variance), vector.log_variance)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_integer_dtypes_of_t(dtype):
-    """Chain indices may be of any signed integer dtype."""
+    """Chain indices may be of either integer dtype that torch indexes with."""
     t = torch.tensor([0, 5, 39])
     expected = process().diffuse(randn(3, 2), t, randn(3, 2)).x_t
     assert torch.equal(process().diffuse(randn(3, 2), t.to(dtype), randn(3, 2)).x_t, expected)

@@ -162,9 +162,7 @@ def test_a_missing_test_image_is_refused(tmp_path, load):
 # Folders of images
 
 
-@pytest.mark.parametrize(
-    "mode, channels", [("L", 1), ("1", 1), ("RGB", 3), ("RGBA", 3), ("P", 3)], ids=str
-)
+@pytest.mark.parametrize("mode, channels", [("L", 1), ("1", 1), ("RGB", 3), ("RGBA", 3), ("P", 3)], ids=str)
 def test_folders_of_every_mode(tmp_path, load, mode, channels):
     """Grey stays grey, colour colour; every image is there once with the levels that PIL gives, on the grid."""
     folder = write_folder(tmp_path / "set", mode=mode)

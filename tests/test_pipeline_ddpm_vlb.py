@@ -583,9 +583,7 @@ def test_our_scheduler_can_be_passed_to_stock_s_loader(saved):
     own = DDPMVLBScheduler.from_pretrained(folder, subfolder="scheduler")
     pipe = quiet(DiffusionPipeline.from_pretrained(folder, scheduler=own))
     assert type(pipe) is DDPMPipeline and type(pipe.scheduler) is DDPMVLBScheduler
-    torch.testing.assert_close(
-        sample(pipe), sample(DDPMVLBPipeline.from_pretrained(folder)), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(sample(pipe), sample(DDPMVLBPipeline.from_pretrained(folder)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -165,8 +165,11 @@ def chain_positions(scheduler) -> list[tuple[int, int]]:
     """(t, s) at both ends of the chain and in between; s = -1 after the last."""
     steps = [*scheduler.timesteps.tolist(), -1]
     last = len(steps) - 2
-    return [(steps[i], steps[i + 1]) for i in sorted({0, 1, last // 2, max(last - 2, 0), max(last - 1, 0), last})
-            if i <= last]
+    return [
+        (steps[i], steps[i + 1])
+        for i in sorted({0, 1, last // 2, max(last - 2, 0), max(last - 1, 0), last})
+        if i <= last
+    ]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ Sources: Ho et al. 2020, eq. 5; Nichol & Dhariwal 2021, section 3.3; Owen 2013, 
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,10 +78,13 @@ def check_data(x_0: Tensor, levels: int | None) -> None:
         levels: number of levels on [-1, 1]; None for continuous data, of which only finite values are asked.
 
     Raises:
-        ValueError: NaN or infinite values, values outside [-1, 1], or off the levels by over 1e-5 of the range.
+        ValueError: no images, values that are NaN, infinite or outside [-1, 1], or off the levels by over 1e-5 of the
+            range.
     """
     if not x_0.is_floating_point():
         raise ValueError(f"`x_0` must be a floating point tensor scaled to [-1, 1], but got {x_0.dtype}.")
+    if x_0.numel() == 0:
+        raise ValueError(f"`x_0` holds no images: its shape is {tuple(x_0.shape)}.")
     if not bool(x_0.isfinite().all()):
         raise ValueError("`x_0` holds NaN or infinite values.")
     if levels is None:
@@ -199,15 +202,20 @@ def pilot_probabilities(
         model: the network, as in `evaluate_vlb`.
         reverse: p.
         x_0: pilot images (B, C, *), not those to be scored.
-        num_calls: network calls to spend, at least the number of steps probed.
+        num_calls: network calls to spend, at least 1; every step probed takes one or more.
         seed: of the pilot's noise.
         uniform_fraction: share of p_t that is uniform, in (0, 1].
         values_per_call: as in `evaluate_vlb`.
 
     Raises:
-        ValueError, FloatingPointError: as `evaluate_vlb`.
+        ValueError: an impossible number, or as `evaluate_vlb`.
+        FloatingPointError: as `evaluate_vlb`.
     """
     check_data(x_0, reverse.levels)
+    if not 0 < uniform_fraction <= 1:
+        raise ValueError(f"`uniform_fraction` must lie in (0, 1], but got {uniform_fraction!r}.")
+    if num_calls < 1:
+        raise ValueError(f"`num_calls` must be at least 1, but got {num_calls!r}.")
     steps = len(reverse.forward)
     knots = torch.cat([torch.zeros(1), torch.logspace(0, math.log10(max(steps - 1, 1)), 63)]).round().long().unique()
     knots = knots[knots < steps]
@@ -276,8 +284,7 @@ def estimate_vlb(
     rows: list[Tensor] = []  # for each image: replicates of the KL part, of the decoder part, and the prior
     curve = torch.zeros(6, steps, dtype=torch.float64)
     position, dims = 0, 0
-    for x_0 in (group for batch in batches for group in batch.split(max(1, _chunk_size(batch, values_per_call)))):
-        check_data(x_0, reverse.levels)
+    for x_0 in _groups(batches, reverse.levels, values_per_call):
         dims = x_0[0].numel()
         t, noise = _draw(sampler, x_0, num_replicates, draws, seed, position)
         terms = _stream(model, reverse, x_0, t, noise, device, values_per_call)
@@ -294,6 +301,13 @@ def estimate_vlb(
         raise ValueError("`batches` holds no images: there is nothing to score.")
     unit = 1 / (dims * math.log(2))
     return _summary(torch.cat(rows) * unit, curve, unit, num_replicates, calls_per_image)
+
+
+def _groups(batches: Iterable[Tensor], levels: int | None, values_per_call: int) -> Iterator[Tensor]:
+    """The checked images in groups of which one network call could take all."""
+    for batch in batches:
+        check_data(batch, levels)
+        yield from batch.split(_chunk_size(batch, values_per_call))
 
 
 def _draw(
@@ -319,12 +333,8 @@ def _stream(
     terms = []
     for part in torch.arange(len(flat)).split(_chunk_size(x_0, values_per_call)):
         image = part // each
-        noise = torch.cat(
-            [
-                torch.randn((int((image == i).sum()), *x_0.shape[1:]), generator=generators[int(i)])
-                for i in image.unique()
-            ]
-        )
+        # One draw for each pair: a larger torch.randn is not the smaller ones in a row, so chunks would matter.
+        noise = torch.stack([torch.randn(x_0.shape[1:], generator=generators[i]) for i in image.tolist()])
         inputs = (x_0[image].to(device), flat[part].to(device), noise.to(x_0.dtype).to(device))
         terms.append(_terms(model, reverse, *inputs).double().cpu())
     return torch.cat(terms).reshape(t.shape)

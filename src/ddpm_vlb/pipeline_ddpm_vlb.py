@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DDPMParallelScheduler, DDPMScheduler, UnCLIPScheduler
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers import DDPMParallelScheduler, DDPMScheduler, DiTTransformer2DModel, UnCLIPScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -41,7 +40,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["image"]
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+    def __init__(self, unet: UNet2DModel | DiTTransformer2DModel, scheduler: SchedulerMixin):
         super().__init__()
         if type(scheduler) is DDPMScheduler:
             # Passed explicitly: values that stock left at its defaults are dropped on the way otherwise.
@@ -103,11 +102,14 @@ class DDPMVLBPipeline(DiffusionPipeline):
             null_class_label: the label that stands for no class under guidance; the network's last when None.
 
         Raises:
-            ValueError: an unknown output type or callback tensor, labels that the network does not take or that do
-                not match the batch, guidance without labels, or steps that the scheduler refuses.
+            ValueError: an unknown output type or callback tensor, a wrong number of generators, labels that the
+                network does not take or that do not match the batch, guidance without labels, or steps that the
+                scheduler refuses.
         """
         labels, null_labels = self._labels(batch_size, class_labels, guidance_scale, null_class_label)
         self._check_inputs(output_type, callback_on_step_end_tensor_inputs, num_inference_steps, timesteps)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator` must be one or a list of {batch_size}, but it holds {len(generator)}.")
         device = self._execution_device
         size = self.unet.config.sample_size
         spatial = (size, size) if isinstance(size, int) else tuple(size)

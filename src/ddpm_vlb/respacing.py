@@ -6,19 +6,20 @@ under the names that diffusers gives them).
 
 from collections.abc import Callable
 
-import torch
-
 
 def _leading(num: int, total: int) -> list[int]:
     return [i * (total // num) for i in range(num)]
 
 
+# The next two round half-way cases as stock's numpy does, down to the order of its floating point operations.
 def _linspace(num: int, total: int) -> list[int]:
-    return torch.linspace(0, total - 1, num, dtype=torch.float64).round().long().tolist()
+    stride = (total - 1) / max(num - 1, 1)
+    return [round(i * stride) for i in range(num)]
 
 
 def _trailing(num: int, total: int) -> list[int]:
-    return [round(total - i * total / num) - 1 for i in reversed(range(num))]
+    stride = (total - total / num) - total
+    return [round(total + i * stride) - 1 for i in reversed(range(num))]
 
 
 _SPACINGS: dict[str, Callable[[int, int], list[int]]] = {

@@ -134,12 +134,14 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         self._visit(list(range(len(betas)))[::-1], None)
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Keep model-defining keys out of diffusers' list of values left at their defaults.
+        """Keep diffusers' list of values left at their defaults, which other classes made from this config drop.
 
-        Another class would drop the listed ones and fall back to its own defaults (see docs/notation.md).
+        Model-defining keys must not be on it (another class may have other defaults), and keys of our own must, so
+        that stock takes the config without a word (see docs/notation.md).
         """
-        if "_use_default_values" in kwargs:
-            kwargs["_use_default_values"] = [k for k in kwargs["_use_default_values"] if k not in _MODEL_DEFINING]
+        if "num_train_timesteps" in kwargs and "levels" in kwargs:  # the whole configuration, not an update
+            own = {key for key, default in _OWN_DEFAULTS.items() if kwargs[key] == default}
+            kwargs["_use_default_values"] = sorted(own.union(kwargs.get("_use_default_values", ())) - _MODEL_DEFINING)
         super().register_to_config(**kwargs)
 
     def to_json_string(self) -> str:
@@ -204,6 +206,8 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             chosen = spaced_timesteps(spacing, num_inference_steps, total, offset)
         else:
             chosen = [int(t) for t in timesteps]
+            if any(given != t for given, t in zip(timesteps, chosen)):
+                raise ValueError(f"`timesteps` must be integers, but got {list(timesteps)[:8]}.")
             if not chosen:
                 raise ValueError("`timesteps` must hold at least one step, but it is empty.")
             if any(b >= a for a, b in zip(chosen, chosen[1:])):
