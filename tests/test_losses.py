@@ -124,7 +124,8 @@ def test_training_is_unclipped_and_the_bound_clips(prediction):
 
 def test_term_of_a_clipped_and_a_thresholded_process():
     """The evaluated term is the KL to, or the log mass of, the very p that the reverse process gives."""
-    for options in ({"clip_sample": True}, {"thresholding": True, "sample_max_value": 2.0}, {"clip_sample": False}):
+    thresholds = {"thresholding": True, "sample_max_value": 2.0}
+    for options in ({"clip_sample": True}, thresholds, thresholds | {"clip_sample": False}, {"clip_sample": False}):
         p = process(**options)
         output, diffused = batch(p)
         reversed_p = p(output, diffused.x_t, diffused.t).p

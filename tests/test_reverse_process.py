@@ -135,11 +135,12 @@ def test_shapes(shape, variance):
         assert full.shape == x_t.shape and torch.equal(flat(full), expected)
 
 
+@pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize(("ratio", "maximum"), [(0.995, 1.0), (0.5, 1.5), (0.9, 100.0), (1.0, 2.0), (0.0, 3.0)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dynamic_thresholding(shape, ratio, maximum):
+def test_dynamic_thresholding(shape, ratio, maximum, clip):
     """x_0 is clamped at each image's quantile s of |x_0|, s in [1, maximum], and divided by s (numpy's quantile)."""
-    options = {"dynamic_thresholding_ratio": ratio, "sample_max_value": maximum, "clip_sample": True}
+    options = {"dynamic_thresholding_ratio": ratio, "sample_max_value": maximum, "clip_sample": clip}
     p = process("sample", thresholding=True, **options)
     scale = torch.tensor([0.1, 1.5, 20.0], dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 1))
     x_0 = scale * randn(*shape)
@@ -166,6 +167,19 @@ def test_half_precision_outputs_are_promoted(variance, dtype):
     half, single = p(output, x_t, t), p(output.float(), x_t.float(), t)
     for a, b in [(half.p.mean, single.p.mean), (half.p.log_variance, single.p.log_variance), (half.x_0, single.x_0)]:
         assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_dtypes_in_turn(variance):
+    """What one process remembers of a step serves float32, float64 and half precision calls in any order."""
+    p, x_t = process(variance=variance), randn(3, 2, 4)
+    output = output_for(x_t, variance)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
+        actual = p(output.to(dtype), x_t.to(dtype), 11).p
+        fresh = process(variance=variance)(output.to(dtype), x_t.to(dtype), torch.full((3,), 11)).p
+        assert actual.mean.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(actual.mean, fresh.mean)
+        torch.testing.assert_close(actual.log_variance, fresh.log_variance)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)

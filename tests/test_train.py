@@ -140,6 +140,13 @@ def only_train(monkeypatch):
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave out the pictures, which take longer than a tiny network's training."""
+    for name in ("plot_samples", "plot_vlb_terms"):
+        monkeypatch.setattr(train, name, lambda *args: None)
+
+
+@pytest.fixture
 def train_batches(monkeypatch):
     """What `train.train_batch` was called with: (the step, x_0, the micro step) of each call."""
     calls, train_batch = [], train.train_batch
@@ -544,7 +551,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
         for j, sampler in enumerate(SAMPLERS)
     ],
 )
-def test_objectives_samplers_and_predictions(tmp_path, few, objective, sampler, prediction, variance):
+def test_objectives_samplers_and_predictions(tmp_path, few, no_pictures, objective, sampler, prediction, variance):
     """They train, score, and are saved under diffusers' names."""
     metrics = tiny(
         tmp_path,
@@ -581,11 +588,11 @@ def test_other_options_train(tmp_path, few, options):
 
 
 @pytest.mark.parametrize("objective", ["vlb", "hybrid", "simple"])
-def test_training_lowers_the_bound(tmp_path, few, objective):
-    """Fifty steps are worth far more than the standard errors of the two scores."""
+def test_training_lowers_the_bound(tmp_path, few, no_pictures, objective):
+    """A hundred steps are worth far more than the standard errors of the two scores."""
     options = f"--objective {objective} --lr_scheduler constant --num_test_images 18"
     before = tiny(tmp_path / "a", f"{options} --max_train_steps 1", *few)["test"]
-    after = tiny(tmp_path / "b", f"{options} --max_train_steps 50", *few)["test"]
+    after = tiny(tmp_path / "b", f"{options} --max_train_steps 100", *few)["test"]
     errors = math.hypot(*(score[name] for score in (before, after) for name in ("noise_se", "image_se")))
     assert before["bits_per_dim"] - after["bits_per_dim"] > 5 * errors
 
@@ -718,7 +725,7 @@ def test_a_network_that_breaks_in_its_last_step_is_not_scored(tmp_path, few):
 # Checkpoints
 
 
-def test_three_steps_and_three_are_six(tmp_path, few, only_train):
+def test_three_steps_and_three_are_six(tmp_path, few, no_pictures, only_train):
     """Stopped after step 3 and resumed, a run has the weights and the score of one that was not, bit for bit."""
     straight = tiny(tmp_path / "straight", "--lr_scheduler constant --max_train_steps 6", *few)
     only_train(tmp_path / "resumed", "--lr_scheduler constant --max_train_steps 3 --checkpointing_steps 3", *few)
@@ -792,7 +799,7 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert [path.name for path in train.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
 
 
-def test_the_seconds_of_a_resumed_run_count_from_its_start(tmp_path, few):
+def test_the_seconds_of_a_resumed_run_count_from_its_start(tmp_path, few, no_pictures):
     """metrics.json says how long its steps took, all of them: a finished run resumed has not taken 0 s."""
     options = "--max_train_steps 3 --checkpointing_steps 3"
     first = tiny(tmp_path, options, *few)

@@ -5,6 +5,7 @@ under the names that diffusers gives them).
 """
 
 from collections.abc import Callable
+from numbers import Integral
 
 
 def _leading(num: int, total: int) -> list[int]:
@@ -48,13 +49,13 @@ def spaced_timesteps(
     """
     if timestep_spacing not in _SPACINGS:
         raise ValueError(f"`timestep_spacing` must be one of {list(TIMESTEP_SPACINGS)}, but got {timestep_spacing!r}.")
-    whole = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
+    whole = isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool)
     if not whole or not 1 <= num_inference_steps <= num_train_timesteps:
         raise ValueError(
             f"`num_inference_steps` must be an integer in 1 .. {num_train_timesteps}, the length of the training "
             f"chain, but got {num_inference_steps!r}."
         )
-    steps = _SPACINGS[timestep_spacing](num_inference_steps, num_train_timesteps)
+    steps = _SPACINGS[timestep_spacing](int(num_inference_steps), num_train_timesteps)
     if timestep_spacing == "leading":
         steps = [step + steps_offset for step in steps]
     if steps[0] < 0 or steps[-1] >= num_train_timesteps:
