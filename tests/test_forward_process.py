@@ -330,9 +330,9 @@ def test_integer_dtypes_of_t(dtype):
     assert torch.equal(process().diffuse(randn(3, 2), t.to(dtype), randn(3, 2)).x_t, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8, torch.int16], ids=str)
 def test_t_of_a_dtype_that_does_not_index(dtype):
-    """Floating point, boolean and uint8 chain indices are refused: they would not index, or select instead."""
+    """Floating point, boolean, uint8 and int16 chain indices are refused: they would not index, or select instead."""
     with pytest.raises(TypeError, match=f"integer tensor of chain indices.*{dtype}"):
         process().diffuse(randn(3, 2), torch.ones(3, dtype=dtype), randn(3, 2))
     with pytest.raises(TypeError, match="integer tensor of chain indices"):
