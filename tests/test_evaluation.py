@@ -592,3 +592,10 @@ def test_noise_of_the_wrong_shape_is_refused():
     for shape in ((T - 1, *x_0.shape), (T, 1, *SHAPE), (T, *x_0.shape[:2], 2, 4)):
         with pytest.raises((ValueError, IndexError)):
             evaluate_vlb(PosteriorMean(reverse.forward), reverse, x_0, noise=torch.zeros(shape, dtype=torch.float64))
+
+
+def test_a_bare_tensor_is_not_taken_for_batches():
+    """A tensor is iterable, but over images, whose channels would pass for images."""
+    reverse = ReverseProcess(ForwardProcess.from_betas([0.1, 0.2]), levels=None)
+    with pytest.raises(ValueError, match="batches"):
+        estimate_vlb(lambda x_t, timesteps: x_t, reverse, torch.zeros(4, 1, 4, 4))

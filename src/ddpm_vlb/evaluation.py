@@ -265,7 +265,8 @@ def estimate_vlb(
         on_images: called with the number of images just scored, for a progress bar.
 
     Raises:
-        ValueError: no images; data outside [-1, 1], off its levels or not finite; impossible numbers.
+        ValueError: no images, or one bare tensor; data outside [-1, 1], off its levels or not finite; impossible
+            numbers.
         FloatingPointError: NaN or infinity from the network, with the timestep.
 
     Source: the module's list.
@@ -275,6 +276,8 @@ def estimate_vlb(
             "`num_replicates` must be at least 2 and `calls_per_image` a multiple of it, but got "
             f"{num_replicates!r} and {calls_per_image!r}."
         )
+    if isinstance(batches, Tensor):
+        raise ValueError("`batches` must be batches of images, not one tensor: pass `[x_0]`, or `x_0.split(64)`.")
     steps = len(reverse.forward)
     sampler = ImportanceTimesteps(torch.ones(steps) if probabilities is None else probabilities)
     if sampler.num_timesteps != steps:
