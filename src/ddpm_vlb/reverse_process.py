@@ -199,7 +199,7 @@ class ReverseProcess:
             s = s.clamp(1.0, self.sample_max_value).reshape(-1, *[1] * (x_0.ndim - 1))
             return torch.clamp(x_0, -s, s) / s
         if self.clip_sample:
-            return x_0.clamp(-self.clip_sample_range, self.clip_sample_range)
+            return x_0.clamp_(-self.clip_sample_range, self.clip_sample_range)
         return x_0
 
     def __call__(self, model_output: Tensor, x_t: Tensor, t: Tensor | int) -> Prediction:
