@@ -34,29 +34,27 @@ def promote_half(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _u_plus_expm1_minus_u(u: Tensor) -> Tensor:
-    """u + exp(-u) - 1 >= 0 with its relative precision kept around u = 0, where it is u^2 / 2."""
-    near = u.abs() < 0.1
-    last = 10 if u.dtype == torch.float64 else 6
-    v = torch.where(near, u, 0.0)  # far values would overflow in the branch that is thrown away
-    series = v * (-1 / math.factorial(last)) + 1 / math.factorial(last - 1)
-    for n in range(last - 2, 1, -1):
-        constant = torch.full((), 1 / math.factorial(n), dtype=u.dtype, device=u.device)
-        series = torch.addcmul(constant, v, series, value=-1)
-    return torch.where(near, v.square() * series, u + torch.expm1(-u))
-
-
 class _GaussianKL(torch.autograd.Function):
     """The KL of equation 2 from (d, u), with its exact derivatives: half of autograd's work, and no series in it.
 
-    dKL/dd = d exp(-u), dKL/du = -(expm1(-u) + d^2 exp(-u)) / 2.
+    dKL/dd = d exp(-u), dKL/du = -(expm1(-u) + d^2 exp(-u)) / 2. Written in place: memory is what the loss costs.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(d: Tensor, u: Tensor) -> Tensor:
-        return 0.5 * torch.addcmul(_u_plus_expm1_minus_u(u), d.square(), torch.exp(-u))
+        # u + expm1(-u) is u^2 / 2 near 0, where the sum has no digits left: there it is summed as a series in w = -u.
+        near, w = u.abs() < 0.1, -u
+        far = torch.expm1(w).add_(u)
+        slope = torch.exp(w).mul_(d)
+        w = torch.where(near, w, 0.0)
+        last = 10 if u.dtype == torch.float64 else 6
+        series = w * (1 / math.factorial(last))
+        for n in range(last - 1, 2, -1):
+            series.add_(1 / math.factorial(n)).mul_(w)
+        series.add_(0.5).mul_(w).mul_(w)
+        return torch.where(near, series, far).addcmul_(d, slope).mul_(0.5)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -65,9 +63,9 @@ class _GaussianKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         d, u = ctx.saved_tensors
-        slope = d * torch.exp(-u)
+        slope = torch.exp(-u) * d
         to_d = gradient * slope if ctx.needs_input_grad[0] else None
-        to_u = gradient * -0.5 * torch.addcmul(torch.expm1(-u), d, slope) if ctx.needs_input_grad[1] else None
+        to_u = gradient * torch.addcmul(torch.expm1(-u), d, slope) * -0.5 if ctx.needs_input_grad[1] else None
         return to_d, to_u
 
 
@@ -94,19 +92,24 @@ def _exact_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return difference, (a - (s - v)) - (b + v)
 
 
+def _log_square(half_bin: float) -> float:
+    """The constant of a narrow bin's log mass: log((2 h)^2 / 2 pi)."""
+    return 2 * math.log(2 * half_bin) - LOG_2PI
+
+
 def _round_to_24_bits(a: float) -> float:
     """The part of `a` that float32 holds exactly (Veltkamp's splitting)."""
     c = a * (2**29 + 1)
     return c - (c - a)
 
 
-def _log_bin_mass_by_density(z: Tensor, d: Tensor) -> Tensor:
-    """log of the mass of the bin z +- d over 2 d, for narrow bins, by quadrature of the density (two CDFs cancel)."""
-    rule = _LEGENDRE_6 if z.dtype == torch.float64 else _LEGENDRE_4
-    mean_ratio = torch.zeros_like(z)
+def _log_mean_density_ratio(zd: Tensor, dd: Tensor) -> Tensor:
+    """log of a narrow bin's mean density over the density at its centre, by quadrature (two CDFs would cancel)."""
+    rule = _LEGENDRE_6 if zd.dtype == torch.float64 else _LEGENDRE_4
+    mean = torch.zeros_like(zd)
     for node, weight in rule:
-        mean_ratio = mean_ratio + weight * torch.exp(-0.5 * (node * d).square()) * torch.cosh(node * z * d)
-    return torch.log(mean_ratio) - 0.5 * (z.square() + LOG_2PI)
+        mean = torch.addcmul(mean, torch.exp((-0.5 * node**2) * dd), torch.cosh(node * zd), value=weight)
+    return torch.log(mean)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,31 +175,30 @@ class DiagonalGaussian:
         difference, rounding = _exact_difference(x, self.mean)
         inv_sigma = torch.exp(-0.5 * self.log_variance)
         first, last = x < half_bin - 1, x > 1 - half_bin
-        inner = ~(first | last)
+        edge = first | last
         # How far the bin's centre lies outwards of the mean; for an open bin, how far its one edge does.
-        sign = torch.where(first | (inner & (difference < 0)), -1.0, 1.0)
+        sign = torch.where(first | (~edge & (difference < 0)), -1.0, 1.0).to(difference.dtype)
         outward = sign * difference
         # Near an edge this is a small difference of large numbers, to be divided by a sigma that may be tiny.
         high = _round_to_24_bits(half_bin)
         to_edge = (outward - high) + (sign * rounding - (half_bin - high))
-        d = half_bin * inv_sigma
-        z = outward * inv_sigma
-        narrow = inner & (d < 0.5) & (z * d < 1)
+        d, z = half_bin * inv_sigma, outward * inv_sigma
+        zd = z * d
+        narrow = ~edge & (d < 0.5) & (zd < 1)
+        scale = math.sqrt(0.5) * inv_sigma
+        near = to_edge * scale
+        tail, body = (near > 0) & ~narrow, (near <= 0) & ~narrow
 
         # Each branch sees harmless inputs where another one is taken: an unused inf would make the gradient NaN.
-        near = to_edge * inv_sigma * math.sqrt(0.5)
-        width = torch.where(inner & ~narrow, 2 * z * d, 0.0)
-        far = torch.where(inner & ~narrow, (outward + half_bin) * inv_sigma * math.sqrt(0.5), 0.0)
-        tail, body = (near > 0) & ~narrow, (near <= 0) & ~narrow
-        by_density = _log_bin_mass_by_density(torch.where(narrow, z, 0.0), torch.where(narrow, d, 0.1))
+        not_wide = edge | narrow  # the bins that have no far edge, or do not need it
+        far = ((outward + half_bin) * scale).masked_fill(not_wide, 0.0)
+        ratio = _log_mean_density_ratio(zd.masked_fill(~narrow, 0.0), d.square().masked_fill(~narrow, 0.0))
+        by_density = ratio - 0.5 * (z.masked_fill(~narrow, 0.0).square() + self.log_variance - _log_square(half_bin))
 
-        t = torch.where(tail, near, 1.0)
-        beyond = torch.where(inner, torch.exp(-width) * torch.special.erfcx(far), 0.0)
-        by_tail = torch.log(0.5 * (torch.special.erfcx(t) - torch.where(tail, beyond, 0.0))) - t.square()
+        t = near.masked_fill(~tail, 1.0)
+        beyond = torch.exp(-2 * zd.masked_fill(not_wide, 0.0)) * torch.special.erfcx(far)
+        by_tail = torch.log(torch.special.erfcx(t) - beyond.masked_fill(edge | ~tail, 0.0)) - t.square() - math.log(2)
 
-        b = torch.where(body, -near, 1.0)
-        outside = torch.special.erfc(b) + torch.where(inner & body, torch.special.erfc(far), 0.0)
-        by_body = torch.log1p(-0.5 * outside)
-
-        log_width = math.log(2 * half_bin) - 0.5 * self.log_variance
-        return torch.where(narrow, by_density + log_width, torch.where(tail, by_tail, by_body))
+        outside = torch.special.erfc(-near.masked_fill(~body, -1.0))
+        outside = outside + torch.special.erfc(far).masked_fill(edge | ~body, 0.0)
+        return torch.where(narrow, by_density, torch.where(tail, by_tail, torch.log1p(-0.5 * outside)))

@@ -184,25 +184,29 @@ def _term(
     c: Coefficients,
 ) -> Tensor:
     """L_{t-1} or L_0 in nats (equations 3 and 4) from x_0 - x_0_hat = error_to_x_0 * error."""
-    ratio, log_variance = c.ratio_offset, c.log_variance_offset
+    ratio = c.ratio_offset
     if variance_output is not None:
         ratio = torch.addcmul(ratio, variance_output, c.variance_slope)
-        log_variance = torch.addcmul(log_variance, variance_output, c.variance_slope)
     scale = c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance) * error_to_x_0
     kl = gaussian_kl(scale * error, ratio).flatten(1).sum(1)
     first = diffused.t == 0
-    log_variance = log_variance.expand_as(error)
     if torch.compiler.is_compiling():  # a graph of fixed shapes: the decoder of the whole batch, masked
-        return torch.where(first, _decoder_nats(reverse, error_to_x_0 * error, log_variance, diffused.x_0), kl)
+        return torch.where(first, _decoder_nats(reverse, diffused.x_0, error_to_x_0 * error, variance_output, c), kl)
     rows = first.nonzero()[:, 0]
     if len(rows) == 0:
         return kl
-    decoder = _decoder_nats(reverse, error_to_x_0[rows] * error[rows], log_variance[rows], diffused.x_0[rows])
-    return kl.index_put((rows,), decoder)
+    gap, at_rows = error_to_x_0[rows] * error[rows], Coefficients(*(table[rows] for table in c))
+    variance_rows = None if variance_output is None else variance_output[rows]
+    return kl.index_put((rows,), _decoder_nats(reverse, diffused.x_0[rows], gap, variance_rows, at_rows))
 
 
-def _decoder_nats(reverse: ReverseProcess, gap: Tensor, log_variance: Tensor, x_0: Tensor) -> Tensor:
+def _decoder_nats(
+    reverse: ReverseProcess, x_0: Tensor, gap: Tensor, variance_output: Tensor | None, c: Coefficients
+) -> Tensor:
     """L_0 = -log p(x_0 | x_1); at the first step the mean of p is x_0_hat = x_0 - gap."""
-    p = DiagonalGaussian(x_0 - gap, log_variance)
+    log_variance = c.log_variance_offset
+    if variance_output is not None:
+        log_variance = torch.addcmul(log_variance, variance_output, c.variance_slope)
+    p = DiagonalGaussian(x_0 - gap, log_variance.expand_as(gap))
     log_prob = p.log_prob(x_0) if reverse.levels is None else p.discretized_log_prob(x_0, reverse.levels)
     return -log_prob.flatten(1).sum(1)
