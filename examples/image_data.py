@@ -15,11 +15,14 @@ from typing import Any
 import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from torch import Tensor
 
 SPLIT_SEED = 0  # of the permutation that makes a missing split; a part of the format, like a file name
 DIGITS_TEST_IMAGES = 297
+GREY_MODES = ("1", "L")
+_FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
 class Images(torch.utils.data.Dataset):
@@ -32,12 +35,11 @@ class Images(torch.utils.data.Dataset):
         channels: 1 (grey) or 3 (colour).
         levels: number of levels of the stored values, 0 .. levels - 1.
         resize: resize and crop images of another size; otherwise they are refused.
-        random_flip: mirror half of the images (training only).
     """
 
     def __init__(self, data: Any, column: str, size: tuple[int, int], channels: int, levels: int, resize: bool):
         self.data, self.column, self.size, self.channels, self.levels = data, column, size, channels, levels
-        self.resize, self.random_flip = resize, False
+        self.resize = resize
 
     def __len__(self) -> int:
         return len(self.data)
@@ -50,7 +52,13 @@ class Images(torch.utils.data.Dataset):
         return [self._x_0(image, index) for image, index in zip(encoded, indices)]
 
     def _x_0(self, encoded: dict[str, Any], index: int) -> Tensor:
-        image = decode_image(encoded, index).convert("L" if self.channels == 1 else "RGB")
+        image = decode_image(encoded, index)
+        if self.channels == 1 and image.mode not in GREY_MODES:
+            raise ValueError(
+                f"Image {_image_name(encoded, index)} is in colour (mode {image.mode}), but the first one is grey: "
+                "its colour would be lost. Store all images in one mode."
+            )
+        image = image.convert("L" if self.channels == 1 else "RGB")
         if image.size != self.size[::-1]:
             if not self.resize:
                 raise ValueError(
@@ -61,8 +69,6 @@ class Images(torch.utils.data.Dataset):
         k = np.asarray(image, dtype=np.int64).reshape(*self.size, self.channels)
         if k.max() >= self.levels:
             raise ValueError(f"Image {_image_name(encoded, index)} has the level {k.max()}, above {self.levels - 1}.")
-        if self.random_flip and torch.rand(()) < 0.5:
-            k = k[:, ::-1]
         return torch.from_numpy(np.ascontiguousarray(k.transpose(2, 0, 1))).float() * (2 / (self.levels - 1)) - 1
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
@@ -93,7 +99,12 @@ def decode_image(encoded: dict[str, Any], index: int) -> PIL.Image.Image:
         image.load()
     except Exception as error:
         raise ValueError(f"Image {_image_name(encoded, index)} cannot be read: {error}") from error
-    return image
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"Image {_image_name(encoded, index)} has the mode {image.mode}, of more than 8 bits: cutting it to 256 "
+            "levels would score other data than what is stored. Convert the images to 8 bits first."
+        )
+    return PIL.ImageOps.exif_transpose(image)
 
 
 def _image_name(encoded: dict[str, Any], index: int) -> str:
@@ -124,6 +135,11 @@ def _digits() -> datasets.DatasetDict:
 def _load(
     dataset_name: str | None, dataset_config_name: str | None, train_data_dir: str | None, cache_dir: str | None
 ):
+    if dataset_name is not None and Path(dataset_name).is_file():
+        kind = _FILE_KINDS.get(Path(dataset_name).suffix)
+        if kind is None:
+            raise ValueError(f"`dataset_name` {dataset_name!r} is a file, but none of {sorted(_FILE_KINDS)}.")
+        return datasets.load_dataset(kind, data_files=dataset_name, cache_dir=cache_dir)
     if dataset_name is not None:
         return datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
     if not Path(str(train_data_dir)).is_dir():
@@ -170,6 +186,8 @@ def load_image_data(
     train = _pick(splits, train_split)
     if image_column not in train.column_names:
         raise ValueError(f"The data set has no column {image_column!r}; it has {train.column_names}.")
+    if test_split == train_split:
+        raise ValueError(f"`test_split` and `train_split` are both {test_split!r}: trained images must not be scored.")
     if test_split is None:
         test_split = next((s for s in ("test", "validation") if s in splits and s != train_split), None)
     if len(train) < 3 or (test_split is not None and len(_pick(splits, test_split)) == 0):
@@ -187,11 +205,16 @@ def load_image_data(
 
     def encoded(data: datasets.Dataset) -> datasets.Dataset:
         # Decoding is ours, so that an unreadable file is named.
-        return data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        try:
+            return data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        except Exception as error:
+            raise ValueError(
+                f"Column {image_column!r} does not hold images: {data.features[image_column]}."
+            ) from error
 
     train, validation, test = encoded(train), encoded(validation), encoded(test)
     first = decode_image(train[0][image_column], 0)
-    channels = 1 if first.mode in ("1", "L") else 3
+    channels = 1 if first.mode in GREY_MODES else 3
     size = (resolution, resolution) if resolution is not None else (first.height, first.width)
     levels = 17 if digits else 256
     parts = [

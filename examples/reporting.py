@@ -113,14 +113,15 @@ def _save(figure: Any, path: Path, top: float = 1.0) -> None:
     plt.close(figure)
 
 
-def score(estimate: VLBEstimate) -> dict[str, float | int]:
+def score(estimate: VLBEstimate) -> dict[str, float | int | None]:
     """The numbers of an estimate, under the names of metrics.json."""
     names = "bits_per_dim noise_se image_se prior kl decoder num_images network_calls_per_image"
-    return {name: getattr(estimate, name) for name in names.split()}
+    values = {name: getattr(estimate, name) for name in names.split()}
+    return {name: None if math.isnan(value) else value for name, value in values.items()}  # JSON has no NaN
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write JSON aside and rename it, so that a reader never sees half a file."""
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(content, indent=2, allow_nan=True) + "\n")
+    aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     aside.replace(path)

@@ -135,10 +135,15 @@ def build_loss(args: argparse.Namespace) -> Callable[..., Tensor]:
     return vlb_loss
 
 
-def seeded_generator(device: torch.device | str, *key: int) -> torch.Generator:
-    """A generator whose draws depend on the key (seed, step, ...) alone, so that a resumed run repeats them."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=4).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little"))
+def seed_of(*key: int) -> int:
+    """A seed that depends on the key (seed, step, ...) alone, so that a resumed run repeats its draws."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=4).digest(), "little")
+
+
+def random_flip(x_0: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image (B, C, H, W) left to right with probability one half."""
+    mirrored = torch.rand(len(x_0), generator=generator, device=x_0.device) < 0.5
+    return torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
 
 
 def prepare_output_dir(args: argparse.Namespace) -> Path:
@@ -155,18 +160,18 @@ def prepare_output_dir(args: argparse.Namespace) -> Path:
 
 
 class Progress:
-    """The number of optimizer steps done, kept in checkpoints."""
+    """The optimizer steps done and the seconds spent on them, kept in checkpoints."""
 
     def __init__(self) -> None:
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, float]:
         """For a checkpoint."""
-        return {"step": self.step}
+        return {"step": self.step, "seconds": self.seconds}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """From a checkpoint."""
-        self.step = state_dict["step"]
+        self.step, self.seconds = int(state_dict["step"]), state_dict["seconds"]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -217,7 +222,6 @@ class Run:
             weight_decay=args.adam_weight_decay,
             eps=args.adam_epsilon,
         )
-        data.train.random_flip = args.random_flip
         loader = torch.utils.data.DataLoader(
             data.train,
             batch_size=args.train_batch_size,
@@ -294,11 +298,13 @@ def batches(run: Run) -> Iterator[Tensor]:
 def train_batch(run: Run, x_0: Tensor, micro_step: int) -> Tensor:
     """Forward and backward of one batch; returns the weighted losses (B,)."""
     args, device = run.args, x_0.device
-    rank = run.accelerator.process_index
-    t, weights = run.sampler.sample(
-        len(x_0), device, seeded_generator("cpu", args.seed, run.progress.step, micro_step)
-    )
-    generator = seeded_generator(device, args.seed, run.progress.step, micro_step, rank)
+    key = (args.seed, run.progress.step, micro_step)
+    t, weights = run.sampler.sample(len(x_0), device, torch.Generator().manual_seed(seed_of(*key)))
+    own = seed_of(*key, run.accelerator.process_index)
+    generator = torch.Generator(device=device).manual_seed(own)
+    torch.manual_seed(own)  # for dropout, which draws from the global generator
+    if args.random_flip:
+        x_0 = random_flip(x_0, generator)
     noise = torch.randn(x_0.shape, generator=generator, device=device)
     diffused = run.reverse.forward.diffuse(x_0, t, noise)
     output = run.unet(diffused.x_t, run.reverse.forward.timesteps[t]).sample
@@ -315,13 +321,13 @@ def train_batch(run: Run, x_0: Tensor, micro_step: int) -> Tensor:
     return weighted.detach()
 
 
-def train(run: Run) -> float:
-    """Train to the last step; returns the seconds spent on it, validation not counted."""
+def train(run: Run) -> None:
+    """Train to the last step; counts the seconds spent on it, validation left out."""
     args, accelerator = run.args, run.accelerator
     bar = tqdm(
         total=run.max_steps, initial=run.progress.step, desc="Training", disable=not accelerator.is_local_main_process
     )
-    source, seconds = batches(run), 0.0
+    source = batches(run)
     while run.progress.step < run.max_steps:
         started = time.perf_counter()
         losses = []
@@ -339,7 +345,7 @@ def train(run: Run) -> float:
         run.progress.step += 1
         if args.use_ema:
             run.ema.step(run.unet.parameters())
-        seconds += time.perf_counter() - started
+        run.progress.seconds += time.perf_counter() - started
         step = run.progress.step
         bar.update()
         if step % 10 == 0 or step == run.max_steps:
@@ -355,7 +361,6 @@ def train(run: Run) -> float:
         if args.checkpointing_steps and step % args.checkpointing_steps == 0:
             save_checkpoint(accelerator, run.folder, step, args.checkpoints_total_limit)
     bar.close()
-    return seconds
 
 
 def evaluate(run: Run, images: Images, limit: int | None, calls_per_image: int, description: str) -> VLBEstimate:
@@ -413,7 +418,7 @@ def describe(estimate: VLBEstimate) -> str:
     )
 
 
-def finish(run: Run, seconds: float) -> dict[str, Any]:
+def finish(run: Run) -> dict[str, Any]:
     """Save the pipeline, score the test images, draw the pictures; metrics.json comes last."""
     args, data, folder = run.args, run.data, run.folder
     with run.averaged():
@@ -429,7 +434,11 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
     metrics = {
         "test": {**score(estimate), "clip_sample": False, "seed": args.seed},
         "baselines": baselines(data.train, data.test),
-        "train": {"seconds": seconds, "steps": run.progress.step, "device": str(run.accelerator.device)},
+        "train": {
+            "seconds": run.progress.seconds,
+            "steps": run.progress.step,
+            "device": str(run.accelerator.device),
+        },
         "data": data.record,
         "options": vars(args),
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -462,6 +471,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / args.logging_dir)),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise SystemExit("--mixed_precision fp16 needs a GPU: on the CPU choose bf16 or no.")
     set_seed(args.seed)
     with accelerator.main_process_first():
         data = load_image_data(
@@ -479,10 +490,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         "train", config={k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}
     )
     resume(accelerator, folder, args.resume_from_checkpoint)
-    seconds = train(run)
+    train(run)
     metrics = None
     if accelerator.is_main_process:
-        metrics = finish(run, seconds)
+        metrics = finish(run)
         test = metrics["test"]
         line = f"{test['bits_per_dim']:.3f} +- {test['noise_se']:.3f} (noise) +- {test['image_se']:.3f} (images)"
         report(metrics, line, folder)

@@ -14,6 +14,9 @@ from ddpm_vlb.respacing import TIMESTEP_SPACINGS
 from ddpm_vlb.reverse_process import PREDICTION_TYPES, VARIANCE_TYPES
 from ddpm_vlb.schedules import BETA_SCHEDULES
 
+# "piecewise_constant" needs rules that no option holds.
+LR_SCHEDULERS = [s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT]
+
 
 def _number(
     kind: Callable[[str], Any], low: float, high: float = math.inf, open_low: bool = False
@@ -97,9 +100,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     training.add_argument("--num_epochs", type=positive_int, help="Epochs, in place of --max_train_steps.")
     training.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches for each step.")
     training.add_argument("--learning_rate", type=positive_float, default=2e-3, help="Peak learning rate of AdamW.")
-    training.add_argument(
-        "--lr_scheduler", choices=[s.value for s in SchedulerType], default="cosine", help="Its schedule."
-    )
+    training.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="cosine", help="Its schedule.")
     training.add_argument("--lr_warmup_steps", type=not_negative_int, default=100, help="Its warm-up.")
     training.add_argument("--adam_beta1", type=fraction, default=0.9, help="AdamW's beta_1.")
     training.add_argument("--adam_beta2", type=fraction, default=0.99, help="AdamW's beta_2.")
@@ -174,12 +175,15 @@ def _config_as_options(path: str | None, parser: argparse.ArgumentParser) -> lis
         parser.error(f"--config {path} cannot be read: {error}")
     if not isinstance(content, dict):
         parser.error(f"--config {path} must hold options by name, but holds {type(content).__name__}")
+    switches = {action.dest for action in parser._actions if isinstance(action, argparse.BooleanOptionalAction)}
     options: list[str] = []
     for name, value in content.items():
         if value is None:
             continue
-        if isinstance(value, bool):
+        if isinstance(value, bool) and name in switches:
             options.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, bool):  # YAML's reading of a plain `no`
+            options.append(f"--{name}={'yes' if value else 'no'}")
         elif isinstance(value, list):
             options += [f"--{name}", *map(str, value)]
         else:

@@ -433,23 +433,6 @@ def test_a_limit_above_the_number_of_images_is_none(digits):
     assert [len(batch) for batch in digits.validation.batches(50, 10_000)] == [50, 25]
 
 
-def test_random_flip_only_mirrors(tmp_path, load):
-    """Each image comes as it is or mirrored left to right, half of the time each (to 5 standard errors)."""
-    data = load(train_data_dir=write_folder(tmp_path / "set", 60, size=(5, 4), mode="RGB"))
-    plain = torch.cat(list(data.train.batches(60)))
-    data.train.random_flip = True
-    torch.manual_seed(0)
-    draws = torch.stack([torch.cat(list(data.train.batches(60))) for _ in range(20)])
-    straight, mirrored = (draws == plain).flatten(2).all(2), (draws == plain.flip(-1)).flatten(2).all(2)
-    assert (straight ^ mirrored).all()
-    assert abs(mirrored.double().mean() - 0.5) < 5 * 0.5 / mirrored.numel() ** 0.5
-
-
-def test_only_training_images_are_flipped(digits):
-    """Images come unflipped unless the trainer asks for it."""
-    assert not (digits.train.random_flip or digits.validation.random_flip or digits.test.random_flip)
-
-
 @pytest.mark.skipif(not MNIST.is_dir(), reason=f"no MNIST in {MNIST}")
 def test_mnist(load):
     """MNIST in the Hub's layout: 60000 and 10000 grey images of 28 x 28."""

@@ -125,7 +125,7 @@ def until_training(monkeypatch):
 def only_train(monkeypatch):
     """`tiny` that saves the network and returns the `Run`, without scores and pictures."""
 
-    def save(run, seconds):
+    def save(run):
         with run.averaged():
             run.pipeline().save_pretrained(run.folder)
         raise Reached(run)
@@ -870,6 +870,18 @@ def test_the_seconds_of_a_resumed_run_count_from_its_start(tmp_path, few, no_pic
     again = tiny(tmp_path, f"{options} --resume_from_checkpoint latest", *few)
     assert again["train"]["steps"] == 3
     assert again["train"]["seconds"] >= 0.5 * first["train"]["seconds"] > 0
+
+
+# Flips
+
+
+def test_random_flip_only_mirrors():
+    """Each image comes as it is or mirrored left to right, half of the time each (to 5 standard errors)."""
+    x_0 = torch.randn(1000, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    flipped = train.random_flip(x_0, torch.Generator().manual_seed(1))
+    straight, mirrored = (flipped == x_0).flatten(1).all(1), (flipped == x_0.flip(-1)).flatten(1).all(1)
+    assert (straight ^ mirrored).all()
+    assert abs(mirrored.double().mean() - 0.5) < 5 * 0.5 / 1000**0.5
 
 
 # Baselines

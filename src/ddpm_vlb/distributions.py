@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
+_TINY = 1e-30  # keeps the logarithm of an unused branch finite
 
 # Gauss-Legendre rules on [-1, 1], folded onto their positive nodes; (node, weight) with weights that sum to 1.
 _LEGENDRE_4 = ((0.3399810435848563, 0.6521451548625461), (0.8611363115940526, 0.3478548451374538))
@@ -183,22 +184,21 @@ class DiagonalGaussian:
         high = _round_to_24_bits(half_bin)
         to_edge = (outward - high) + (sign * rounding - (half_bin - high))
         d, z = half_bin * inv_sigma, outward * inv_sigma
-        zd = z * d
+        zd = torch.relu(z * d)
         narrow = ~edge & (d < 0.5) & (zd < 1)
         scale = math.sqrt(0.5) * inv_sigma
-        near = to_edge * scale
-        tail, body = (near > 0) & ~narrow, (near <= 0) & ~narrow
+        near, far = to_edge * scale, torch.relu((outward + half_bin) * scale)
+        inner = (~edge).to(zd.dtype)
 
-        # Each branch sees harmless inputs where another one is taken: an unused inf would make the gradient NaN.
-        not_wide = edge | narrow  # the bins that have no far edge, or do not need it
-        far = ((outward + half_bin) * scale).masked_fill(not_wide, 0.0)
-        ratio = _log_mean_density_ratio(zd.masked_fill(~narrow, 0.0), d.square().masked_fill(~narrow, 0.0))
-        by_density = ratio - 0.5 * (z.masked_fill(~narrow, 0.0).square() + self.log_variance - _log_square(half_bin))
+        # The clamps bind only where another branch is taken: an unused inf would make its gradient NaN.
+        ratio = _log_mean_density_ratio(zd.clamp(max=1), d.square().clamp(max=0.25))
+        by_density = ratio - 0.5 * (z.square() + self.log_variance - _log_square(half_bin))
 
-        t = near.masked_fill(~tail, 1.0)
-        beyond = torch.exp(-2 * zd.masked_fill(not_wide, 0.0)) * torch.special.erfcx(far)
-        by_tail = torch.log(torch.special.erfcx(t) - beyond.masked_fill(edge | ~tail, 0.0)) - t.square() - math.log(2)
+        t = torch.relu(near)
+        beyond = torch.exp(-2 * zd) * torch.special.erfcx(far) * inner
+        by_tail = torch.log((torch.special.erfcx(t) - beyond).clamp(min=_TINY)) - t.square() - math.log(2)
 
-        outside = torch.special.erfc(-near.masked_fill(~body, -1.0))
-        outside = outside + torch.special.erfc(far).masked_fill(edge | ~body, 0.0)
-        return torch.where(narrow, by_density, torch.where(tail, by_tail, torch.log1p(-0.5 * outside)))
+        # Not relu, whose gradient is 0 at 0: a mean on the very edge of a bin belongs to this branch.
+        outside = torch.special.erfc((-near).clamp(min=0)) + torch.special.erfc(far) * inner
+        by_body = torch.log1p(-0.5 * outside.clamp(max=1.9))
+        return torch.where(narrow, by_density, torch.where(near > 0, by_tail, by_body))
