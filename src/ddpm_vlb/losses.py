@@ -53,9 +53,9 @@ def vlb_term(reverse: ReverseProcess, model_output: Tensor, diffused: Diffused) 
     c = reverse.coefficients(diffused.t, diffused.x_t)
     if reverse.clip_sample or reverse.thresholding:
         error = diffused.x_0 - reverse.predict_x_0(mean_output, diffused.x_t, c)
-        return _term(reverse, error, torch.ones_like(c.output_to_x_0), variance_output, diffused, c)
+        return _term(reverse, error, True, variance_output, diffused, c)
     error = reverse.target(diffused) - mean_output
-    return _term(reverse, error, c.output_to_x_0, variance_output, diffused, c)
+    return _term(reverse, error, False, variance_output, diffused, c)
 
 
 def prior_kl(reverse: ReverseProcess, x_0: Tensor) -> Tensor:
@@ -171,42 +171,45 @@ def _min_snr_weight(reverse: ReverseProcess, t: Tensor, like: Tensor, gamma: flo
 def _scaled_term(reverse: ReverseProcess, error: Tensor, variance_output: Tensor | None, diffused: Diffused) -> Tensor:
     """T times the unclipped term, in bits/dim, from the error of the mean output."""
     c = reverse.coefficients(diffused.t, diffused.x_t)
-    nats = _term(reverse, error, c.output_to_x_0, variance_output, diffused, c)
+    nats = _term(reverse, error, False, variance_output, diffused, c)
     return len(reverse.forward) * nats_to_bits_per_dim(nats, diffused.x_0[0].numel())
 
 
 def _term(
     reverse: ReverseProcess,
     error: Tensor,
-    error_to_x_0: Tensor,
+    of_x_0: bool,
     variance_output: Tensor | None,
     diffused: Diffused,
     c: Coefficients,
 ) -> Tensor:
-    """L_{t-1} or L_0 in nats (equations 3 and 4) from x_0 - x_0_hat = error_to_x_0 * error."""
+    """L_{t-1} or L_0 in nats (equations 3 and 4) from the error of x_0_hat, or of the mean output."""
     ratio = c.ratio_offset
     if variance_output is not None:
         ratio = torch.addcmul(ratio, variance_output, c.variance_slope)
-    scale = c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance) * error_to_x_0
+    scale = c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance)
+    scale = scale if of_x_0 else scale * c.output_to_x_0
     kl = gaussian_kl(scale * error, ratio).flatten(1).sum(1)
     first = diffused.t == 0
     if torch.compiler.is_compiling():  # a graph of fixed shapes: the decoder of the whole batch, masked
-        return torch.where(first, _decoder_nats(reverse, diffused.x_0, error_to_x_0 * error, variance_output, c), kl)
+        return torch.where(first, _decoder_nats(reverse, diffused.x_0, error, of_x_0, variance_output, c), kl)
     rows = first.nonzero()[:, 0]
     if len(rows) == 0:
         return kl
-    gap, at_rows = error_to_x_0[rows] * error[rows], Coefficients(*(table[rows] for table in c))
     variance_rows = None if variance_output is None else variance_output[rows]
-    return kl.index_put((rows,), _decoder_nats(reverse, diffused.x_0[rows], gap, variance_rows, at_rows))
+    at_first = reverse.coefficients(0, error)
+    decoder = _decoder_nats(reverse, diffused.x_0[rows], error[rows], of_x_0, variance_rows, at_first)
+    return kl.index_put((rows,), decoder)
 
 
 def _decoder_nats(
-    reverse: ReverseProcess, x_0: Tensor, gap: Tensor, variance_output: Tensor | None, c: Coefficients
+    reverse: ReverseProcess, x_0: Tensor, error: Tensor, of_x_0: bool, variance_output: Tensor | None, c: Coefficients
 ) -> Tensor:
-    """L_0 = -log p(x_0 | x_1); at the first step the mean of p is x_0_hat = x_0 - gap."""
+    """L_0 = -log p(x_0 | x_1); at the first step the mean of p is x_0_hat."""
     log_variance = c.log_variance_offset
     if variance_output is not None:
         log_variance = torch.addcmul(log_variance, variance_output, c.variance_slope)
+    gap = error if of_x_0 else c.output_to_x_0 * error
     p = DiagonalGaussian(x_0 - gap, log_variance.expand_as(gap))
     log_prob = p.log_prob(x_0) if reverse.levels is None else p.discretized_log_prob(x_0, reverse.levels)
     return -log_prob.flatten(1).sum(1)
