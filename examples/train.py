@@ -398,7 +398,7 @@ def validate(run: Run, step: int) -> None:
         with run.averaged():
             estimate = evaluate(run, run.data.validation, 64, 16, "Validating")
             images = sample(run, 16, min(100, run.args.ddpm_num_inference_steps))
-        tqdm.write(f"step {step}: validation {describe(estimate)}")
+        tqdm.write(f"step {step}: validation {describe(score(estimate))}")
         accelerator.log({"validation_bits_per_dim": estimate.bits_per_dim, "validation_se": total_se(estimate)}, step)
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
@@ -411,11 +411,10 @@ def total_se(estimate: VLBEstimate) -> float:
     return math.hypot(estimate.noise_se, estimate.image_se)
 
 
-def describe(estimate: VLBEstimate) -> str:
-    """An estimate in one line."""
-    return (
-        f"{estimate.bits_per_dim:.3f} +- {estimate.noise_se:.3f} (noise) +- {estimate.image_se:.3f} (images) bits/dim"
-    )
+def describe(test: dict[str, Any]) -> str:
+    """The scores of an estimate in one line."""
+    images = "n/a" if test["image_se"] is None else f"{test['image_se']:.3f}"
+    return f"{test['bits_per_dim']:.3f} +- {test['noise_se']:.3f} (noise) +- {images} (images) bits/dim"
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -447,11 +446,11 @@ def finish(run: Run) -> dict[str, Any]:
     return metrics
 
 
-def report(metrics: dict[str, Any], estimate_line: str, folder: Path) -> None:
+def report(metrics: dict[str, Any], folder: Path) -> None:
     """Print the result beside the baselines."""
     test = metrics["test"]
     print(f"\nTest bits/dim ({test['num_images']} images, {test['network_calls_per_image']} network calls each):")
-    print(f"  this model             {estimate_line}")
+    print(f"  this model             {describe(test)}")
     print(f"    = prior {test['prior']:.4f} + KL {test['kl']:.4f} + decoder {test['decoder']:.4f}")
     for name, value in metrics["baselines"].items():
         print(f"  {name:22} {value:.3f}")
@@ -494,9 +493,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     metrics = None
     if accelerator.is_main_process:
         metrics = finish(run)
-        test = metrics["test"]
-        line = f"{test['bits_per_dim']:.3f} +- {test['noise_se']:.3f} (noise) +- {test['image_se']:.3f} (images)"
-        report(metrics, line, folder)
+        report(metrics, folder)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics

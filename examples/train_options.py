@@ -38,11 +38,13 @@ positive_float, not_negative_float = _number(float, 0, open_low=True), _number(f
 fraction = _number(float, 0, 1)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is laid out."""
+
+
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The options and their help texts."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--config", help="YAML or JSON file of options; the command line overrides it.")
 
@@ -131,7 +133,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "--calls_per_image", type=positive_int, default=64, help="Network calls to score a test image."
     )
     output.add_argument(
-        "--ddpm_num_inference_steps", type=positive_int, default=250, help="Steps of the sampled pictures."
+        "--ddpm_num_inference_steps", type=positive_int, help="Steps of the sampled pictures; default: 250, or all."
     )
     return parser
 
@@ -160,8 +162,17 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
         parser.error("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample")
     if args.timestep_sampler is None:
         args.timestep_sampler = "gaussian" if args.objective == "vlb" else "low_discrepancy"
-    args.ddpm_num_inference_steps = min(args.ddpm_num_inference_steps, args.ddpm_num_steps)
-    args.calls_per_image = max(2, args.calls_per_image - args.calls_per_image % (2 if args.calls_per_image < 8 else 4))
+    if args.ddpm_num_inference_steps is None:
+        args.ddpm_num_inference_steps = min(250, args.ddpm_num_steps)
+    if args.ddpm_num_inference_steps > args.ddpm_num_steps:
+        parser.error(
+            f"--ddpm_num_inference_steps {args.ddpm_num_inference_steps} is more than the chain's "
+            f"--ddpm_num_steps {args.ddpm_num_steps}"
+        )
+    if args.calls_per_image % 2:
+        parser.error(
+            f"--calls_per_image {args.calls_per_image} must be even: two or four replicates give the error bar"
+        )
     return args
 
 

@@ -410,3 +410,19 @@ def test_to_without_a_dtype_keeps_it():
     """Moving alone casts nothing."""
     assert process().to("cpu").betas.dtype == torch.float64
     assert process().to("cpu", torch.float32).to("cpu").betas.dtype == torch.float32
+
+
+def test_steps_outside_the_chain_are_refused_by_every_distribution():
+    """A negative index would silently count from the end, and a later s would give the logarithm of nothing."""
+    q, x = process(), randn(2, 3)
+    for t in (torch.tensor([-1, 2]), torch.tensor([0, len(q)])):
+        for distribution in (
+            lambda t: q.q_marginal(x, t),
+            lambda t: q.q_posterior(x, x, t),
+            lambda t: q.q_transition(x, t),
+        ):
+            with pytest.raises(IndexError):
+                distribution(t)
+    for s in (torch.tensor([5, 5]), torch.tensor([7, 0]), torch.tensor([-2, 0])):
+        with pytest.raises(IndexError, match="`s`"):
+            q.q_posterior(x, x, torch.tensor([5, 5]), s)

@@ -448,3 +448,28 @@ def test_impossible_gamma(gamma):
     for loss in (simple_loss, hybrid_loss):
         with pytest.raises(ValueError, match=f"`snr_gamma` must be positive.*{gamma}"):
             loss(p, output, diffused, snr_gamma=gamma)
+
+
+def test_an_overflow_at_the_first_step_stays_out_of_the_gradient():
+    """At t = 0 the decoder is the loss: where the unused KL overflows, the gradient stays finite."""
+    forward = ForwardProcess.from_betas(torch.linspace(1e-4, 0.02, 10)).to(dtype=torch.float32)
+    reverse = ReverseProcess(forward, "epsilon", "learned", levels=17)
+    x_0 = torch.full((1, 1, 4, 4), 0.5)
+    diffused = forward.diffuse(x_0, torch.tensor([0]), torch.zeros_like(x_0))
+    output = torch.cat([torch.zeros_like(x_0), torch.full_like(x_0, -120.0)], dim=1).requires_grad_()
+    loss = vlb_loss(reverse, output, diffused)
+    loss.sum().backward()
+    assert loss.isfinite().all() and output.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("field", ["x_0", "x_t", "noise", "t"])
+def test_diffused_of_other_shapes_is_refused(field):
+    """What does not match is refused; broadcasting it would give plausible numbers."""
+    forward = ForwardProcess.from_betas(torch.linspace(1e-4, 0.02, 10))
+    reverse = ReverseProcess(forward, levels=None)
+    x_0 = torch.zeros(3, 1, 4, 4, dtype=torch.float64)
+    diffused = forward.diffuse(x_0, torch.tensor([1, 2, 3]), torch.ones_like(x_0))
+    for loss in (simple_loss, vlb_loss, vlb_term):
+        wrong = diffused._replace(**{field: getattr(diffused, field)[:1]})
+        with pytest.raises(ValueError):
+            loss(reverse, torch.zeros_like(x_0), wrong)

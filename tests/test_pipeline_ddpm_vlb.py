@@ -319,12 +319,14 @@ def test_class_labels_decide_the_image():
 
 
 def test_null_class_label_can_be_chosen():
-    """With a null label equal to the class there is nothing to guide away from: the image of g = 1."""
+    """The last label is the default; another one guides elsewhere; the class itself is refused."""
     pipe = pipeline(tiny_unet(classes=4))
-    guided = sample(pipe, class_labels=1, guidance_scale=5.0, null_class_label=1)
-    torch.testing.assert_close(guided, sample(pipe, class_labels=1), rtol=0, atol=1e-5)
+    guided = sample(pipe, class_labels=1, guidance_scale=5.0)
+    assert torch.equal(guided, sample(pipe, class_labels=1, guidance_scale=5.0, null_class_label=3))
     other = sample(pipe, class_labels=1, guidance_scale=5.0, null_class_label=0)
     assert not torch.allclose(other, guided, atol=1e-4)
+    with pytest.raises(ValueError, match="null_class_label"):
+        sample(pipe, class_labels=1, guidance_scale=5.0, null_class_label=1)
 
 
 def test_guidance_of_a_fixed_variance_network():
@@ -614,7 +616,7 @@ def test_loading_in_half(saved, dtype):
         (4, {"class_labels": 4}, r"0 \.\. 3"),
         (4, {"class_labels": -1}, r"0 \.\. 3"),
         (4, {"class_labels": 1, "null_class_label": 4}, r"0 \.\. 3"),
-        (4, {"class_labels": [0, 1, 2], "batch_size": 2}, "one integer or 2"),
+        (4, {"class_labels": [0, 1, 2], "batch_size": 2}, "one for each of the"),
         (4, {"class_labels": 0.5}, "integer"),
     ],
 )

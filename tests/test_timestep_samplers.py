@@ -425,3 +425,10 @@ def test_other_arguments_are_checked():
         covariance_eigenvalues(torch.zeros(1, 1, 2, 2))
     with pytest.raises(ValueError, match="at least 2 finite"):
         covariance_eigenvalues(torch.full((3, 1, 2, 2), float("nan")))
+
+
+def test_several_processes_need_a_generator():
+    """Without a shared generator each process would cut its part out of a draw of its own."""
+    for sampler in (UniformTimesteps(10, 1, 2), LowDiscrepancyTimesteps(10, 0, 2)):
+        with pytest.raises(ValueError, match="generator"):
+            sampler.sample(4)

@@ -118,12 +118,18 @@ class DiagonalGaussian:
     """A Gaussian with diagonal covariance, N(mean, exp(log_variance)).
 
     Args:
-        mean: mu, any shape (B, C, *).
+        mean: mu, any shape (B, C, *); half precision becomes float32.
         log_variance: log sigma^2, broadcastable to `mean`.
     """
 
     mean: Tensor
     log_variance: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "log_variance"):
+            value = getattr(self, name)
+            if value.dtype not in (torch.float32, torch.float64):
+                object.__setattr__(self, name, promote_half(value))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density at `x`, in nats per element (equation 1).

@@ -14,7 +14,7 @@ Sources: Ho et al. 2020, eq. 5; Nichol & Dhariwal 2021, section 3.3; Owen 2013, 
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -59,10 +59,10 @@ class VLBEstimate:
     prior: float
     kl: float
     decoder: float
-    per_image: Tensor
+    per_image: Tensor = field(repr=False)
     network_calls_per_image: int
-    term_mean: Tensor
-    term_se: Tensor
+    term_mean: Tensor = field(repr=False)
+    term_se: Tensor = field(repr=False)
 
     @property
     def num_images(self) -> int:

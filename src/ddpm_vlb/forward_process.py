@@ -27,6 +27,9 @@ from .schedules import check_betas
 class Diffused(NamedTuple):
     """Data, its noised version and how it was noised: what a loss needs beside the network's output.
 
+    `ForwardProcess.diffuse` makes it. The four belong together, x_t = sqrt(alphabar_t) x_0 + sqrt(1 - alphabar_t)
+    noise, which the losses use to compare the output with its target instead of two estimates of x_0.
+
     x_0: data (B, C, *). x_t: noised data, the network's input. t: chain indices (B,). noise: epsilon (B, C, *).
     """
 
@@ -46,9 +49,11 @@ def gather(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
 
     Raises:
         TypeError: `t` is not of an integer dtype (a boolean or uint8 tensor would select, not index).
+        IndexError: `t` leaves the chain (checked on the CPU; a GPU would have to wait for the check).
     """
     if t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"`t` must be an integer tensor of chain indices (torch.int64), but got {t.dtype}.")
+    check_timesteps(t, len(table))
     values = table[t].to(torch.promote_types(x.dtype, torch.float32))
     return values.reshape(values.shape + (1,) * (x.ndim - t.ndim))
 
@@ -289,7 +294,6 @@ class ForwardProcess:
                 f"`x_0`, `noise` and `t` must have the shapes (B, C, *), (B, C, *) and (B,), but got "
                 f"{tuple(x_0.shape)}, {tuple(noise.shape)} and {tuple(t.shape)}."
             )
-        check_timesteps(t, len(self))
         x_0, noise = promote_half(x_0), promote_half(noise)
         signal = gather(self.sqrt_alphas_cumprod, t, x_0)
         sigma = gather(self.sqrt_one_minus_alphas_cumprod, t, x_0)
@@ -303,7 +307,11 @@ class ForwardProcess:
 
     def _transition(self, t: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor]:
         """log alpha_{t|s} and log beta_{t|s}, float64."""
-        log_alpha = self._log_abar(t) - self._log_abar(t - 1 if s is None else s)
+        s = t - 1 if s is None else s
+        check_timesteps(t, len(self))
+        if not torch.compiler.is_compiling() and t.device.type == "cpu" and bool(((s < -1) | (s >= t)).any()):
+            raise IndexError(f"`s` must lie in -1 .. t - 1, but got s={s.tolist()} for t={t.tolist()}.")
+        log_alpha = self._log_abar(t) - self._log_abar(s)
         return log_alpha, torch.log(-torch.expm1(log_alpha))
 
 

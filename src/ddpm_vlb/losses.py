@@ -44,7 +44,7 @@ def vlb_term(reverse: ReverseProcess, model_output: Tensor, diffused: Diffused) 
         diffused: x_0, x_t, t and noise, from `forward.diffuse`.
 
     Raises:
-        ValueError: the output has the wrong number of channels for the variance type.
+        ValueError: the output has the wrong number of channels for the variance type, or the shapes do not match.
 
     Source: Ho et al. 2020, eq. 5; equations 3 and 4 above.
     """
@@ -150,6 +150,11 @@ def hybrid_loss(
 
 def _promoted(diffused: Diffused) -> Diffused:
     x_0, x_t, t, noise = diffused
+    if not x_0.shape == x_t.shape == noise.shape or t.shape != x_t.shape[:1]:
+        raise ValueError(
+            "`x_0`, `x_t`, `noise` and `t` of `diffused` must have the shapes (B, C, *), thrice, and (B,), but got "
+            f"{tuple(x_0.shape)}, {tuple(x_t.shape)}, {tuple(noise.shape)} and {tuple(t.shape)}."
+        )
     return Diffused(promote_half(x_0), promote_half(x_t), t, promote_half(noise))
 
 
@@ -184,13 +189,15 @@ def _term(
     c: Coefficients,
 ) -> Tensor:
     """L_{t-1} or L_0 in nats (equations 3 and 4) from the error of x_0_hat, or of the mean output."""
-    ratio = c.ratio_offset
+    first = diffused.t == 0
+    # The first step's rows take the decoder instead; their KL is kept at 0, lest an overflow make its gradient NaN.
+    keep = (~first).to(error.dtype).reshape(c.ratio_offset.shape)
+    ratio = keep * c.ratio_offset
     if variance_output is not None:
-        ratio = torch.addcmul(ratio, variance_output, c.variance_slope)
-    scale = c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance)
+        ratio = torch.addcmul(ratio, variance_output, keep * c.variance_slope)
+    scale = keep * c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance)
     scale = scale if of_x_0 else scale * c.output_to_x_0
     kl = gaussian_kl(scale * error, ratio).flatten(1).sum(1)
-    first = diffused.t == 0
     if torch.compiler.is_compiling():  # a graph of fixed shapes: the decoder of the whole batch, masked
         return torch.where(first, _decoder_nats(reverse, diffused.x_0, error, of_x_0, variance_output, c), kl)
     rows = first.nonzero()[:, 0]

@@ -151,11 +151,22 @@ class DDPMVLBPipeline(DiffusionPipeline):
             raise ValueError("`class_labels` were given, but this network is unconditional. Leave them out.")
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         if labels.is_floating_point() or len(labels) not in (1, batch_size):
-            raise ValueError(f"`class_labels` must be one integer or {batch_size}, but got {class_labels!r}.")
+            raise ValueError(
+                f"`class_labels` must be one integer, or one for each of the `batch_size={batch_size}` images, "
+                f"but got {class_labels!r}."
+            )
         null = classes - 1 if null_class_label is None else null_class_label
         if int(labels.min()) < 0 or int(labels.max()) >= classes or not 0 <= null < classes:
-            raise ValueError(f"`class_labels` and `null_class_label` must lie in 0 .. {classes - 1}.")
+            raise ValueError(
+                f"`class_labels` and `null_class_label` must lie in 0 .. {classes - 1}, but got {labels.tolist()[:8]} "
+                f"and {null}."
+            )
         labels = labels.long().expand(batch_size)
+        if guidance_scale != 1.0 and bool((labels == null).any()):
+            raise ValueError(
+                f"`class_labels` holds {null}, which stands for no class under guidance: there is nothing to guide "
+                "to. Pass the label that the network was trained to take for no class as `null_class_label`."
+            )
         return labels, torch.full_like(labels, null) if guidance_scale != 1.0 else None
 
     @property
@@ -207,9 +218,14 @@ class DDPMVLBPipeline(DiffusionPipeline):
             output = torch.cat([mean, output[:, channels:]], dim=1)
         else:
             output = self._call_unet(sample, timestep, labels).float()
-        if output.shape[1] == 2 * channels and not isinstance(self.scheduler, _TAKES_VARIANCE):
+        if output.shape[1] == 2 * channels and not self._scheduler_takes_variance:
             output = output[:, :channels]
         return output
+
+    @property
+    def _scheduler_takes_variance(self) -> bool:
+        learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
+        return learned and isinstance(self.scheduler, _TAKES_VARIANCE)
 
     def _call_unet(self, sample: Tensor, timestep: Any, labels: Tensor | None) -> Tensor:
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))

@@ -103,7 +103,7 @@ class ReverseProcess:
                 "`dynamic_thresholding_ratio` must lie in [0, 1] and `sample_max_value` be at least 1, but got "
                 f"{self.dynamic_thresholding_ratio!r} and {self.sample_max_value!r}."
             )
-        if self.prediction_type == "epsilon" and float(self.forward.alphas_cumprod[-1]) == 0:
+        if self.prediction_type == "epsilon" and bool(self.forward.log_alphas_cumprod[-1] == -torch.inf):
             raise ValueError(
                 "`prediction_type='epsilon'` cannot work with zero-terminal SNR: at the last step x_t is the noise "
                 "itself and says nothing of x_0. Use `prediction_type='v_prediction'` or 'sample'."
@@ -149,9 +149,14 @@ class ReverseProcess:
         Args:
             t: chain indices (B,), or one Python int for the whole batch.
             x_t: the tensor (B, C, *) that they are for.
+
+        Raises:
+            TypeError, IndexError: as `gather`.
         """
         if isinstance(t, int):
             key = t, x_t.dtype
+            if not 0 <= t < len(self.forward):
+                raise IndexError(f"`t` must lie in 0 .. {len(self.forward) - 1}, but got {t}.")
             if key not in self._rows:  # a sampler comes back to the same few steps: eight views each time are slow
                 with torch.inference_mode(False):
                     row = self._table[t].to(torch.promote_types(x_t.dtype, torch.float32))
@@ -167,8 +172,14 @@ class ReverseProcess:
             x_t: the network's input (B, C, *).
 
         Raises:
+            TypeError: `model_output` is no tensor (a diffusers model's output without `.sample`).
             ValueError: the output has the wrong number of channels for `variance_type`, or another shape than `x_t`.
         """
+        if not isinstance(model_output, Tensor):
+            raise TypeError(
+                f"`model_output` must be a tensor, but got {type(model_output).__name__}. For a diffusers model pass "
+                "`unet(x_t, timesteps).sample`."
+            )
         channels, learned = x_t.shape[1], self.learns_variance
         expected = 2 * channels if learned else channels
         shape = model_output.shape

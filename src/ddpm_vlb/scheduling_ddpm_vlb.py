@@ -6,6 +6,7 @@ same p for training and evaluation. Names here are diffusers' (`original_samples
 
 import json
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -242,7 +243,8 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         return -1 if index == 0 else int(self._chain.forward.timesteps[index - 1])
 
     def _chain_index(self, timestep: int | Tensor) -> int:
-        if isinstance(timestep, float) or (isinstance(timestep, Tensor) and timestep.dtype not in _INTEGERS):
+        integer = timestep.dtype in _INTEGERS if isinstance(timestep, Tensor) else isinstance(timestep, Integral)
+        if not integer:
             raise TypeError(f"`timestep` must be an integer, but got {timestep!r}.")
         index = self._index.get(int(timestep))
         if index is None:
@@ -365,7 +367,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
 def _draw(model_output: Tensor, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
     """Noise in the network's dtype, as stock draws it, so that the same generator gives the same image."""
     if generator is None:  # the same draws as randn_tensor's, which takes a sixth of a small image's step
-        noise = torch.randn_like(sample, dtype=model_output.dtype)
+        noise = torch.randn_like(sample, dtype=model_output.dtype, memory_format=torch.contiguous_format)
     else:
         noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
     return promote_half(noise)

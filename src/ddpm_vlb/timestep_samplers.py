@@ -37,9 +37,14 @@ def _check_sizes(num_timesteps: int, rank: int, world_size: int) -> None:
         raise ValueError(f"`rank` must lie in 0 .. world_size - 1, but got rank {rank!r} of {world_size!r}.")
 
 
-def _check_batch_size(batch_size: int) -> None:
+def _check_draw(batch_size: int, world_size: int, generator: torch.Generator | None) -> None:
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, but got {batch_size!r}.")
+    if world_size > 1 and generator is None:
+        raise ValueError(
+            f"On {world_size} processes `sample` needs a `generator`, seeded alike on all of them: each returns its "
+            "part of one global draw."
+        )
 
 
 class UniformTimesteps:
@@ -71,9 +76,9 @@ class UniformTimesteps:
             generator: source of randomness, in the same state on every process.
 
         Raises:
-            ValueError: `batch_size` below 1.
+            ValueError: `batch_size` below 1, or several processes without a generator.
         """
-        _check_batch_size(batch_size)
+        _check_draw(batch_size, self.world_size, generator)
         source = generator.device if generator is not None else "cpu"
         t = torch.randint(self.num_timesteps, (batch_size * self.world_size,), generator=generator, device=source)
         t = t[self.rank * batch_size : (self.rank + 1) * batch_size].to(device or "cpu")
@@ -145,9 +150,9 @@ class ImportanceTimesteps:
             generator: source of randomness, in the same state on every process.
 
         Raises:
-            ValueError: `batch_size` below 1.
+            ValueError: `batch_size` below 1, or several processes without a generator.
         """
-        _check_batch_size(batch_size)
+        _check_draw(batch_size, self.world_size, generator)
         t = _systematic(self.probabilities, batch_size * self.world_size, generator)
         t = t[self.rank * batch_size : (self.rank + 1) * batch_size]
         weights = (1 / (self.num_timesteps * self.probabilities[t])).float()
@@ -232,7 +237,7 @@ class LossSecondMomentTimesteps:
             generator: source of randomness, in the same state on every process.
 
         Raises:
-            ValueError: `batch_size` below 1.
+            ValueError: `batch_size` below 1, or several processes without a generator.
         """
         return ImportanceTimesteps(self.probabilities, self.rank, self.world_size).sample(
             batch_size, device, generator
