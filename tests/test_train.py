@@ -220,11 +220,23 @@ def test_defaults_of_the_objectives():
     assert (args.variance_type, args.timestep_sampler) == ("fixed_large", "uniform")
 
 
-@pytest.mark.parametrize("given, used", [(1, 2), (2, 2), (3, 2), (6, 6), (7, 6), (8, 8), (63, 60), (64, 64)])
-def test_network_calls_come_in_replicates(given, used):
-    """--calls_per_image is cut to what the replicates of the estimate divide, never to none."""
-    calls = parse_args(["--calls_per_image", str(given)], "").calls_per_image
-    assert (calls, calls % (4 if calls % 4 == 0 else 2)) == (used, 0)
+@pytest.mark.parametrize("calls", [1, 2, 3, 6, 8, 63, 64])
+def test_network_calls_come_in_replicates(calls, capsys):
+    """--calls_per_image is taken as it is where two replicates divide it, and refused otherwise."""
+    if calls % 2 == 0:
+        assert parse_args(["--calls_per_image", str(calls)], "").calls_per_image == calls
+        return
+    with pytest.raises(SystemExit):
+        parse_args(["--calls_per_image", str(calls)], "")
+    assert "--calls_per_image" in capsys.readouterr().err
+
+
+def test_more_sampled_steps_than_the_chain_has_are_refused(capsys):
+    """A number that was given is never changed silently; the default fits itself to the chain."""
+    assert parse_args(["--ddpm_num_steps", "20"], "").ddpm_num_inference_steps == 20
+    with pytest.raises(SystemExit):
+        parse_args("--ddpm_num_steps 20 --ddpm_num_inference_steps 21".split(), "")
+    assert "--ddpm_num_inference_steps 21" in capsys.readouterr().err
 
 
 BAD = """
@@ -605,7 +617,7 @@ def test_objectives_samplers_and_predictions(tmp_path, few, no_pictures, objecti
 @pytest.mark.parametrize(
     "options",
     [
-        "--ddpm_num_steps 1",
+        "--ddpm_num_steps 1 --ddpm_num_inference_steps 1",
         "--rescale_betas_zero_snr --prediction_type v_prediction",
         "--objective simple --snr_gamma 5",
         "--ddpm_beta_schedule squaredcos_cap_v2 --ddpm_num_steps 100",
@@ -807,7 +819,7 @@ def test_three_steps_and_three_are_six(tmp_path, few, no_pictures, only_train):
         "--no-use_ema",
         "--validation_steps 4",
         "--gradient_accumulation_steps 2",
-        "--timestep_sampler loss_second_moment --ddpm_num_steps 2",
+        "--timestep_sampler loss_second_moment --ddpm_num_steps 2 --ddpm_num_inference_steps 2",
         "--train_batch_size 35",  # four steps an epoch: the checkpoint lies within the second
         "--train_batch_size 22 --gradient_accumulation_steps 2",  # four too, the last of a single batch
         "--train_batch_size 22 --gradient_accumulation_steps 3",  # three, the last of a single batch
@@ -828,7 +840,8 @@ def test_a_resumed_run_repeats_the_rest(tmp_path, few, only_train, train_batches
 
 def test_the_importance_sampler_learns_its_probabilities(tmp_path, few, only_train):
     """Its history fills up in training and comes back with a checkpoint: the test above would not see it unused."""
-    options = "--timestep_sampler loss_second_moment --ddpm_num_steps 2 --max_train_steps 6 --checkpointing_steps 6"
+    options = "--timestep_sampler loss_second_moment --ddpm_num_steps 2 --ddpm_num_inference_steps 2"
+    options += " --max_train_steps 6 --checkpointing_steps 6"
     run = only_train(tmp_path, options, *few)
     assert not torch.allclose(run.sampler.probabilities, torch.full((2,), 0.5, dtype=torch.float64))
     again = only_train(tmp_path, f"{options} --resume_from_checkpoint latest", *few)
