@@ -289,8 +289,8 @@ def estimate_vlb(
     position, dims = 0, 0
     for x_0 in _groups(batches, reverse.levels, values_per_call):
         dims = x_0[0].numel()
-        t, noise = _draw(sampler, x_0, num_replicates, draws, seed, position)
-        terms = _stream(model, reverse, x_0, t, noise, device, values_per_call)
+        t, generators = _draw(sampler, x_0, num_replicates, draws, seed, position)
+        terms = _stream(model, reverse, x_0, t, generators, device, values_per_call)
         prior = prior_kl(reverse, x_0.to(device)).double().cpu()
         weighted = terms / sampler.probabilities[t] / draws
         first = (t == 0).double()

@@ -366,7 +366,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
 
 def _draw(model_output: Tensor, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
     """Noise in the network's dtype, as stock draws it, so that the same generator gives the same image."""
-    if generator is None:  # the same draws as randn_tensor's, which takes a sixth of a small image's step
+    if generator is None:  # the same draws as randn_tensor's, without its checks
         noise = torch.randn_like(sample, dtype=model_output.dtype, memory_format=torch.contiguous_format)
     else:
         noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
