@@ -71,19 +71,26 @@ def plot_samples(generated: Tensor, real: Tensor, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_vlb_terms(estimate: VLBEstimate, path: Path, bins: int = 40) -> None:
-    """Write L_t against t, log-log, with the cumulative bound.
+def _in_unit(unit: str) -> float:
+    """What turns an estimate's bits/dim into the unit."""
+    return 1.0 if unit == "bits/dim" else math.log(2)
+
+
+def plot_vlb_terms(estimate: VLBEstimate, path: Path, bins: int = 40, unit: str = "bits/dim") -> None:
+    """Write L_t against t, log-log, with bands of one standard error, and the cumulative bound.
 
     Args:
         estimate: of the test images.
         path: the PNG file to write.
         bins: the drawn steps are averaged in this many geometric bins.
+        unit: "bits/dim", or nats for continuous data.
     """
-    terms, errors = estimate.term_mean.numpy(), estimate.term_se.numpy()
+    scale = _in_unit(unit)
+    terms, errors = estimate.term_mean.numpy() * scale, estimate.term_se.numpy() * scale
     steps = len(terms)
     edges = np.unique(np.geomspace(1, steps + 1, bins + 1).astype(int))
     centres, means, bands, total = [], [], [], []
-    running = estimate.prior
+    running = estimate.prior * scale
     for low, high in zip(edges[:-1] - 1, edges[1:] - 1):
         drawn = np.isfinite(terms[low:high])
         if not drawn.any():
@@ -95,16 +102,40 @@ def plot_vlb_terms(estimate: VLBEstimate, path: Path, bins: int = 40) -> None:
         bands.append(math.sqrt(np.nansum(errors[low:high][drawn] ** 2)) / drawn.sum())
         total.append(running)
     figure, axis = plt.subplots(figsize=(8, 5))
-    axis.errorbar(centres, means, yerr=bands, fmt="o-", markersize=3, capsize=2, label="L_t (mean of the bin, +- SE)")
-    axis.set(xscale="log", yscale="log", xlabel="t (1 is the decoder's step)", ylabel="L_t, bits/dim for each step")
+    level, band, bound = np.array(means), np.array(bands), estimate.bits_per_dim * scale
+    axis.plot(centres, level, "o-", markersize=3, label="L_t (mean of the bin, +- SE)")
+    axis.fill_between(centres, level - band, level + band, alpha=0.3)
+    # The density of the decoder may be negative, and noise may make a small term so.
+    axis.set(xscale="log", yscale="log" if (level > 0).all() else "symlog")
+    if (level > 0).all():
+        axis.set_ylim(level.min() / 2, level.max() * 2)
+    axis.set(xlabel="t (1 is the decoder's step)", ylabel=f"L_t, {unit} for each step")
     axis.grid(alpha=0.3)
     right = axis.twinx()
     right.plot(centres, total, color="tab:red", label="L_T + cumulative sum of L_t")
-    right.axhline(estimate.bits_per_dim, color="tab:red", linestyle=":", label=f"estimate {estimate.bits_per_dim:.3f}")
-    right.set(ylabel="bits/dim", ylim=(0, None))
+    right.axhline(bound, color="tab:red", linestyle=":", label=f"estimate {bound:.3f}")
+    right.set(ylabel=unit, ylim=(min(0.0, *total), None))
     handles = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False)
     _save(figure, path, top=0.94)
+
+
+def plot_per_image(estimate: VLBEstimate, path: Path, unit: str = "bits/dim") -> None:
+    """Write a histogram of the images' bounds.
+
+    Args:
+        estimate: of the test images.
+        path: the PNG file to write.
+        unit: as in `plot_vlb_terms`.
+    """
+    values, mean = estimate.per_image.numpy() * _in_unit(unit), estimate.bits_per_dim * _in_unit(unit)
+    figure, axis = plt.subplots(figsize=(8, 4))
+    axis.hist(values, bins=min(50, max(5, round(len(values) ** 0.5))), edgecolor="white")
+    axis.axvline(mean, color="tab:red", label=f"mean {mean:.3f}")
+    noise = estimate.noise_se * len(values) ** 0.5 * _in_unit(unit)
+    axis.set(xlabel=f"{unit} of an image (of which noise: +- {noise:.3f})", ylabel="images")
+    axis.legend(frameon=False)
+    _save(figure, path)
 
 
 def _save(figure: Any, path: Path, top: float = 1.0) -> None:
@@ -113,11 +144,33 @@ def _save(figure: Any, path: Path, top: float = 1.0) -> None:
     plt.close(figure)
 
 
-def score(estimate: VLBEstimate) -> dict[str, float | int | None]:
-    """The numbers of an estimate, under the names of metrics.json."""
-    names = "bits_per_dim noise_se image_se prior kl decoder num_images network_calls_per_image"
-    values = {name: getattr(estimate, name) for name in names.split()}
-    return {name: None if math.isnan(value) else value for name, value in values.items()}  # JSON has no NaN
+def score(estimate: VLBEstimate, discrete: bool = True) -> dict[str, float | int | None]:
+    """The numbers of an estimate, under the names of metrics.json.
+
+    Args:
+        estimate: of some images.
+        discrete: they are in bits/dim; else in nats/dim of density, and there are no bits/dim.
+    """
+    scale = 1.0 if discrete else math.log(2)
+    value = estimate.bits_per_dim * scale
+    numbers: dict[str, float | int] = {
+        "bits_per_dim" if discrete else "nats_per_dim": value,
+        **{name: getattr(estimate, name) * scale for name in ("noise_se", "image_se", "prior", "kl", "decoder")},
+        "num_images": estimate.num_images,
+        "network_calls_per_image": estimate.network_calls_per_image,
+    }
+    finite = {name: None if math.isnan(number) else number for name, number in numbers.items()}  # JSON has no NaN
+    return finite if discrete else {"bits_per_dim": None, **finite}
+
+
+def describe(scores: dict[str, Any], unit: str = "bits/dim") -> str:
+    """Scores in one line."""
+    value = scores["nats_per_dim"] if scores["bits_per_dim"] is None else scores["bits_per_dim"]
+    noise, images = (
+        "n/a" if scores[name] is None else f"{scores[name]:.3f}" if scores[name] else "<" + f"{scores['noise_se']:.3f}"
+        for name in ("noise_se", "image_se")
+    )
+    return f"{value:.3f} +- {noise} (noise) +- {images} (images) {unit}"
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

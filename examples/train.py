@@ -27,7 +27,8 @@ from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from image_data import ImageData, Images, load_image_data
-from reporting import baselines, plot_samples, plot_vlb_terms, score, write_json
+from reporting import baselines, describe, plot_samples, plot_vlb_terms, score, write_json
+from scoring import pilot_positions, run_sweep, shared
 from torch import Tensor
 from tqdm.auto import tqdm
 from train_options import parse_args
@@ -38,14 +39,16 @@ from ddpm_vlb import (
     ImportanceTimesteps,
     LossSecondMomentTimesteps,
     LowDiscrepancyTimesteps,
+    Pilot,
     ReverseProcess,
     UniformTimesteps,
     VLBEstimate,
+    VLBEstimator,
     beta_start_for_levels,
     covariance_eigenvalues,
-    estimate_vlb,
+    estimate_from_scores,
+    fit_pilot,
     hybrid_loss,
-    pilot_probabilities,
     simple_loss,
     vlb_loss,
 )
@@ -364,22 +367,27 @@ def train(run: Run) -> None:
 
 
 def evaluate(run: Run, images: Images, limit: int | None, calls_per_image: int, description: str) -> VLBEstimate:
-    """Bits/dim of the first `limit` images with the network's weights as they are; x_0 is not clipped."""
+    """Bits/dim of the first `limit` images, on all processes; the network's weights as they are, x_0 not clipped."""
     reverse = dataclasses.replace(run.reverse, clip_sample=False)
     total = len(images) if limit is None else min(limit, len(images))
-    pilot_images = torch.cat(list(run.data.train.batches(64, limit=64))).to(run.accelerator.device)
-    with tqdm(total=total, desc=description, unit="image", leave=False) as bar:
-        probabilities = pilot_probabilities(run.model, reverse, pilot_images, seed=run.args.seed)
-        return estimate_vlb(
-            run.model,
-            reverse,
-            images.batches(run.args.eval_batch_size, limit),
-            probabilities=probabilities,
-            calls_per_image=calls_per_image,
-            num_replicates=4 if calls_per_image % 4 == 0 else 2,
-            seed=run.args.seed,
-            on_images=bar.update,
-        )
+
+    def stacked(source: Images, positions: Sequence[int]) -> Tensor:
+        return torch.stack(source.__getitems__(list(positions)))
+
+    def pilot() -> Pilot:
+        train_images = stacked(run.data.train, pilot_positions(len(run.data.train), stacked(images, [0]).numel()))
+        return fit_pilot(run.model, reverse, train_images, seed=run.args.seed)
+
+    scorer = VLBEstimator(run.model, reverse, shared(run.accelerator, pilot), calls_per_image, seed=run.args.seed)
+    scores = run_sweep(
+        run.accelerator,
+        scorer,
+        lambda positions: (stacked(images, positions), {}),
+        range(total),
+        description=description,
+        report_unit=1 / math.log(2),
+    )
+    return estimate_from_scores(scores)
 
 
 def sample(run: Run, num_images: int, steps: int) -> Tensor:
@@ -392,17 +400,18 @@ def sample(run: Run, num_images: int, steps: int) -> Tensor:
 
 
 def validate(run: Run, step: int) -> None:
-    """Validation bits/dim and a grid of samples, to the tracker; on the main process."""
+    """Validation bits/dim, scored on all processes, and a grid of samples, to the tracker."""
     accelerator = run.accelerator
-    if accelerator.is_main_process:
-        with run.averaged():
-            estimate = evaluate(run, run.data.validation, 64, 16, "Validating")
+    with run.averaged():
+        estimate = evaluate(run, run.data.validation, 64, 16, "Validating")
+        if accelerator.is_main_process:
             images = sample(run, 16, min(100, run.args.ddpm_num_inference_steps))
-        tqdm.write(f"step {step}: validation {describe(score(estimate))}")
-        accelerator.log({"validation_bits_per_dim": estimate.bits_per_dim, "validation_se": total_se(estimate)}, step)
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_images("samples", images.numpy(), step)
+            tqdm.write(f"step {step}: validation {describe(score(estimate))}")
+            logged = {"validation_bits_per_dim": estimate.bits_per_dim, "validation_se": total_se(estimate)}
+            accelerator.log(logged, step)
+            for tracker in accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.writer.add_images("samples", images.numpy(), step)
     accelerator.wait_for_everyone()
 
 
@@ -411,20 +420,19 @@ def total_se(estimate: VLBEstimate) -> float:
     return math.hypot(estimate.noise_se, estimate.image_se)
 
 
-def describe(test: dict[str, Any]) -> str:
-    """The scores of an estimate in one line."""
-    images = "n/a" if test["image_se"] is None else f"{test['image_se']:.3f}"
-    return f"{test['bits_per_dim']:.3f} +- {test['noise_se']:.3f} (noise) +- {images} (images) bits/dim"
+def finish(run: Run) -> dict[str, Any] | None:
+    """Save the pipeline, score the test images, draw the pictures; metrics.json comes last.
 
-
-def finish(run: Run) -> dict[str, Any]:
-    """Save the pipeline, score the test images, draw the pictures; metrics.json comes last."""
+    All processes score; the main one does the rest and returns the metrics.
+    """
     args, data, folder = run.args, run.data, run.folder
     with run.averaged():
-        pipeline = run.pipeline()
-        pipeline.save_pretrained(folder)
-        write_json(data.record, folder / "data.json")
+        if run.accelerator.is_main_process:
+            run.pipeline().save_pretrained(folder)
+            write_json(data.record, folder / "data.json")
         estimate = evaluate(run, data.test, args.num_test_images, args.calls_per_image, "Scoring test images")
+        if not run.accelerator.is_main_process:
+            return None
         generated = sample(run, args.eval_batch_size, args.ddpm_num_inference_steps)
     real = next(data.test.batches(args.eval_batch_size)) / 2 + 0.5
     plot_samples(generated[: len(real)], real[: len(generated)], folder / "samples.png")
@@ -490,9 +498,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     )
     resume(accelerator, folder, args.resume_from_checkpoint)
     train(run)
-    metrics = None
-    if accelerator.is_main_process:
-        metrics = finish(run)
+    metrics = finish(run)
+    if metrics is not None:
         report(metrics, folder)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -38,13 +38,13 @@ positive_float, not_negative_float = _number(float, 0, open_low=True), _number(f
 fraction = _number(float, 0, 1)
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and the description as it is laid out."""
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The options and their help texts."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--config", help="YAML or JSON file of options; the command line overrides it.")
 
@@ -130,7 +130,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     output.add_argument("--eval_batch_size", type=positive_int, default=64, help="Number of images to sample.")
     output.add_argument("--num_test_images", type=positive_int, help="Score only the first so many; default: all.")
     output.add_argument(
-        "--calls_per_image", type=positive_int, default=64, help="Network calls to score a test image."
+        "--calls_per_image", type=positive_int, default=20, help="Network calls to score a test image, at least 2."
     )
     output.add_argument(
         "--ddpm_num_inference_steps", type=positive_int, help="Steps of the sampled pictures; default: 250, or all."
@@ -169,10 +169,8 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
             f"--ddpm_num_inference_steps {args.ddpm_num_inference_steps} is more than the chain's "
             f"--ddpm_num_steps {args.ddpm_num_steps}"
         )
-    if args.calls_per_image % 2:
-        parser.error(
-            f"--calls_per_image {args.calls_per_image} must be even: two or four replicates give the error bar"
-        )
+    if args.calls_per_image < 2:
+        parser.error(f"--calls_per_image {args.calls_per_image} must be at least 2: one call has no error bar")
     return args
 
 

@@ -28,8 +28,12 @@ ORDER = (
     "forward_process",
     "reverse_process",
     "losses",
+    "gaussian_model",
     "timestep_samplers",
     "evaluation",
+    "pilot",
+    "scores",
+    "estimation",
     "respacing",
     "scheduling_ddpm_vlb",
     "pipeline_ddpm_vlb",
@@ -40,7 +44,9 @@ BELOW_THE_SCHEDULER = ORDER[: ORDER.index("scheduling_ddpm_vlb")]
 SIBLINGS = {
     "distributions": set(),
     "schedules": set(),
-    "timestep_samplers": set(),
+    "gaussian_model": set(),
+    "timestep_samplers": {"gaussian_model"},
+    "scores": set(),
     "respacing": {"forward_process"},
 }
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__")

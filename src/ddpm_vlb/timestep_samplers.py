@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .gaussian_model import gaussian_model_terms
+
 
 def _systematic(probabilities: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     """n indices drawn by systematic sampling, in random order: each has the distribution `probabilities`."""
@@ -282,46 +284,3 @@ class LossSecondMomentTimesteps:
                 f"{tuple(self._history.shape)}: it was saved with another number of timesteps or `history_per_term`."
             )
         self._history, self._counts = history.double().cpu().clone(), counts.long().cpu().clone()
-
-
-def covariance_eigenvalues(x_0: Tensor, max_dims: int = 2048) -> Tensor:
-    """Eigenvalues of the covariance of the data, float64 (D,), for the Gaussian data model.
-
-    Up to `max_dims` dimensions they are those of the sample covariance; above, those of a stationary model: the power
-    spectrum of the channels' cross-covariance, which a few hundred images give for any size.
-
-    Args:
-        x_0: training data (N, C, *), at least 2 examples; a few hundred to a few thousand are enough.
-        max_dims: largest D = C x H x W for which the full covariance is used.
-
-    Raises:
-        ValueError: fewer than 2 examples, or values that are not finite.
-    """
-    if len(x_0) < 2 or not bool(x_0.isfinite().all()):
-        raise ValueError(f"`x_0` must hold at least 2 finite examples, but got {len(x_0)}.")
-    centred = x_0.detach().cpu().double()
-    centred = centred - centred.mean(0)
-    flat = centred.flatten(1)
-    if flat.shape[1] <= max_dims:
-        return torch.linalg.eigvalsh(flat.T @ flat / (len(flat) - 1)).clamp(min=0)
-    spectrum = torch.fft.fftn(centred, dim=tuple(range(2, x_0.ndim)), norm="ortho").flatten(2).movedim(1, 2)
-    cross = torch.einsum("nkc,nkd->kcd", spectrum, spectrum.conj()) / (len(flat) - 1)
-    return torch.linalg.eigvalsh(cross).clamp(min=0).flatten()
-
-
-def gaussian_model_terms(alphas_cumprod: Tensor, eigenvalues: Tensor) -> Tensor:
-    """L_t of Gaussian data with the best possible network, nats per dimension, float64 (T,); t = 0 copies t = 1.
-
-    Args:
-        alphas_cumprod: alphabar_t of the chain, (T,).
-        eigenvalues: eigenvalues of the data's covariance, (D,), not negative.
-
-    Source: Kingma et al. 2021, eq. 13, with the minimum mean squared error of Gaussian data.
-    """
-    abar = alphas_cumprod.detach().cpu().double()[:, None]
-    noise = 1 - abar
-    lam = eigenvalues.detach().cpu().double()
-    mmse = (lam * noise / (abar * lam + noise)).mean(1)
-    snr = (abar / noise).squeeze(1)
-    terms = 0.5 * (snr[:-1] - snr[1:]) * mmse[1:]
-    return torch.cat([terms[:1], terms]) if len(terms) else mmse

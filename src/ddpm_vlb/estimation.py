@@ -1,0 +1,309 @@
+r"""Bits/dim of a data set: an unbiased estimate of the mean bound over its images, with standard errors.
+
+1. importance estimate: for each image R replicates of M steps drawn systematically from p_t; a replicate is
+   L_T + sum_t E[C_t | x_0] + mean_m (L_{t_m} - C_{t_m}) / p_{t_m}, with the pilot's p_t and control variate C_t.
+   t = 0 is drawn like any other step.
+2. full loop: L_T + sum_t L_t, every step once; a second draw on some images tells its noise from their spread.
+
+Every image draws from a generator seeded by (seed, its position), so its value depends neither on the batch it travels
+in nor on the process that scores it; scores of parts of the data are merged exactly.
+
+Sources: Ho et al. 2020, eq. 5; Nichol & Dhariwal 2021, section 3.3; Owen 2013, "Monte Carlo theory", chapters 8 and 9.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .evaluation import (
+    Conditioning,
+    Model,
+    bound_terms,
+    check_conditioning,
+    check_data,
+    image_generator,
+    rows_of,
+)
+from .losses import prior_kl
+from .pilot import ControlVariate, Pilot, PreparedImages, check_same_chain
+from .reverse_process import ReverseProcess
+from .scores import (
+    Scores,
+    VLBEstimate,
+    VLBScores,
+    compacted,
+    curve_sums,
+    estimate_from_scores,
+    merge_scores,
+)
+from .timestep_samplers import ImportanceTimesteps
+
+ESTIMATORS = ("importance", "full")
+SECOND_DRAWS = 64  # images that the full loop visits twice, for its noise standard error
+
+Batch = Tensor | tuple[Tensor, Conditioning]
+"""Images x_0 (B, C, *), or images and the network's further arguments for them."""
+
+
+class _Draws(NamedTuple):
+    """Chain indices and weights (B, R, M), and each image's generator to draw its noise from."""
+
+    t: Tensor
+    weights: Tensor
+    generators: list[torch.Generator]
+
+
+@dataclass(frozen=True, eq=False)
+class VLBEstimator:
+    """How a data set is scored; `score` scores some of its images, in any order and on any process.
+
+    Args:
+        model: the network, called as model(x_t, timesteps, **conditioning); returns a tensor or an object with
+            `.sample`.
+        reverse: p, on the device to score on; decides on clipping and the decoder.
+        pilot: p_t and the control variate, from `fit_pilot`; a tensor of p_t, (T,), will do; None draws t evenly,
+            which is unbiased but far noisier. The full loop needs none.
+        calls_per_image: K = R x M network calls for each image, at least 2; the full loop makes T.
+        num_replicates: R, at least 2, a divisor of K: the spread between replicates gives the noise standard error.
+            None takes the fewest, but one for every 16 calls.
+        seed: with an image's position it determines its draws.
+        estimator: "importance" or "full".
+        also: further reverse processes of the same chain, scored from the same network outputs (unclipped beside
+            clipped, one variance beside another). Give them to `fit_pilot` too.
+        values_per_call: (image, t) pairs are stacked up to this many values for each network call.
+
+    Raises:
+        ValueError: impossible numbers, an unknown name, or processes of another chain in `also`.
+
+    Source: the module's list.
+    """
+
+    model: Model
+    reverse: ReverseProcess
+    pilot: Pilot | Tensor | None = None
+    calls_per_image: int = 20
+    num_replicates: int | None = None
+    seed: int = 0
+    estimator: str = "importance"
+    also: Sequence[ReverseProcess] = ()
+    values_per_call: int = 65536
+    _sampler: ImportanceTimesteps = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"`estimator` must be one of {list(ESTIMATORS)}, but got {self.estimator!r}.")
+        steps, pilot = len(self.reverse.forward), self.pilot
+        if self.estimator == "full":
+            object.__setattr__(self, "calls_per_image", steps)
+        else:
+            fewest = _fitting_replicates(self.calls_per_image)
+            replicates = fewest if self.num_replicates is None else self.num_replicates
+            if self.calls_per_image < 2 or replicates < 2 or self.calls_per_image % replicates:
+                raise ValueError(
+                    "`calls_per_image` must be at least 2 and `num_replicates`, at least 2, divide it, but got "
+                    f"{self.calls_per_image!r} and {self.num_replicates!r}."
+                )
+            object.__setattr__(self, "num_replicates", replicates)
+        pilot = pilot if isinstance(pilot, Pilot) else Pilot(torch.ones(steps) if pilot is None else pilot)
+        object.__setattr__(self, "pilot", pilot)
+        object.__setattr__(self, "_sampler", ImportanceTimesteps(pilot.probabilities))
+        if self._sampler.num_timesteps != steps:
+            raise ValueError(f"`pilot` must have {steps} probabilities, not {self._sampler.num_timesteps}.")
+        if pilot.control is not None and len(pilot.control.scale) != steps:
+            raise ValueError(f"`pilot` has a control variate of {len(pilot.control.scale)} steps, not {steps}.")
+        check_same_chain(self.reverse, self.also)
+
+    def images_per_unit(self, x_0: Tensor) -> int:
+        """The fewest images whose pairs fill network calls to nine tenths or more.
+
+        Args:
+            x_0: images (B, C, *).
+        """
+        pairs = max(1, self.values_per_call // x_0[0].numel())
+
+        def filled(images: int) -> bool:
+            needed = images * self.calls_per_image
+            return needed >= 0.9 * pairs * -(-needed // pairs)
+
+        return next((images for images in range(1, pairs) if filled(images)), pairs)
+
+    def score(
+        self, x_0: Tensor, positions: Sequence[int], conditioning: Conditioning | None = None, sweep: int = 0
+    ) -> Scores:
+        """Score images: one `VLBScores` for `reverse`, and one for each process of `also`.
+
+        Args:
+            x_0: images (B, C, *) in [-1, 1] on the levels.
+            positions: their positions in the data, B integers.
+            conditioning: the network's further arguments by name, each a tensor of B rows.
+            sweep: number of the pass over the data; passes draw independently.
+
+        Raises:
+            ValueError: data outside [-1, 1], off its levels or not finite.
+            FloatingPointError: NaN or infinity from the network, with the timestep and the image.
+        """
+        check_data(x_0, self.reverse.levels)
+        check_conditioning(conditioning, len(x_0))
+        assert isinstance(self.pilot, Pilot)
+        where = torch.as_tensor(positions, dtype=torch.int64)
+        if where.shape != (len(x_0),) or len(where.unique()) < len(where):
+            raise ValueError(f"`positions` must be {len(x_0)} different integers, one for each image of `x_0`.")
+        draws = self._draw(where.tolist(), sweep)
+        control = self.pilot.control if self.estimator == "importance" else None
+        images, known = None, torch.zeros(1, len(x_0), 2, dtype=torch.float64)
+        if control is not None:
+            images = control, control.prepare(x_0)
+            known = control.total(images[1])
+        terms, deviation, expected = self._stream(x_0, draws, where, conditioning, images)
+        scores = []
+        for i, reverse in enumerate((self.reverse, *self.also)):
+            own = i if i < len(known) else 0  # a process that the pilot did not know takes its first one's slopes
+            centred = terms[i] - deviation[own]
+            weighted = (centred - expected[own]) * draws.weights
+            first = draws.t == 0
+            kl = torch.where(first, 0.0, weighted).sum(2) + known[own, :, :1]
+            decoder = torch.where(first, weighted, 0.0).sum(2) + known[own, :, 1:]
+            replicates = kl.shape[1]
+            variance = (kl + decoder).var(1) / replicates if replicates > 1 else torch.full_like(kl[:, 0], torch.nan)
+            scores.append(
+                VLBScores(
+                    positions=where,
+                    kl=kl.mean(1),
+                    decoder=decoder.mean(1),
+                    prior=prior_kl(reverse, x_0.to(reverse.forward.betas.device)).cpu().double(),
+                    noise_variance=variance,
+                    curve=curve_sums(draws.t.flatten(1), centred.flatten(1), len(reverse.forward)),
+                    dims=x_0[0].numel(),
+                    calls=self.calls_per_image,
+                )
+            )
+        return tuple(scores)
+
+    def _draw(self, positions: list[int], sweep: int) -> _Draws:
+        generators = [image_generator(self.seed, position, sweep) for position in positions]
+        if self.estimator == "full":
+            t = torch.arange(self.calls_per_image).expand(len(positions), 1, -1)
+            return _Draws(t, torch.ones(t.shape, dtype=torch.float64), generators)
+        assert self.num_replicates is not None
+        each = self.calls_per_image // self.num_replicates
+        t = torch.stack(
+            [
+                torch.stack([self._sampler.sample(each, generator=g)[0] for _ in range(self.num_replicates)])
+                for g in generators
+            ]
+        )
+        return _Draws(t, 1 / (each * self._sampler.probabilities[t]), generators)
+
+    def _stream(
+        self,
+        x_0: Tensor,
+        draws: _Draws,
+        positions: Tensor,
+        conditioning: Conditioning | None,
+        known: tuple[ControlVariate, PreparedImages] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Terms, and of the control variate the deviation and the expectation, in nats, each (V, B, R, M).
+
+        All (image, t) pairs are one stream, chunked by size whatever the image they belong to.
+        """
+        flat, each = draws.t.flatten(), draws.t[0].numel()
+        terms, deviations, expectations = [], [], []
+        for part in torch.arange(len(flat)).split(max(1, self.values_per_call // x_0[0].numel())):
+            image = part // each
+            # One draw for each pair: a larger torch.randn is not the smaller ones in a row, so chunks would matter.
+            noise = torch.stack([torch.randn(x_0.shape[1:], generator=draws.generators[i]) for i in image.tolist()])
+            told, t = rows_of(conditioning, image), flat[part]
+            pairs = x_0[image.to(x_0.device)], t, noise.to(x_0.dtype)
+            terms.append(bound_terms(self.model, (self.reverse, *self.also), *pairs, told, positions[image]))
+            if known is not None:
+                control, images = known
+                deviation, expectation = control.at(images, image, t, noise)
+                deviations.append(deviation)
+                expectations.append(expectation)
+        stacked = torch.cat(terms, dim=1).reshape(-1, *draws.t.shape)
+        if known is None:
+            zero = torch.zeros(1, *draws.t.shape, dtype=torch.float64)
+            return stacked, zero, zero
+        deviation, expectation = (
+            torch.cat(parts, dim=1).reshape(-1, *draws.t.shape) for parts in (deviations, expectations)
+        )
+        return stacked, deviation, expectation
+
+
+def estimate_vlb(
+    model: Model,
+    reverse: ReverseProcess,
+    batches: Iterable[Batch],
+    pilot: Pilot | Tensor | None = None,
+    calls_per_image: int = 20,
+    num_replicates: int | None = None,
+    seed: int = 0,
+    estimator: str = "importance",
+    also: Sequence[ReverseProcess] = (),
+    values_per_call: int = 65536,
+    on_images: Callable[[int], object] | None = None,
+) -> VLBEstimate:
+    """Unbiased estimate of the bound over a data set, in bits/dim, with standard errors.
+
+    Args:
+        model: as in `VLBEstimator`, and so are the arguments not listed here.
+        reverse: p, on the device to score on.
+        batches: batches of x_0 (B, C, *) in [-1, 1] on its levels, each image exactly once; or pairs of such a batch
+            and a dict of the network's further arguments, `(x_0, {"class_labels": labels})`.
+        pilot: as in `VLBEstimator`.
+        calls_per_image: as in `VLBEstimator`.
+        num_replicates: as in `VLBEstimator`.
+        seed: as in `VLBEstimator`.
+        estimator: as in `VLBEstimator`; "full" visits its first 64 images twice.
+        also: as in `VLBEstimator`; their estimates are in the result's `also`.
+        values_per_call: as in `VLBEstimator`.
+        on_images: called with the number of images just scored, for a progress bar.
+
+    Raises:
+        ValueError: no images, or one bare tensor; data outside [-1, 1], off its levels or not finite; as
+            `VLBEstimator`.
+        FloatingPointError: NaN or infinity from the network, with the timestep and the image.
+
+    Source: the module's list.
+    """
+    if isinstance(batches, Tensor):
+        raise ValueError("`batches` must be batches of images, not one tensor: pass `[x_0]`, or `x_0.split(64)`.")
+    scorer = VLBEstimator(
+        model, reverse, pilot, calls_per_image, num_replicates, seed, estimator, also, values_per_call
+    )
+    parts: list[Scores] = []
+    second: list[Scores] = []
+    position = 0
+    for x_0, conditioning in _groups(batches, scorer):
+        positions = range(position, position + len(x_0))
+        parts = compacted([*parts, scorer.score(x_0, positions, conditioning)])
+        twice = min(len(x_0), SECOND_DRAWS - position) if estimator == "full" else 0
+        if twice > 0:
+            rows = rows_of(conditioning, torch.arange(twice))
+            second.append(scorer.score(x_0[:twice], positions[:twice], rows, sweep=1))
+        position += len(x_0)
+        if on_images is not None:
+            on_images(len(x_0))
+    if not parts:
+        raise ValueError("`batches` holds no images: there is nothing to score.")
+    return estimate_from_scores(merge_scores(parts), merge_scores(second) if second else ())
+
+
+def _groups(batches: Iterable[Batch], scorer: VLBEstimator) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """The images in groups that fill network calls, with their conditioning."""
+    for batch in batches:
+        x_0, conditioning = (batch, None) if isinstance(batch, Tensor) else batch
+        check_data(x_0, scorer.reverse.levels)
+        check_conditioning(conditioning, len(x_0))
+        for index in torch.arange(len(x_0)).split(scorer.images_per_unit(x_0)):
+            yield x_0[index.to(x_0.device)], rows_of(conditioning, index)
+
+
+def _fitting_replicates(calls: int) -> int:
+    """The most replicates of at least 16 calls each that divide `calls`, but at least 2."""
+    divisors = [r for r in range(2, max(calls, 0) + 1) if calls % r == 0]
+    long = [r for r in divisors if calls // r >= 16]
+    return max(long) if long else min(divisors, default=2)

@@ -1,0 +1,248 @@
+r"""Scores of images, mergeable and savable, and the estimate of a data set's bound that they give.
+
+1. the estimate is the mean over images of L_T + sum_t L_t, each image's part estimated without bias
+2. noise standard error: from the variances of the images' estimates given the image. Image standard error: from the
+   spread between images, less the part that noise explains. The two are independent; their squares add.
+3. the L_t curve: at each step the mean over all draws there; images are the independent units of its error
+
+Sources: Owen 2013, "Monte Carlo theory", chapter 2; Cochran 1977, "Sampling techniques", sections 2.11 and 10.4.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class VLBScores:
+    """What is known of some images' bounds: mergeable, savable, in nats and float64.
+
+    Args:
+        positions: the images' positions in the data, (N,), int64.
+        kl: estimates of sum_{t>0} L_t, (N,).
+        decoder: estimates of L_0, (N,).
+        prior: L_T, (N,).
+        noise_variance: unbiased estimates of the variance of kl + decoder given the image, NaN where unknown, (N,).
+        curve: sums by step for the L_t curve, (6, T).
+        dims: number of dimensions D of one image.
+        calls: network calls for each image.
+    """
+
+    positions: Tensor
+    kl: Tensor
+    decoder: Tensor
+    prior: Tensor
+    noise_variance: Tensor
+    curve: Tensor
+    dims: int
+    calls: int
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @classmethod
+    def merge(cls, parts: Sequence["VLBScores"]) -> "VLBScores":
+        """The scores of different images together, in the order of the data.
+
+        Args:
+            parts: scores of one sweep, each image in one of them.
+
+        Raises:
+            ValueError: no parts, an image in two of them, or parts of different sweeps.
+        """
+        if not parts:
+            raise ValueError("There are no scores to merge: no images were scored.")
+        if len({(part.dims, part.calls, part.curve.shape) for part in parts}) > 1:
+            raise ValueError(
+                "The scores to merge differ in image size, network calls or chain: they are of other runs."
+            )
+        positions = torch.cat([part.positions for part in parts])
+        order = positions.argsort()
+        if bool((positions[order].diff() == 0).any()):
+            raise ValueError("An image is in two of the scores to merge: it would count twice.")
+        rows = {
+            name: torch.cat([getattr(part, name) for part in parts])[order]
+            for name in ("positions", "kl", "decoder", "prior", "noise_variance")
+        }
+        curve = torch.stack([part.curve for part in parts]).sum(0) if len(parts) > 1 else parts[0].curve
+        return cls(**rows, curve=curve, dims=parts[0].dims, calls=parts[0].calls)
+
+    @classmethod
+    def combine(cls, sweeps: Sequence["VLBScores"]) -> "VLBScores":
+        """Several sweeps over the same images as one, each weighted by its network calls.
+
+        The L_t curve is that of the sweep with the most calls.
+
+        Args:
+            sweeps: merged scores of independent sweeps over the same images.
+
+        Raises:
+            ValueError: no sweeps, or sweeps that scored different images.
+        """
+        if not sweeps:
+            raise ValueError("There are no sweeps to combine.")
+        if any(not torch.equal(sweep.positions, sweeps[0].positions) for sweep in sweeps):
+            raise ValueError("The sweeps to combine scored different images.")
+        calls = sum(sweep.calls for sweep in sweeps)
+        shares = [sweep.calls / calls for sweep in sweeps]
+        kl, decoder = (
+            torch.stack([share * getattr(sweep, name) for share, sweep in zip(shares, sweeps)]).sum(0)
+            for name in ("kl", "decoder")
+        )
+        variance = torch.stack([share**2 * sweep.noise_variance for share, sweep in zip(shares, sweeps)]).sum(0)
+        largest = max(sweeps, key=lambda sweep: sweep.calls)
+        return replace(largest, kl=kl, decoder=decoder, noise_variance=variance, calls=calls)
+
+    def with_second_draw(self, second: "VLBScores") -> "VLBScores":
+        """The same scores with the noise variance that a second, independent draw on some of the images shows.
+
+        Args:
+            second: the second draw's scores.
+        """
+        where = torch.searchsorted(self.positions, second.positions)
+        gap = (self.kl + self.decoder)[where] - second.kl - second.decoder
+        return replace(self, noise_variance=self.noise_variance.index_put((where,), gap.square() / 2))
+
+    def estimate(self) -> "VLBEstimate":
+        """The estimate of the data set's bound, in bits/dim."""
+        unit = 1 / (self.dims * math.log(2))
+        kl, decoder, prior = self.kl * unit, self.decoder * unit, self.prior * unit
+        per_image, images = kl + decoder + prior, len(self)
+        noise_variance = (self.noise_variance * unit**2).nanmean()  # of one image's estimate
+        spread = per_image.var() - noise_variance if images > 1 else torch.tensor(float("nan"))
+        mean, error = _curve(self.curve)
+        return VLBEstimate(
+            bits_per_dim=float(per_image.mean()),
+            noise_se=float((noise_variance / images).sqrt()),
+            image_se=float((spread.clamp(min=0) / images).sqrt()),
+            prior=float(prior.mean()),
+            kl=float(kl.mean()),
+            decoder=float(decoder.mean()),
+            per_image=per_image,
+            network_calls_per_image=self.calls,
+            term_mean=mean * unit,
+            term_se=error * unit,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything as tensors, to be saved."""
+        return {f.name: torch.as_tensor(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> "VLBScores":
+        """The scores of a saved state.
+
+        Args:
+            state: what `state_dict` returned.
+        """
+        return cls(**{**state, "dims": int(state["dims"]), "calls": int(state["calls"])})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class VLBEstimate:
+    """An estimate of the bound over a data set, in bits/dim (of density, where the decoder is continuous).
+
+    Args:
+        bits_per_dim: the estimate, the mean over images.
+        noise_se: its standard error from the draws of t and noise.
+        image_se: its standard error from the choice of images, NaN for one image; 0 where the noise explains all of
+            the images' spread, which then cannot be seen at this number of calls.
+        prior: the part of L_T.
+        kl: the part of the L_t, t > 0.
+        decoder: the part of L_0.
+        per_image: each image's estimate, in the order of the data, (N,).
+        network_calls_per_image: calls that each image's estimate took.
+        term_mean: mean L_t at each chain index, NaN where none was drawn, (T,).
+        term_se: its standard error from t, noise and images, NaN where fewer than two images were drawn, (T,).
+        also: the estimates of the further reverse processes, in their order.
+    """
+
+    bits_per_dim: float
+    noise_se: float
+    image_se: float
+    prior: float
+    kl: float
+    decoder: float
+    per_image: Tensor = field(repr=False)
+    network_calls_per_image: int
+    term_mean: Tensor = field(repr=False)
+    term_se: Tensor = field(repr=False)
+    also: tuple["VLBEstimate", ...] = ()
+
+    @property
+    def num_images(self) -> int:
+        """Number of images scored."""
+        return len(self.per_image)
+
+    @property
+    def nats_per_dim(self) -> float:
+        """The estimate in nats/dim, the unit for the density of continuous data."""
+        return self.bits_per_dim * math.log(2)
+
+
+Scores = tuple[VLBScores, ...]
+"""Of the same images: one for the estimator's `reverse`, and one for each of `also`."""
+
+
+def merge_scores(parts: Sequence[Scores]) -> Scores:
+    """`VLBScores.merge` for each reverse process.
+
+    Args:
+        parts: what `VLBEstimator.score` returned for different images.
+
+    Raises:
+        ValueError: as `VLBScores.merge`.
+    """
+    if not parts:
+        raise ValueError("There are no scores to merge: no images were scored.")
+    return tuple(VLBScores.merge(own) for own in zip(*parts))
+
+
+def compacted(parts: list[Scores], limit: int = 32) -> list[Scores]:
+    """The parts, merged into one where they are more than `limit`: each holds a curve of T steps.
+
+    Args:
+        parts: scores of different images.
+        limit: how many may stay apart.
+    """
+    return [merge_scores(parts)] if len(parts) > limit else parts
+
+
+def estimate_from_scores(scores: Scores, second: Scores = ()) -> VLBEstimate:
+    """The estimate of a scorer's merged scores: the first for its `reverse`, the others for `also`.
+
+    Args:
+        scores: merged scores, one for each reverse process.
+        second: those of the full loop's second draw, if there was one.
+    """
+    if second:
+        scores = tuple(own.with_second_draw(again) for own, again in zip(scores, second))
+    first, *others = (own.estimate() for own in scores)
+    return replace(first, also=tuple(others))
+
+
+def curve_sums(t: Tensor, terms: Tensor, steps: int) -> Tensor:
+    """Sums over images of C, S, C^2, C S, S^2 and [C > 0] at each step, C draws of an image there with the sum S.
+
+    Args:
+        t: chain indices of each image's draws, (B, N).
+        terms: L_t of each draw, (B, N).
+        steps: T.
+    """
+    image = torch.arange(len(t))[:, None].expand_as(t)
+    cell, inverse = torch.unique(image * steps + t, return_inverse=True)
+    count = torch.bincount(inverse.flatten(), minlength=len(cell)).double()
+    total = torch.zeros_like(count).index_add_(0, inverse.flatten(), terms.flatten())
+    each = torch.stack([count, total, count.square(), count * total, total.square(), torch.ones_like(count)])
+    return torch.zeros(6, steps, dtype=torch.float64).index_add_(1, cell % steps, each)
+
+
+def _curve(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean L_t and its standard error; the draws of one image share x_0, so images are the independent units."""
+    count, total, count_2, cross, total_2, images = sums
+    mean = total / count
+    residual = (total_2 - 2 * mean * cross + mean.square() * count_2).clamp(min=0)  # sum of (S - mean C)^2
+    return mean, torch.where(images > 1, (residual * images / (images - 1)).sqrt() / count, torch.nan)
