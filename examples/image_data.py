@@ -35,11 +35,21 @@ class Images(torch.utils.data.Dataset):
         channels: 1 (grey) or 3 (colour).
         levels: number of levels of the stored values, 0 .. levels - 1.
         resize: resize and crop images of another size; otherwise they are refused.
+        standard: what size and mode must agree with, for error messages.
     """
 
-    def __init__(self, data: Any, column: str, size: tuple[int, int], channels: int, levels: int, resize: bool):
+    def __init__(
+        self,
+        data: Any,
+        column: str,
+        size: tuple[int, int],
+        channels: int,
+        levels: int,
+        resize: bool,
+        standard: str = "the first one is",
+    ):
         self.data, self.column, self.size, self.channels, self.levels = data, column, size, channels, levels
-        self.resize = resize
+        self.resize, self.standard = resize, standard
 
     def __len__(self) -> int:
         return len(self.data)
@@ -55,21 +65,28 @@ class Images(torch.utils.data.Dataset):
         image = decode_image(encoded, index)
         if self.channels == 1 and image.mode not in GREY_MODES:
             raise ValueError(
-                f"Image {_image_name(encoded, index)} is in colour (mode {image.mode}), but the first one is grey: "
+                f"Image {_image_name(encoded, index)} is in colour (mode {image.mode}), but {self.standard} grey: "
                 "its colour would be lost. Store all images in one mode."
             )
         image = image.convert("L" if self.channels == 1 else "RGB")
         if image.size != self.size[::-1]:
             if not self.resize:
                 raise ValueError(
-                    f"Image {_image_name(encoded, index)} is {image.width} x {image.height}, but the first one is "
+                    f"Image {_image_name(encoded, index)} is {image.width} x {image.height}, but {self.standard} "
                     f"{self.size[1]} x {self.size[0]}. Pass `--resolution` to resize all images to one size."
                 )
             image = _resize_and_crop(image, self.size)
         k = np.asarray(image, dtype=np.int64).reshape(*self.size, self.channels)
         if k.max() >= self.levels:
-            raise ValueError(f"Image {_image_name(encoded, index)} has the level {k.max()}, above {self.levels - 1}.")
+            raise ValueError(
+                f"Image {_image_name(encoded, index)} has the level {k.max()}, above {self.levels - 1}. "
+                f"Pass `--levels 256` if that is what the data has, or a checkpoint of its levels."
+            )
         return torch.from_numpy(np.ascontiguousarray(k.transpose(2, 0, 1))).float() * (2 / (self.levels - 1)) - 1
+
+    def raw(self, x_0: Tensor) -> np.ndarray:
+        """A batch of this data as it is stored: integer levels."""
+        return ((x_0 + 1) * ((self.levels - 1) / 2)).round().to(torch.uint8).numpy()
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
         """Batches in the order of the data, each image exactly once, at most `limit` of them."""
@@ -123,7 +140,8 @@ def _resize_and_crop(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image
     return scaled.crop((left, top, left + width, top + height))
 
 
-def _digits() -> datasets.DatasetDict:
+def load_digits_splits() -> datasets.DatasetDict:
+    """Scikit-learn's digits as images of 17 levels, split into train and test."""
     from sklearn.datasets import load_digits
 
     images = [PIL.Image.fromarray(image.astype(np.uint8)) for image in load_digits().images]
@@ -132,9 +150,10 @@ def _digits() -> datasets.DatasetDict:
     return data.train_test_split(test_size=DIGITS_TEST_IMAGES, seed=SPLIT_SEED)
 
 
-def _load(
+def load_splits(
     dataset_name: str | None, dataset_config_name: str | None, train_data_dir: str | None, cache_dir: str | None
 ):
+    """The data set's own splits, from a Hub name, a folder or a file, or from a folder of image files."""
     if dataset_name is not None and Path(dataset_name).is_file():
         kind = _FILE_KINDS.get(Path(dataset_name).suffix)
         if kind is None:
@@ -151,6 +170,52 @@ def _pick(splits: datasets.DatasetDict, name: str) -> datasets.Dataset:
     if name not in splits:
         raise ValueError(f"The data set has no split {name!r}; it has {sorted(splits)}.")
     return splits[name]
+
+
+def encoded_images(data: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
+    """The columns, the first of which holds images, left encoded: decoding is ours, so that a bad file is named."""
+    try:
+        return data.select_columns(columns).cast_column(columns[0], datasets.Image(decode=False))
+    except Exception as error:
+        raise ValueError(f"Column {columns[0]!r} does not hold images: {data.features[columns[0]]}.") from error
+
+
+def make_splits(
+    splits: Any, image_column: str, train_split: str = "train", test_split: str | None = None
+) -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset, str | None]:
+    """The training, validation and test parts of a data set, and the name of the last, None where it had to be made.
+
+    Args:
+        splits: the data set's own splits.
+        image_column: the column that holds the images.
+        train_split: name of the training split.
+        test_split: name of the test split; None takes "test", else "validation", else a tenth of the training split.
+
+    Raises:
+        ValueError: no images, or an unknown split or column.
+    """
+    if not isinstance(splits, datasets.DatasetDict):
+        splits = datasets.DatasetDict({train_split: splits})
+    train = _pick(splits, train_split)
+    if image_column not in train.column_names:
+        raise ValueError(f"The data set has no column {image_column!r}; it has {train.column_names}.")
+    if test_split == train_split:
+        raise ValueError(f"`test_split` and `train_split` are both {test_split!r}: trained images must not be scored.")
+    if test_split is None:
+        test_split = next((s for s in ("test", "validation") if s in splits and s != train_split), None)
+    if len(train) < 3 or (test_split is not None and len(_pick(splits, test_split)) == 0):
+        raise ValueError(f"The data set is empty: {len(train)} training images are too few to train and test on.")
+    if test_split is None:
+        parts = train.train_test_split(test_size=max(1, min(10_000, len(train) // 10)), seed=SPLIT_SEED)
+        train, test = parts["train"], parts["test"]
+    else:
+        test = _pick(splits, test_split)
+    if "validation" in splits and "validation" not in (train_split, test_split):
+        validation = splits["validation"]
+    else:
+        parts = train.train_test_split(test_size=max(1, min(1024, len(train) // 20)), seed=SPLIT_SEED)
+        train, validation = parts["train"], parts["test"]
+    return train, validation, test, test_split
 
 
 def load_image_data(
@@ -180,39 +245,12 @@ def load_image_data(
         FileNotFoundError: the data set is not there.
     """
     digits = dataset_name is None and train_data_dir is None
-    splits = _digits() if digits else _load(dataset_name, dataset_config_name, train_data_dir, cache_dir)
-    if not isinstance(splits, datasets.DatasetDict):
-        splits = datasets.DatasetDict({train_split: splits})
-    train = _pick(splits, train_split)
-    if image_column not in train.column_names:
-        raise ValueError(f"The data set has no column {image_column!r}; it has {train.column_names}.")
-    if test_split == train_split:
-        raise ValueError(f"`test_split` and `train_split` are both {test_split!r}: trained images must not be scored.")
-    if test_split is None:
-        test_split = next((s for s in ("test", "validation") if s in splits and s != train_split), None)
-    if len(train) < 3 or (test_split is not None and len(_pick(splits, test_split)) == 0):
-        raise ValueError(f"The data set is empty: {len(train)} training images are too few to train and test on.")
-    if test_split is None:
-        parts = train.train_test_split(test_size=max(1, min(10_000, len(train) // 10)), seed=SPLIT_SEED)
-        train, test = parts["train"], parts["test"]
+    if digits:
+        splits = load_digits_splits()
     else:
-        test = _pick(splits, test_split)
-    if "validation" in splits and "validation" not in (train_split, test_split):
-        validation = splits["validation"]
-    else:
-        parts = train.train_test_split(test_size=max(1, min(1024, len(train) // 20)), seed=SPLIT_SEED)
-        train, validation = parts["train"], parts["test"]
-
-    def encoded(data: datasets.Dataset) -> datasets.Dataset:
-        # Decoding is ours, so that an unreadable file is named.
-        try:
-            return data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        except Exception as error:
-            raise ValueError(
-                f"Column {image_column!r} does not hold images: {data.features[image_column]}."
-            ) from error
-
-    train, validation, test = encoded(train), encoded(validation), encoded(test)
+        splits = load_splits(dataset_name, dataset_config_name, train_data_dir, cache_dir)
+    train, validation, test, test_split = make_splits(splits, image_column, train_split, test_split)
+    train, validation, test = (encoded_images(part, [image_column]) for part in (train, validation, test))
     first = decode_image(train[0][image_column], 0)
     channels = 1 if first.mode in GREY_MODES else 3
     size = (resolution, resolution) if resolution is not None else (first.height, first.width)
@@ -265,6 +303,5 @@ def fingerprint(images: Images, limit: int = 512) -> str:
     """A hash over the number of images and the levels of the first `limit` of them."""
     digest = hashlib.sha256(str(len(images)).encode())
     for batch in images.batches(64, limit):
-        k = ((batch + 1) * ((images.levels - 1) / 2)).round().to(torch.uint8)
-        digest.update(k.numpy().tobytes())
+        digest.update(images.raw(batch).tobytes())
     return digest.hexdigest()[:32]

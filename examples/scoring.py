@@ -9,9 +9,9 @@ import hashlib
 import os
 import time
 import uuid
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,28 +33,41 @@ class PartialScores:
     Args:
         folder: where they lie; made when the first is written.
         report: told of a file that cannot be read.
+        key: of the run; files of another one are foreign.
     """
 
-    def __init__(self, folder: Path, report: Callable[[str], object] = print):
-        self.folder, self.report = folder, report
+    def __init__(self, folder: Path, report: Callable[[str], object] = print, key: str = ""):
+        self.folder, self.report, self.key = folder, report, key
 
     def load(self) -> dict[str, tuple[int, Scores]]:
         """The sweep and the scores of every part file by its name; a corrupt one is moved aside and reported."""
         parts = {}
-        for path in sorted(self.folder.glob("*.npz")):
+        for path in sorted(self.folder.glob("[0-9]*.npz")):
             try:
                 parts[path.name] = self._read(path)
-            except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            except Exception as error:  # whatever a torn archive makes zipfile and numpy raise
                 aside = path.with_suffix(".corrupt")
                 if path.exists():
                     path.replace(aside)
                 self.report(f"Partial results {path} cannot be read ({error}): moved to {aside.name}, scoring anew.")
         return parts
 
-    @staticmethod
-    def _read(path: Path) -> tuple[int, Scores]:
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        """Write aside and rename, so that a file is whole or not there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.folder / f".{name}.writing"
+        with open(aside, "wb") as file:
+            np.savez(file, allow_pickle=False, run=np.array(self.key), **content)
+        os.replace(aside, self.folder / name)
+
+    def _content(self, path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as file:
-            content = {name: torch.from_numpy(file[name]) for name in file.files}
+            if str(file["run"]) != self.key:
+                raise ValueError("it belongs to another run")
+            return {name: torch.from_numpy(file[name]) for name in file.files if name != "run"}
+
+    def _read(self, path: Path) -> tuple[int, Scores]:
+        content = self._content(path)
         count = int(content.pop("count"))
         sweep = int(content.pop("sweep"))
         states = [
@@ -64,33 +77,26 @@ class PartialScores:
         return sweep, tuple(VLBScores.from_state_dict(state) for state in states)
 
     def save(self, sweep: int, scores: Scores) -> None:
-        """Write a part file aside and rename it, so that it is whole or not there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write a part file."""
         content = {f"{i}.{k}": v.numpy() for i, own in enumerate(scores) for k, v in own.state_dict().items()}
         name = f"{sweep:03d}-{int(scores[0].positions[0]):09d}-{uuid.uuid4().hex[:8]}"
-        aside = self.folder / f".{name}.writing"
-        with open(aside, "wb") as file:
-            np.savez(file, allow_pickle=False, sweep=np.int64(sweep), count=np.int64(len(scores)), **content)
-        os.replace(aside, self.folder / f"{name}.npz")
+        self._write(f"{name}.npz", {"sweep": np.int64(sweep), "count": np.int64(len(scores)), **content})
 
     def load_pilot(self) -> Pilot | None:
         """The pilot of an earlier run, or None."""
-        path = self.folder / "pilot.pt"
+        path = self.folder / "pilot.npz"
         if not path.exists():
             return None
         try:
-            return Pilot.from_state_dict(torch.load(path, weights_only=True))
-        except Exception as error:  # whatever a torn file makes torch.load raise
+            return Pilot.from_state_dict(self._content(path))
+        except Exception as error:  # as for the parts
             path.replace(path.with_suffix(".corrupt"))
             self.report(f"The saved pilot {path} cannot be read ({error}): moved aside, running it anew.")
             return None
 
     def save_pilot(self, pilot: Pilot) -> None:
         """Keep the pilot: a later run must draw as this one does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / ".pilot.writing"
-        torch.save(pilot.state_dict(), aside)
-        os.replace(aside, self.folder / "pilot.pt")
+        self._write("pilot.npz", {name: value.cpu().numpy() for name, value in pilot.state_dict().items()})
 
 
 class Saver:
@@ -172,8 +178,13 @@ def run_sweep(
     world, rank = accelerator.num_processes, accelerator.process_index
     own = store.load() if store is not None and accelerator.is_local_main_process else {}
     found = {name: part for files in gather_object([own]) for name, part in files.items()}
-    earlier = [scores for number, scores in found.values() if number == sweep]
-    done = {int(p) for scores in earlier for p in scores[0].positions}
+    earlier, done = list[Scores](), set[int]()
+    for name in sorted(found):
+        number, scores = found[name]
+        own_positions = set(scores[0].positions.tolist())
+        if number == sweep and not own_positions & done:  # two runs may have been started in one folder
+            earlier.append(scores)
+            done |= own_positions
     todo = [position for position in positions if position not in done]
     size = scorer.images_per_unit(batch([positions[0]])[0])
     mine = [unit for i, unit in enumerate(units(todo, size)) if i % world == rank]
@@ -209,7 +220,7 @@ def fingerprint_of(module: torch.nn.Module) -> str:
     """A hash over all weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 

@@ -374,6 +374,22 @@ def test_calls_hold_as_many_values_as_allowed():
     assert max(sizes) == 6 * 16 and len(sizes) == math.ceil(5 * 8 / 6) and sum(sizes) == 5 * 8 * 16
 
 
+@pytest.mark.parametrize("calls_per_image", [2, 8, 20, 64, 100])
+@pytest.mark.parametrize("dims", [16, 768, 3072, 70000])
+def test_units_of_images_fill_network_calls(dims, calls_per_image):
+    """A unit is the fewest images whose pairs fill whole network calls to nine tenths."""
+    reverse, model = setting()
+    scorer = VLBEstimator(model, reverse, calls_per_image=calls_per_image)
+    pairs = max(1, 65536 // dims)
+
+    def filled(images_):
+        needed = images_ * calls_per_image
+        return needed / (math.ceil(needed / pairs) * pairs) >= 0.9
+
+    unit = scorer.images_per_unit(torch.zeros(1, 1, dims))
+    assert filled(unit) and not any(filled(fewer) for fewer in range(1, unit))
+
+
 @pytest.mark.parametrize("estimator", ["importance", "full"])
 def test_seed_decides_the_draws(estimator):
     """The same seed gives the same estimate, another seed another, whatever torch's global state."""
@@ -569,16 +585,21 @@ def test_processes_of_another_chain_are_refused():
 @pytest.mark.parametrize("values_per_call", [1, 7 * 16, 65536])
 @pytest.mark.parametrize("estimator", ["importance", "full"])
 def test_every_pair_gets_its_image_s_label(estimator, values_per_call):
-    """A network that knows the answer from the label makes every KL exactly 0; shifted labels do not."""
+    """A network that knows the answer from the label makes every KL exactly 0; shifted labels do not.
+
+    Its decoder depends on no noise, so that the second draw of the full loop, if it has the right labels, finds none.
+    """
     reverse, x_0 = process(17), images(10, levels=17)
     labels = torch.arange(10)
 
-    def kl(labels):
+    def scored(labels):
         batches = [(part, {"class_labels": rows}) for part, rows in zip(x_0.split(4), labels.split(4))]
-        return estimate_vlb(oracle(x_0), reverse, batches, estimator=estimator, values_per_call=values_per_call).kl
+        return estimate_vlb(oracle(x_0), reverse, batches, estimator=estimator, values_per_call=values_per_call)
 
-    assert kl(labels) == 0
-    assert kl(labels.roll(1)) > 0.1
+    right, wrong = scored(labels), scored(labels.roll(1))
+    assert right.kl == 0 and wrong.kl > 0.1
+    if estimator == "full":
+        assert right.noise_se == 0 and right.image_se > 0
 
 
 def test_conditioning_may_come_in_a_list():

@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import evaluate
 import pytest
 import train_options
 
@@ -102,6 +103,16 @@ def test_training_commands_parse(tmp_path, monkeypatch):
             Path(options[options.index("--config") + 1]).write_text("{}")
         if options != ["--help"]:
             train_options.parse_args(options, "")
+
+
+def test_evaluation_commands_parse():
+    """So does every `examples/evaluate.py` command."""
+    documented = [*DOCUMENTS, ROOT / "examples" / "evaluate.py"]
+    lines = [line.strip() for path in documented for line in path.read_text().splitlines()]
+    lines = [line for line in lines if re.match(r"(accelerate launch|python) .*examples/evaluate\.py", line)]
+    assert len(lines) >= 3
+    for line in lines:
+        evaluate.parse_args(shlex.split(line.partition("examples/evaluate.py")[2], comments=True))
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)

@@ -138,7 +138,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
     ) -> tuple[Tensor | None, Tensor | None]:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, but got {batch_size!r}.")
-        classes = self._num_classes
+        classes = self.num_classes
         if class_labels is None:
             if guidance_scale != 1.0:
                 raise ValueError(
@@ -170,7 +170,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
         return labels, torch.full_like(labels, null) if guidance_scale != 1.0 else None
 
     @property
-    def _num_classes(self) -> int | None:
+    def num_classes(self) -> int | None:
+        """Number of labels that the network takes, the one for no class included; None for an unconditional one."""
         config = self.unet.config
         if config.get("num_class_embeds") is not None:
             return int(config["num_class_embeds"])
@@ -245,7 +246,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
     def _portable(self) -> bool:
         """Whether stock's DDPMPipeline samples this network and scheduler rightly."""
         scheduler, config = self.scheduler, self.unet.config
-        if config.get("class_embed_type") is not None or self._num_classes is not None:
+        if config.get("class_embed_type") is not None or self.num_classes is not None:
             return False
         learned = scheduler.config.variance_type == "learned_range"
         return scheduler.config.variance_type != "learned" and (

@@ -1,0 +1,257 @@
+"""The images that evaluate.py scores, in the order of the data set, and others of the same kind for its pilot.
+
+Beside image files these may be arrays (C, H, W): integers are levels; floats are x_0 itself, already on its levels
+in [-1, 1], or continuous (latents).
+"""
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from image_data import (
+    GREY_MODES,
+    Images,
+    decode_image,
+    encoded_images,
+    from_record,
+    load_digits_splits,
+    load_splits,
+    make_splits,
+)
+from scoring import pilot_positions
+from torch import Tensor
+
+from ddpm_vlb import check_data
+
+RESERVED_SHARE = 10  # of a data set of one split every tenth image goes to the pilot, at most 1024
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """What a checkpoint can score: channels, size, levels (None: continuous) and number of classes (None: none)."""
+
+    channels: int
+    size: tuple[int, int] | None
+    levels: int | None
+    classes: int | None
+
+
+@dataclass(frozen=True)
+class ScoringData:
+    """The images to score, other images for the pilot, the levels of both, and what finds them again."""
+
+    scored: "Arrays | Images"
+    other: "Arrays | Images"
+    levels: int | None
+    label_column: str | None
+    record: dict[str, Any]
+
+    def batch(self, images: "Arrays | Images", indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images x_0 and the network's further arguments for them."""
+        x_0 = torch.stack(images.__getitems__(indices))
+        if self.label_column is None:
+            return x_0, {}
+        labels = images.data.select_columns([self.label_column])[indices][self.label_column]
+        return x_0, {"class_labels": torch.tensor(labels)}
+
+
+class Arrays(Images):
+    """Images or latents that are stored as arrays (C, *), or (*) for one channel.
+
+    Args:
+        data: a dataset whose `column` holds the arrays.
+        column: its name.
+        shape: the shape (C, *) that each must have.
+        levels: number of levels; None for continuous data, which must be floats.
+    """
+
+    def __init__(self, data: Any, column: str, shape: tuple[int, ...], levels: int | None):
+        self.data, self.column, self.shape, self.array_levels = data, column, shape, levels
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        arrays = self.data.with_format("numpy", columns=[self.column])[indices][self.column]
+        return [self._tensor(np.asarray(array), index) for array, index in zip(arrays, indices)]
+
+    def _tensor(self, array: np.ndarray, index: int) -> Tensor:
+        if array.dtype == object or array.shape not in (self.shape, self.shape[1:] if self.shape[0] == 1 else ()):
+            raise ValueError(
+                f"Array number {index} of column {self.column!r} has the shape {array.shape}, but the model takes "
+                f"{self.shape}, channels first."
+            )
+        array = array.reshape(self.shape)
+        if np.issubdtype(array.dtype, np.floating):
+            return torch.from_numpy(array.astype(np.float32))
+        if self.array_levels is None:
+            raise ValueError(
+                f"Column {self.column!r} holds integers, but the checkpoint scores continuous data (`levels` is "
+                "None). Give it floating point values, or `--levels`."
+            )
+        if array.min() < 0 or array.max() >= self.array_levels:
+            raise ValueError(
+                f"Array number {index} of column {self.column!r} has levels from {array.min()} to {array.max()}, "
+                f"outside 0 .. {self.array_levels - 1}."
+            )
+        return torch.from_numpy(array.astype(np.int64)).float() * (2 / (self.array_levels - 1)) - 1
+
+    def raw(self, x_0: Tensor) -> np.ndarray:
+        """A batch of this data as the network sees it."""
+        return x_0.numpy()
+
+
+def load_scoring_data(
+    network: NetworkShape,
+    split: str = "test",
+    record: dict[str, Any] | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    image_column: str = "image",
+    label_column: str | None = None,
+    resolution: int | None = None,
+    num_images: int | None = None,
+    cache_dir: str | None = None,
+    levels_given: bool = False,
+    check: bool = True,
+) -> ScoringData:
+    """Load the split to score, and other images.
+
+    Args:
+        network: what the checkpoint takes. Its 256 levels, the default where a stock checkpoint says nothing, give way
+            to the digits' own 17.
+        split: a split of the data set; or the "test" or "validation" split that train.py would make of it.
+        record: a data.json, read when no data set is named; else the digits.
+        dataset_name: a Hub name, a local folder or a data file.
+        dataset_config_name: its configuration, if it has several.
+        image_column: the column of images or arrays.
+        label_column: the column of class labels, for a class-conditional network.
+        resolution: resize and crop images to this square size.
+        num_images: score only the first so many.
+        cache_dir: where `datasets` keeps its files.
+        levels_given: the network's levels were asked for, and the digits keep them.
+        check: read all images, to refuse what cannot be scored and fingerprint the rest; one process is enough.
+
+    Raises:
+        ValueError: an unknown split or column, no images, or images that the checkpoint does not take.
+        FileNotFoundError, ConnectionError: the data set is not there, or cannot be reached.
+    """
+    recorded = record if dataset_name is None else None
+    source = recorded or {"dataset_name": dataset_name, "dataset_config_name": dataset_config_name}
+    named = [source.get(name) for name in ("dataset_name", "dataset_config_name", "train_data_dir")]
+    digits = named[0] is None and named[2] is None
+    if recorded is not None:
+        from_record(recorded, cache_dir)  # only to make sure that the data is still the same
+        image_column, resolution = recorded["image_column"], recorded["resolution"]
+    parts = load_digits_splits() if digits else load_splits(named[0], named[1], named[2], cache_dir)
+    parts = dict(parts) if isinstance(parts, datasets.DatasetDict) else {"train": parts}
+    if recorded is not None or (split not in parts and split in ("validation", "test") and "train" in parts):
+        chosen = [source.get("train_split", "train"), source.get("test_split")]
+        made = make_splits(datasets.DatasetDict(parts), image_column, *chosen)
+        parts = dict(zip(("train", "validation", "test"), made))
+    if split not in parts:
+        raise ValueError(f"The data set has no split {split!r}; it has {sorted(parts)}.")
+    scored, other, other_name = _scored_and_other(parts, split)
+    total = len(scored) if num_images is None else min(num_images, len(scored))
+    scored = scored.select(range(total))
+    if digits and network.levels == 256 and not levels_given:
+        network = dataclasses.replace(network, levels=17)
+    columns = [image_column] if network.classes is None else [image_column, _label_column(label_column, scored)]
+    # Of the pilot's split only the images that it takes, spread over it.
+    dims = network.channels * math.prod(network.size or (1,))
+    other = other.select(pilot_positions(len(other), dims))
+    images = [_as_images(part, columns, network, resolution) for part in (scored, other)]
+    if network.classes is not None:
+        for part in images:
+            _check_labels(part.data[columns[1]], columns[1], network.classes)
+    record = {
+        **dict(zip(("dataset_name", "dataset_config_name", "train_data_dir"), named)),
+        "image_column": image_column,
+        "label_column": columns[1] if network.classes is not None else None,
+        "resolution": resolution,
+        "split": split,
+        "levels": network.levels,
+        "num_images": total,
+        "fingerprint": _checked(images[0], network.levels, columns[1:]) if check else None,
+        "pilot_split": other_name,
+        "num_pilot_images": len(images[1]),
+        "pilot_fingerprint": _checked(images[1], network.levels, columns[1:]) if check else None,
+    }
+    return ScoringData(images[0], images[1], network.levels, record["label_column"], record)
+
+
+def _checked(images: "Arrays | Images", levels: int | None, label_columns: list[str]) -> str:
+    """A hash over all images and labels, once each has been found fit to be scored."""
+    digest = hashlib.sha256(str(len(images)).encode())
+    for batch in images.batches(64):
+        check_data(batch, levels)
+        digest.update(images.raw(batch).tobytes())
+    for column in label_columns:
+        digest.update(str(images.data[column][:]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _scored_and_other(parts: Any, split: str) -> tuple[datasets.Dataset, datasets.Dataset, str]:
+    """The split, and another one for the pilot; where there is only one, the pilot's images are not scored."""
+    if len(parts[split]) == 0:
+        raise ValueError(f"The split {split!r} holds no images.")
+    others = [name for name in ("train", "validation", "test", *parts) if name in parts and name != split]
+    found = next((name for name in others if len(parts[name]) >= 2), None)
+    if found is not None:
+        return parts[split], parts[found], found
+    total = len(parts[split])
+    if total < 4:
+        raise ValueError(f"The data set's only split has {total} images: too few to score some and keep others back.")
+    kept_back = range(0, total, max(RESERVED_SHARE, -(-total // 1024)) if total >= 2 * RESERVED_SHARE else 2)
+    scored = sorted(set(range(total)) - set(kept_back))
+    return parts[split].select(scored), parts[split].select(kept_back), f"{split} (kept back)"
+
+
+def _label_column(name: str | None, data: datasets.Dataset) -> str:
+    column = name or "label"
+    if column not in data.column_names:
+        raise ValueError(
+            f"The network is class-conditional, but the data set has no column {column!r}; it has "
+            f"{data.column_names}. Name its labels with `--label_column`."
+        )
+    return column
+
+
+def _check_labels(labels: list[Any], column: str, classes: int) -> None:
+    for index, label in enumerate(labels):
+        if not isinstance(label, int) or not 0 <= label < classes:
+            raise ValueError(
+                f"Label {label!r} of image number {index} (column {column!r}) is none of the network's classes 0 .. "
+                f"{classes - 1}."
+            )
+
+
+def _as_images(
+    data: datasets.Dataset, columns: list[str], network: NetworkShape, resolution: int | None
+) -> "Arrays | Images":
+    if columns[0] not in data.column_names:
+        raise ValueError(f"The data set has no column {columns[0]!r}; it has {data.column_names}.")
+    feature = data.features[columns[0]]
+    if not isinstance(feature, datasets.Image) and not _is_encoded(feature):
+        if network.size is None:
+            raise ValueError(f"Column {columns[0]!r} holds arrays, but the model's config has no `sample_size`.")
+        return Arrays(data.select_columns(columns), columns[0], (network.channels, *network.size), network.levels)
+    data = encoded_images(data, columns)
+    first = decode_image(data[0][columns[0]], 0)
+    channels = 1 if first.mode in GREY_MODES else 3
+    if channels != network.channels:
+        kind = "grey (1 channel)" if channels == 1 else "in colour (3 channels)"
+        raise ValueError(f"The images are {kind}, but the model takes {network.channels} channel(s).")
+    size = network.size or (first.height, first.width)
+    if resolution is not None and (resolution, resolution) != size:
+        raise ValueError(f"`--resolution {resolution}` is not the size that the model takes, {size[1]} x {size[0]}.")
+    # A continuous checkpoint takes the 256 levels of a file as they are.
+    levels = network.levels if network.levels is not None else 256
+    return Images(data, columns[0], size, channels, levels, resolution is not None, "the model takes")
+
+
+def _is_encoded(feature: Any) -> bool:
+    """Whether a column holds undecoded image files."""
+    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
