@@ -90,6 +90,13 @@ def quiet(pipe):
     return pipe
 
 
+def aligned(pipe):
+    """Loaded weights lie where the file has them; on some processors another alignment rounds sums otherwise."""
+    for parameter in pipe.unet.parameters():
+        parameter.data = parameter.data.clone()
+    return pipe
+
+
 def pipeline(unet=None, **config) -> DDPMVLBPipeline:
     return quiet(DDPMVLBPipeline(tiny_unet() if unet is None else unet, scheduler(**config)))
 
@@ -528,7 +535,7 @@ def test_ours_loads_what_it_saved(saved, name, diffusers_log):
     ):
         assert key == other_key and torch.equal(a, b)
     labels = {"class_labels": 1} if name in ("dit", "class_conditional") else {}
-    assert torch.equal(sample(loaded, **labels), sample(original, **labels))
+    assert torch.equal(sample(aligned(loaded), **labels), sample(original, **labels))
 
 
 def test_ours_loads_its_levels_silently(saved, diffusers_log):
@@ -574,7 +581,7 @@ def test_swapped_in_scheduler_stays(tmp_path):
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
     loaded = quiet(DDPMVLBPipeline.from_pretrained(tmp_path))
     assert type(loaded.scheduler) is DDIMScheduler
-    assert torch.equal(sample(loaded), before)
+    assert torch.equal(sample(aligned(loaded)), before)
 
 
 def test_our_scheduler_can_be_passed_to_stock_s_loader(saved):
