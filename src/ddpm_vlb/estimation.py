@@ -68,7 +68,8 @@ class VLBEstimator:
             which is unbiased but far noisier. The full loop needs none.
         calls_per_image: K = R x M network calls for each image, at least 2; the full loop makes T.
         num_replicates: R, at least 2, a divisor of K: the spread between replicates gives the noise standard error.
-            None takes the fewest, but one for every 16 calls.
+            None takes the most of at least 16 calls each, but at least 2. A prime K has replicates of one call each,
+            whose t cannot be spread: a number with small divisors is better.
         seed: with an image's position it determines its draws.
         estimator: "importance" or "full".
         also: further reverse processes of the same chain, scored from the same network outputs (unclipped beside
@@ -303,7 +304,7 @@ def _groups(batches: Iterable[Batch], scorer: VLBEstimator) -> Iterator[tuple[Te
 
 
 def _fitting_replicates(calls: int) -> int:
-    """The most replicates of at least 16 calls each that divide `calls`, but at least 2."""
+    """The most replicates of at least 16 calls each that divide `calls`, or else the fewest, at least 2."""
     divisors = [r for r in range(2, max(calls, 0) + 1) if calls % r == 0]
     long = [r for r in divisors if calls // r >= 16]
     return max(long) if long else min(divisors, default=2)

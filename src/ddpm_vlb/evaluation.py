@@ -57,7 +57,7 @@ def check_data(x_0: Tensor, levels: int | None) -> None:
             f"`x_0` must lie in [-1, 1], but reaches from {low:.6g} to {high:.6g}. Scale it: "
             f"`x_0 = image * 2 / {levels - 1} - 1` for integer levels 0 .. {levels - 1}."
         )
-    k = (x_0.double() + 1) * ((levels - 1) / 2)
+    k = (x_0.cpu().double() + 1) * ((levels - 1) / 2)
     off = float((k - k.round()).abs().max()) * 2 / (levels - 1)
     if off > tolerance:
         raise ValueError(

@@ -1,6 +1,8 @@
 r"""The pilot run: where the bound of a data set needs its network calls, and what is known of it without any.
 
-1. p_t proportional to the root mean square of L_t less the control variate, at some 64 steps, smoothed between them
+1. p_t proportional to the root mean square of L_t less the control variate: g_t = (SNR_{t-1} - SNR_t) / 2 times a
+   smooth curve through some 64 steps. On a chain of uneven steps L_t itself jumps; what is left of it without g_t, a
+   mean squared error, does not.
 2. control variate C_t = s_t (|x_0 - x_0_hat|^2 / m_t - 1) + r_t (|epsilon|^2 - d) / sqrt(2 d), with x_0_hat the linear
    denoiser of a Gaussian model of the data, m_t its mean squared error over the pilot's images, and epsilon on the d
    values that lie inside the outer levels (at an outer level the bin is open, and the noise matters little)
@@ -180,11 +182,12 @@ def fit_pilot(
         model: the network, as in `evaluate_vlb`.
         reverse: p.
         x_0: pilot images (N, C, *); some 2000 serve the Gaussian model, some 1000 of them the network calls.
-        num_calls: network calls to spend, at least 1; every step probed takes one or more.
+        num_calls: network calls to spend, at least 1; a few fewer are spent, so that the steps probed get equal
+            shares, but every one of them takes one.
         seed: of the pilot's noise and choice of images.
         uniform_fraction: share of p_t that is uniform, in (0, 1]: it bounds the weight of a step that the pilot
             thought unimportant.
-        control_variate: fit one; it needs two images and 128 calls, and is left out with fewer.
+        control_variate: fit one; it needs two different images and 128 calls spent, and is left out with fewer.
         conditioning: as in `evaluate_vlb`, N rows.
         also: further reverse processes of the same chain that are to be scored from the same network outputs; each
             gets slopes of its own and an equal share of p_t.
@@ -205,6 +208,7 @@ def fit_pilot(
     check_same_chain(reverse, also)
     x_0, steps = x_0.cpu(), len(reverse.forward)
     knots, t = _probes(steps, num_calls)
+    gaps = _log_snr_gaps(reverse)
     generator = image_generator(seed, -1)
     image = torch.randperm(len(x_0), generator=generator)[torch.arange(len(t)) % len(x_0)]
     unit = None
@@ -222,9 +226,9 @@ def fit_pilot(
     values, control = torch.cat(terms, dim=1), None
     if unit is not None:
         regressors = torch.cat(features)
-        control = replace(unit, slopes=torch.stack([_fit_slopes(own, regressors, knots, t, steps) for own in values]))
+        control = replace(unit, slopes=torch.stack([_fit_slopes(own, regressors, knots, t, gaps) for own in values]))
         values = values - (regressors * control.slopes[:, t]).sum(2)
-    roots = [_interpolate(_smooth_log_rms(own, knots, t), knots, steps).exp() for own in values]
+    roots = [(_interpolate(_smooth_log_rms(own, knots, t, gaps), knots, steps) + gaps).exp() for own in values]
     share = torch.stack([root / root.sum() for root in roots]).mean(0)
     probabilities = (1 - uniform_fraction) * share + uniform_fraction / steps
     return Pilot(probabilities, control, len(t))
@@ -259,6 +263,15 @@ def _probes(steps: int, num_calls: int) -> tuple[Tensor, Tensor]:
     return knots, knots.repeat_interleave(shares * each if each else torch.ones_like(shares))
 
 
+def _log_snr_gaps(reverse: ReverseProcess) -> Tensor:
+    """log g_t, (T,); 0 at t = 0, whose term is the decoder's and is not compared with the others."""
+    log_abar = reverse.forward.log_alphas_cumprod.detach().cpu().double()
+    earlier, later = log_abar[:-1], log_abar[1:]
+    gaps = earlier + torch.log(-torch.expm1(later - earlier))
+    gaps = gaps - torch.log(-torch.expm1(earlier)) - torch.log(-torch.expm1(later)) - math.log(2)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), gaps])
+
+
 def _knot_of(knots: Tensor, t: Tensor) -> Tensor:
     return torch.searchsorted(knots, t)
 
@@ -269,12 +282,12 @@ def _kernel(knots: Tensor, t: Tensor, knot: int) -> Tensor:
     return torch.where((t == 0) & (knot > 0), 0.0, weights)
 
 
-def _smooth_log_rms(values: Tensor, knots: Tensor, t: Tensor) -> Tensor:
-    """Log of the root mean square at each knot, a local line over the neighbouring knots."""
+def _smooth_log_rms(values: Tensor, knots: Tensor, t: Tensor, gaps: Tensor) -> Tensor:
+    """Log of the root mean square of L_t / g_t at each knot, a local line over the neighbouring knots."""
     index = _knot_of(knots, t)
     count = torch.bincount(index, minlength=len(knots))
     mean_square = torch.zeros(len(knots), dtype=torch.float64).index_add_(0, index, values.square()) / count
-    logs = 0.5 * mean_square.clamp(min=1e-24).log()
+    logs = 0.5 * mean_square.clamp(min=1e-24).log() - gaps[knots]
     smooth = logs.clone()
     for knot in range(1, len(knots)):
         offset = torch.arange(len(knots)).double() - knot
@@ -312,10 +325,11 @@ def _unit_control(reverse: ReverseProcess, x_0: Tensor) -> ControlVariate | None
     return replace(unit, scale=unit.bias.square() @ energies + unit.spread.square() @ unit.dims)
 
 
-def _fit_slopes(values: Tensor, features: Tensor, knots: Tensor, t: Tensor, steps: int) -> Tensor:
+def _fit_slopes(values: Tensor, features: Tensor, knots: Tensor, t: Tensor, gaps: Tensor) -> Tensor:
     """s_t and r_t, (T, 2): a regression at each knot of the terms, in units of their size, on the features."""
-    size = _smooth_log_rms(values, knots, t)
-    y = values / size.exp()[_knot_of(knots, t)]
+    size = _smooth_log_rms(values, knots, t, gaps)
+    y = values / (size + gaps[knots]).exp()[_knot_of(knots, t)]
     design = torch.cat([features, torch.ones(len(t), 1, dtype=torch.float64)], dim=1)
     fits = [_weighted_fit(design, y, _kernel(knots, t, knot), 1e-2)[:2] for knot in range(len(knots))]
-    return _interpolate(torch.stack(fits), knots, steps) * _interpolate(size, knots, steps).exp()[:, None]
+    steps = len(gaps)
+    return _interpolate(torch.stack(fits), knots, steps) * (_interpolate(size, knots, steps) + gaps).exp()[:, None]
