@@ -11,6 +11,7 @@ vlb_terms.png (L_t against t) and per_image.png to --output_dir. Started again i
 
 import argparse
 import dataclasses
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -24,7 +25,7 @@ from typing import Any
 
 import pyarrow
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from reporting import describe, plot_per_image, plot_vlb_terms, score, write_json
 from scoring import PartialScores, fingerprint_of, pilot_positions, run_sweep, shared
 from scoring_data import NetworkShape, ScoringData, load_scoring_data
@@ -51,7 +52,9 @@ RECORD = """
     dataset_name dataset_config_name train_data_dir image_column train_split test_split resolution test_fingerprint
     num_images
 """.split()
-FORMAT = 2  # of partial results; raise it when their meaning changes
+MIN_DEGREES = 20  # of freedom of the noise standard error
+PICTURES = ("vlb_terms.png", "per_image.png")
+FORMAT = 3  # of partial results; raise it when their meaning changes
 
 
 def _levels(text: str) -> int | None:
@@ -167,7 +170,11 @@ def network_shape(pipeline: DDPMVLBPipeline, args: argparse.Namespace) -> Networ
     config = pipeline.unet.config
     size = config.get("sample_size")
     size = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
-    levels = args.levels if "levels" in args else pipeline.scheduler.config.get("levels", 256)
+    levels = stated = pipeline.scheduler.config.get("levels", 256)
+    if "levels" in args and stated != 256 and args.levels != stated:
+        raise ValueError(f"--levels {args.levels} contradicts the checkpoint, whose scheduler says `levels` {stated}.")
+    if "levels" in args:
+        levels = args.levels
     return NetworkShape(config.in_channels, size, levels, pipeline.num_classes)
 
 
@@ -274,7 +281,7 @@ class Evaluation:
                 reverse.levels,
                 self.clips,
                 reverse.forward.timesteps.tolist(),
-                reverse.forward.betas.double().tolist(),
+                reverse.forward.betas.tolist(),
             ],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -318,6 +325,7 @@ class Evaluation:
             self.reverse,
             pilot,
             calls,
+            enough_replicates(calls, len(self.data.scored)),
             seed=self.args.seed,
             estimator=self.args.estimator,
             also=self.also,
@@ -334,6 +342,14 @@ def _with_clipping(reverse: ReverseProcess, clip: bool) -> ReverseProcess:
     if not clip:
         return dataclasses.replace(reverse, clip_sample=False, thresholding=False)
     return reverse if reverse.thresholding else dataclasses.replace(reverse, clip_sample=True)
+
+
+def enough_replicates(calls: int, images: int) -> int | None:
+    """Replicates that give the noise SE some 20 degrees of freedom, which few images alone do not; None for many."""
+    if images >= MIN_DEGREES:
+        return None
+    divisors = [r for r in range(2, calls + 1) if calls % r == 0]
+    return next((r for r in divisors if images * (r - 1) >= MIN_DEGREES), divisors[-1])
 
 
 def default_folder(model: str) -> Path:
@@ -360,7 +376,10 @@ def importance(run: Evaluation, pilot: Pilot | None, store: PartialScores) -> tu
         total = estimate.network_calls_per_image
         missing = max(2.0, total * (1.05 * (noise_se / tolerance) ** 2 - 1))
         calls = 2 * math.ceil(missing / 2)
-        run.accelerator.print(f"Noise SE {noise_se:.4f} after {total} calls for each image: {calls} more.")
+        dear = (
+            ", more than the full loop's: stop, and ask for less" if total + calls > len(run.reverse.forward) else ""
+        )
+        run.accelerator.print(f"Noise SE {noise_se:.4f} after {total} calls for each image: {calls} more{dear}.")
 
 
 def full(run: Evaluation, store: PartialScores) -> tuple[Scores, Scores]:
@@ -425,6 +444,8 @@ def _json_list(values: Tensor) -> list[float | None]:
 def finished(folder: Path, key: str) -> dict[str, Any] | None:
     """The metrics of an earlier run of exactly this evaluation, or None."""
     path = folder / "metrics.json"
+    if not all((folder / name).is_file() for name in PICTURES):
+        return None
     try:
         metrics = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -443,10 +464,10 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
         print(f"  {names[1]}: {describe(other, unit)}")
     calls = f"{metrics['network_calls_per_image']} network calls each"
     extra = metrics["pilot_calls"] or metrics["second_draw_calls"]
+    levels = f"{metrics['data']['levels']} levels" if metrics["data"]["levels"] else "continuous"
     what = "the pilot's" if metrics["pilot_calls"] else "for the error bar"
-    print(
-        f"{metrics['num_images']} images of {metrics['data']['split']!r}, {steps} steps, {calls} (+ {extra} {what})."
-    )
+    images = f"{metrics['num_images']} images of {metrics['data']['split']!r} ({levels})"
+    print(f"{images}, {steps} steps, {calls} (+ {extra} {what}).")
     if not metrics["data"]["levels"]:
         print("Continuous data: a density, which depends on the scale of the data and is no code length of images.")
     print(f"metrics.json, vlb_terms.png and per_image.png are in {folder}.")
@@ -455,7 +476,9 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Score a checkpoint. Returns the metrics (on the main process)."""
     args = parse_args(argv)
-    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
+    # Processes wait for the main one's pilot and for the slowest one's images, which may take hours.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
+    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
     run = Evaluation(args, accelerator)
     folder = run.folder
     try:
@@ -471,6 +494,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             print(f"{folder / 'metrics.json'} already holds this evaluation: nothing to do.")
             report(known, folder)
         return known if accelerator.is_main_process else None
+    if accelerator.is_main_process and (folder / "metrics.json").is_file():
+        print(f"{folder} holds another evaluation, which this one replaces; --output_dir keeps them apart.")
+    if accelerator.is_main_process and args.num_images and len(run.data.scored) < args.num_images:
+        print(f"The split {args.split!r} has only {len(run.data.scored)} images to score.")
     store = PartialScores(folder / f"partial-{run.key[:16]}", accelerator.print, run.key)
     estimate, metrics = evaluate(run, store)
     if accelerator.is_main_process:

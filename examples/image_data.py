@@ -80,7 +80,8 @@ class Images(torch.utils.data.Dataset):
         if k.max() >= self.levels:
             raise ValueError(
                 f"Image {_image_name(encoded, index)} has the level {k.max()}, above {self.levels - 1}. "
-                f"Pass `--levels 256` if that is what the data has, or a checkpoint of its levels."
+                f"The data has more levels than the {self.levels} that the checkpoint scores: requantise it, or take "
+                "a checkpoint of its levels."
             )
         return torch.from_numpy(np.ascontiguousarray(k.transpose(2, 0, 1))).float() * (2 / (self.levels - 1)) - 1
 

@@ -166,10 +166,7 @@ def score(estimate: VLBEstimate, discrete: bool = True) -> dict[str, float | int
 def describe(scores: dict[str, Any], unit: str = "bits/dim") -> str:
     """Scores in one line."""
     value = scores["nats_per_dim"] if scores["bits_per_dim"] is None else scores["bits_per_dim"]
-    noise, images = (
-        "n/a" if scores[name] is None else f"{scores[name]:.3f}" if scores[name] else "<" + f"{scores['noise_se']:.3f}"
-        for name in ("noise_se", "image_se")
-    )
+    noise, images = (f"{scores[name]:.3f}" if scores[name] else "n/a" for name in ("noise_se", "image_se"))
     return f"{value:.3f} +- {noise} (noise) +- {images} (images) {unit}"
 
 

@@ -5,6 +5,7 @@ whoever scores it and whenever. Finished units are kept as immutable part files;
 what is missing.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -47,7 +48,7 @@ class PartialScores:
                 parts[path.name] = self._read(path)
             except Exception as error:  # whatever a torn archive makes zipfile and numpy raise
                 aside = path.with_suffix(".corrupt")
-                if path.exists():
+                with contextlib.suppress(FileNotFoundError):  # another node may have moved it already
                     path.replace(aside)
                 self.report(f"Partial results {path} cannot be read ({error}): moved to {aside.name}, scoring anew.")
         return parts
@@ -187,6 +188,8 @@ def run_sweep(
             done |= own_positions
     todo = [position for position in positions if position not in done]
     size = scorer.images_per_unit(batch([positions[0]])[0])
+    if done and accelerator.is_main_process:
+        print(f"{len(done)} of {len(positions)} images are already scored in {store.folder if store else ''}.")
     mine = [unit for i, unit in enumerate(units(todo, size)) if i % world == rank]
     saver, running, new = Saver(store, sweep), RunningEstimate(report_unit), list[Scores]()
     label = f"{description}, process 1 of {world}" if world > 1 else description

@@ -122,7 +122,7 @@ def load_scoring_data(
     Args:
         network: what the checkpoint takes. Its 256 levels, the default where a stock checkpoint says nothing, give way
             to the digits' own 17.
-        split: a split of the data set; or the "test" or "validation" split that train.py would make of it.
+        split: a split of the data set; with a `record`, "train", "validation" or "test" as train.py made them.
         record: a data.json, read when no data set is named; else the digits.
         dataset_name: a Hub name, a local folder or a data file.
         dataset_config_name: its configuration, if it has several.
@@ -147,12 +147,15 @@ def load_scoring_data(
         image_column, resolution = recorded["image_column"], recorded["resolution"]
     parts = load_digits_splits() if digits else load_splits(named[0], named[1], named[2], cache_dir)
     parts = dict(parts) if isinstance(parts, datasets.DatasetDict) else {"train": parts}
-    if recorded is not None or (split not in parts and split in ("validation", "test") and "train" in parts):
+    if recorded is not None or (digits and split == "validation"):
         chosen = [source.get("train_split", "train"), source.get("test_split")]
         made = make_splits(datasets.DatasetDict(parts), image_column, *chosen)
         parts = dict(zip(("train", "validation", "test"), made))
     if split not in parts:
-        raise ValueError(f"The data set has no split {split!r}; it has {sorted(parts)}.")
+        raise ValueError(
+            f"The data set has no split {split!r}; it has {sorted(parts)}. Choose one with `--split`; of a data set "
+            "with a single split some images are kept back for the pilot."
+        )
     scored, other, other_name = _scored_and_other(parts, split)
     total = len(scored) if num_images is None else min(num_images, len(scored))
     scored = scored.select(range(total))

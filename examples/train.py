@@ -458,7 +458,7 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
     """Print the result beside the baselines."""
     test = metrics["test"]
     print(f"\nTest bits/dim ({test['num_images']} images, {test['network_calls_per_image']} network calls each):")
-    print(f"  this model             {describe(test)}")
+    print(f"  this model             {describe(test)}, x_0_hat unclipped")
     print(f"    = prior {test['prior']:.4f} + KL {test['kl']:.4f} + decoder {test['decoder']:.4f}")
     for name, value in metrics["baselines"].items():
         print(f"  {name:22} {value:.3f}")

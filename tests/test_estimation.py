@@ -746,7 +746,8 @@ def many_images(n):
     estimate_vlb(model, process(2000), stream(n), calls_per_image=2, values_per_call=2 * 3072)
 
 def many_steps(steps):
-    pilot = fit_pilot(model, process(steps), next(stream(10)), num_calls=128)
+    pilot = fit_pilot(model, process(steps), next(stream(10)), num_calls=256)
+    assert pilot.control is not None
     estimate_vlb(model, process(steps), stream(600), pilot, calls_per_image=2, values_per_call=2 * 3072)
 
 def full_loop(steps):

@@ -10,7 +10,16 @@ import torch
 from analytic import BETAS, SHAPE, PosteriorMean, T, expected_bits, expected_moments, images, oracle, process
 from torch import Tensor
 
-from ddpm_vlb import ControlVariate, GaussianModel, Pilot, estimate_vlb, evaluate_vlb, fit_pilot, make_betas
+from ddpm_vlb import (
+    ControlVariate,
+    ForwardProcess,
+    GaussianModel,
+    Pilot,
+    estimate_vlb,
+    evaluate_vlb,
+    fit_pilot,
+    make_betas,
+)
 
 KINDS = {"dense": 2048, "stationary": 1}
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -226,6 +235,21 @@ def test_probabilities_follow_the_terms(betas, factor):
     assert 1 - 1e-9 < float((square / p).sum() / least) < 1.04
     # Even draws would not pass but on the shortest chains.
     assert float((square * len(p)).sum() / least) > 1.04 or len(p) == 1
+
+
+def test_probabilities_follow_the_jumps_of_an_uneven_chain():
+    """A chain of hand-picked steps jumps from 264 to 600, and that step holds far more than its neighbours.
+
+    The bound of the test above, and no step has less than half of its share: a step between two probes too.
+    """
+    whole = ForwardProcess.from_betas(make_betas("linear", 1000))
+    betas = whole.respace([*range(265), *range(600, 635)]).betas
+    reverse, x_0 = process(betas=betas), images(400)
+    p = fit_pilot(PosteriorMean(reverse.forward), reverse, x_0, control_variate=False).probabilities
+    rms = torch.from_numpy(expected_moments(x_0, betas)[1].mean(0)).sqrt()
+    assert rms[265] > 5 * rms[264] and rms[265] > 5 * rms[266]
+    assert float((rms**2 / p).sum() / rms.sum() ** 2) < 1.04
+    assert float((p * rms.sum() / rms).min()) > 0.5
 
 
 def test_the_decoder_s_probability_is_its_own():

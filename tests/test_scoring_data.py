@@ -154,13 +154,21 @@ def test_too_few_images_for_a_pilot_are_refused(tmp_path, load, counts):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_missing_split_is_made_as_train_makes_it(tmp_path, load, split):
-    """A data set of training images only is split as train.py splits it, without overlap with the pilot's."""
+def test_a_missing_split_is_not_made_up(tmp_path, load, split):
+    """Training images are not scored as a "test" split that the data set does not have."""
     folder, _ = write_images(tmp_path / "set", {"train": 60})
-    data = load(GREY, folder, split)
-    expected = load_image_data(dataset_name=folder, cache_dir=str(tmp_path / "cache"))
-    assert torch.equal(everything(data, data.scored), torch.cat(list(getattr(expected, split).batches(9))))
-    assert torch.equal(everything(data, data.other), torch.cat(list(expected.train.batches(9))))
+    with pytest.raises(ValueError, match=f"no split '{split}'; it has .*'train'.*--split"):
+        load(GREY, folder, split)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_splits_that_train_made_are_made_again(tmp_path, load, split):
+    """With the record of the training, its own split of a data set of training images only, without overlap."""
+    folder, _ = write_images(tmp_path / "set", {"train": 60})
+    trained = load_image_data(dataset_name=folder, cache_dir=str(tmp_path / "cache"))
+    data = load(GREY, split=split, record=trained.record)
+    assert torch.equal(everything(data, data.scored), torch.cat(list(getattr(trained, split).batches(9))))
+    assert torch.equal(everything(data, data.other), torch.cat(list(trained.train.batches(9))))
 
 
 def test_the_record_of_the_training_finds_the_images(tmp_path, load):
@@ -266,7 +274,7 @@ def test_too_many_levels_are_refused_with_the_fix(tmp_path, load):
     levels["test"][2, 3, 3] = 200
     content = {name: {"image": [PIL.Image.fromarray(k) for k in own]} for name, own in levels.items()}
     folder = write_splits(tmp_path / "set", content, image=datasets.Image())
-    with pytest.raises(ValueError, match=r"level 200, above 16.*--levels"):
+    with pytest.raises(ValueError, match=r"level 200, above 16.*requantise"):
         load(NetworkShape(1, (8, 8), 17, None), folder)
 
 

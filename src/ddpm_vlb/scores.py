@@ -86,6 +86,8 @@ class VLBScores:
             raise ValueError("There are no sweeps to combine.")
         if any(not torch.equal(sweep.positions, sweeps[0].positions) for sweep in sweeps):
             raise ValueError("The sweeps to combine scored different images.")
+        if len({(sweep.dims, sweep.curve.shape) for sweep in sweeps}) > 1:
+            raise ValueError("The sweeps to combine differ in image size or chain.")
         calls = sum(sweep.calls for sweep in sweeps)
         shares = [sweep.calls / calls for sweep in sweeps]
         kl, decoder = (
@@ -101,8 +103,13 @@ class VLBScores:
 
         Args:
             second: the second draw's scores.
+
+        Raises:
+            ValueError: it is of images that are not among these, or these are not in order.
         """
-        where = torch.searchsorted(self.positions, second.positions)
+        where = torch.searchsorted(self.positions, second.positions).clamp(max=len(self) - 1)
+        if not torch.equal(self.positions[where], second.positions):
+            raise ValueError("The second draw is of images that are not among the scored ones (in order of position).")
         gap = (self.kl + self.decoder)[where] - second.kl - second.decoder
         return replace(self, noise_variance=self.noise_variance.index_put((where,), gap.square() / 2))
 
