@@ -103,12 +103,15 @@ def plot_vlb_terms(estimate: VLBEstimate, path: Path, bins: int = 40, unit: str 
         total.append(running)
     figure, axis = plt.subplots(figsize=(8, 5))
     level, band, bound = np.array(means), np.array(bands), estimate.bits_per_dim * scale
-    axis.plot(centres, level, "o-", markersize=3, label="L_t (mean of the bin, +- SE)")
-    axis.fill_between(centres, level - band, level + band, alpha=0.3)
-    # The density of the decoder may be negative, and noise may make a small term so.
-    axis.set(xscale="log", yscale="log" if (level > 0).all() else "symlog")
-    if (level > 0).all():
-        axis.set_ylim(level.min() / 2, level.max() * 2)
+    # A density may make the decoder's term negative, and noise a small one: a logarithm shows neither.
+    shown = level > 0
+    hidden = "" if shown.all() else f"; {(~shown).sum()} below 0"
+    t = np.array(centres)
+    axis.plot(t[shown], level[shown], "o-", markersize=3, label=f"L_t (mean of the bin, +- SE{hidden})")
+    axis.fill_between(t[shown], (level - band)[shown], (level + band)[shown], alpha=0.3)
+    axis.set(xscale="log", yscale="log")
+    if shown.any():
+        axis.set_ylim(level[shown].min() / 2, level[shown].max() * 2)
     axis.set(xlabel="t (1 is the decoder's step)", ylabel=f"L_t, {unit} for each step")
     axis.grid(alpha=0.3)
     right = axis.twinx()
@@ -116,7 +119,7 @@ def plot_vlb_terms(estimate: VLBEstimate, path: Path, bins: int = 40, unit: str 
     right.axhline(bound, color="tab:red", linestyle=":", label=f"estimate {bound:.3f}")
     right.set(ylabel=unit, ylim=(min(0.0, *total), None))
     handles = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False)
+    figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False, fontsize=9)
     _save(figure, path, top=0.94)
 
 

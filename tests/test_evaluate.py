@@ -31,6 +31,7 @@ import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from hub_server import HubServer
 from image_data import load_image_data
 from scoring import pilot_positions
 from test_scoring_data import write_arrays, write_images, write_splits, x_0_of
@@ -1310,6 +1311,29 @@ except SystemExit as stop:
     print(stop.code)
 script("--model", model, "--dataset_name", "some/thing", "--output_dir", output)
 """
+
+
+def test_a_model_and_a_data_set_on_the_hub(models, sets, tmp_path):
+    """By their names, over the network, with the real client: the numbers of the same files in folders."""
+    upload = """
+import sys
+from huggingface_hub import HfApi
+api = HfApi()
+for kind, folder in zip(("model", "dataset"), sys.argv[1:]):
+    api.create_repo("tester/" + kind, repo_type=kind)
+    api.upload_folder(repo_id="tester/" + kind, folder_path=folder, repo_type=kind)
+"""
+    local = dict(zip(sets["grey"].options[::2], sets["grey"].options[1::2]))
+    folders = [str(models["small"]), str(local["--dataset_name"])]
+    with HubServer() as server:
+        environment = server.environment(tmp_path / "home", OMP_NUM_THREADS="1")
+        subprocess.run([sys.executable, "-c", upload, *folders], env=environment, check=True, timeout=120)
+        for name, model, data in (("hub", "tester/model", "tester/dataset"), ("folder", *folders)):
+            options = ["--model", model, "--dataset_name", data, *FEW, "--output_dir", str(tmp_path / name)]
+            command = [sys.executable, str(ROOT / "examples" / "evaluate.py"), *options]
+            subprocess.run(command, env=environment, cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    hub, folder = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("hub", "folder"))
+    assert hub["per_image"] == folder["per_image"] and hub["data"]["fingerprint"] == folder["data"]["fingerprint"]
 
 
 def test_a_hub_that_cannot_be_reached(models, tmp_path):
