@@ -460,7 +460,8 @@ def test_the_report_is_printed(tmp_path, capsys, few):
     metrics = tiny(tmp_path, "--max_train_steps 1", *few)
     out = capsys.readouterr().out
     test = metrics["test"]
-    assert f"{test['bits_per_dim']:.3f} +- {test['noise_se']:.3f} (noise) +- {test['image_se']:.3f} (images)" in out
+    images = f"{test['image_se']:.3f}" if test["image_se"] else "n/a"
+    assert f"{test['bits_per_dim']:.3f} +- {test['noise_se']:.3f} (noise) +- {images} (images) bits/dim" in out
     assert f"prior {test['prior']:.4f} + KL {test['kl']:.4f} + decoder {test['decoder']:.4f}" in out
     assert all(f"{name:22} {value:.3f}" in out for name, value in metrics["baselines"].items())
 
