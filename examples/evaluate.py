@@ -27,7 +27,7 @@ import pyarrow
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from reporting import describe, plot_per_image, plot_vlb_terms, score, write_json
-from scoring import PartialScores, fingerprint_of, pilot_positions, run_sweep, shared
+from scoring import PartialScores, fingerprint_of, run_sweep, shared
 from scoring_data import NetworkShape, ScoringData, load_scoring_data
 from torch import Tensor
 from train_options import HelpFormatter, not_negative_int, positive_float, positive_int
@@ -295,8 +295,7 @@ class Evaluation:
             saved = store.load_pilot()
             if saved is not None:
                 return saved
-            positions = pilot_positions(len(self.data.other), self.dims)
-            x_0, conditioning = self.data.batch(self.data.other, positions)
+            x_0, conditioning = self.data.batch(self.data.other, list(range(len(self.data.other))))
             try:
                 pilot = fit_pilot(
                     self.model,

@@ -6,7 +6,6 @@ in [-1, 1], or continuous (latents).
 
 import dataclasses
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,37 +139,32 @@ def load_scoring_data(
     """
     recorded = record if dataset_name is None else None
     source = recorded or {"dataset_name": dataset_name, "dataset_config_name": dataset_config_name}
-    named = [source.get(name) for name in ("dataset_name", "dataset_config_name", "train_data_dir")]
-    digits = named[0] is None and named[2] is None
+    named = {name: source.get(name) for name in ("dataset_name", "dataset_config_name", "train_data_dir")}
+    digits = named["dataset_name"] is None and named["train_data_dir"] is None
     if recorded is not None:
         from_record(recorded, cache_dir)  # only to make sure that the data is still the same
         image_column, resolution = recorded["image_column"], recorded["resolution"]
-    parts = load_digits_splits() if digits else load_splits(named[0], named[1], named[2], cache_dir)
+    parts = load_digits_splits() if digits else load_splits(**named, cache_dir=cache_dir)
     parts = dict(parts) if isinstance(parts, datasets.DatasetDict) else {"train": parts}
     if recorded is not None or (digits and split == "validation"):
         chosen = [source.get("train_split", "train"), source.get("test_split")]
         made = make_splits(datasets.DatasetDict(parts), image_column, *chosen)
         parts = dict(zip(("train", "validation", "test"), made))
-    if split not in parts:
-        raise ValueError(
-            f"The data set has no split {split!r}; it has {sorted(parts)}. Choose one with `--split`; of a data set "
-            "with a single split some images are kept back for the pilot."
-        )
     scored, other, other_name = _scored_and_other(parts, split)
     total = len(scored) if num_images is None else min(num_images, len(scored))
     scored = scored.select(range(total))
     if digits and network.levels == 256 and not levels_given:
         network = dataclasses.replace(network, levels=17)
     columns = [image_column] if network.classes is None else [image_column, _label_column(label_column, scored)]
+    to_score = _as_images(scored, columns, network, resolution)
     # Of the pilot's split only the images that it takes, spread over it.
-    dims = network.channels * math.prod(network.size or (1,))
-    other = other.select(pilot_positions(len(other), dims))
-    images = [_as_images(part, columns, network, resolution) for part in (scored, other)]
+    other = other.select(pilot_positions(len(other), to_score[0].numel()))
+    images = [to_score, _as_images(other, columns, network, resolution)]
     if network.classes is not None:
         for part in images:
             _check_labels(part.data[columns[1]], columns[1], network.classes)
     record = {
-        **dict(zip(("dataset_name", "dataset_config_name", "train_data_dir"), named)),
+        **named,
         "image_column": image_column,
         "label_column": columns[1] if network.classes is not None else None,
         "resolution": resolution,
@@ -198,6 +192,11 @@ def _checked(images: "Arrays | Images", levels: int | None, label_columns: list[
 
 def _scored_and_other(parts: Any, split: str) -> tuple[datasets.Dataset, datasets.Dataset, str]:
     """The split, and another one for the pilot; where there is only one, the pilot's images are not scored."""
+    if split not in parts:
+        raise ValueError(
+            f"The data set has no split {split!r}; it has {sorted(parts)}. Choose one with `--split`; of a data set "
+            "with a single split some images are kept back for the pilot."
+        )
     if len(parts[split]) == 0:
         raise ValueError(f"The split {split!r} holds no images.")
     others = [name for name in ("train", "validation", "test", *parts) if name in parts and name != split]

@@ -24,11 +24,12 @@ from .evaluation import (
     bound_terms,
     check_conditioning,
     check_data,
+    check_same_chain,
     image_generator,
     rows_of,
 )
 from .losses import prior_kl
-from .pilot import ControlVariate, Pilot, PreparedImages, check_same_chain
+from .pilot import ControlVariate, Pilot, PreparedImages
 from .reverse_process import ReverseProcess
 from .scores import (
     Scores,
@@ -100,8 +101,8 @@ class VLBEstimator:
         if self.estimator == "full":
             object.__setattr__(self, "calls_per_image", steps)
         else:
-            fewest = _fitting_replicates(self.calls_per_image)
-            replicates = fewest if self.num_replicates is None else self.num_replicates
+            fitting = _fitting_replicates(self.calls_per_image)
+            replicates = fitting if self.num_replicates is None else self.num_replicates
             if self.calls_per_image < 2 or replicates < 2 or self.calls_per_image % replicates:
                 raise ValueError(
                     "`calls_per_image` must be at least 2 and `num_replicates`, at least 2, divide it, but got "

@@ -88,6 +88,24 @@ def check_conditioning(conditioning: Conditioning | None, num_images: int) -> No
             raise ValueError(f"`conditioning[{name!r}]` must have one row for each of {num_images} images, not {got}.")
 
 
+def check_same_chain(reverse: ReverseProcess, also: Sequence[ReverseProcess]) -> None:
+    """Refuse reverse processes of another chain.
+
+    Args:
+        reverse: one of the chain.
+        also: the others.
+
+    Raises:
+        ValueError: other timesteps or another schedule.
+    """
+    for name in ("timesteps", "log_alphas_cumprod"):
+        table = getattr(reverse.forward, name).cpu()
+        if any(not torch.equal(getattr(other.forward, name).cpu(), table) for other in also):
+            raise ValueError(
+                "`also` must hold reverse processes of the same chain: one network output serves them all."
+            )
+
+
 def image_generator(seed: int, position: int, sweep: int = 0) -> torch.Generator:
     """The source of an image's draws, which depends on nothing but these three.
 

@@ -22,7 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .evaluation import Conditioning, Model, bound_terms, check_conditioning, check_data, image_generator, rows_of
+from .evaluation import (
+    Conditioning,
+    Model,
+    bound_terms,
+    check_conditioning,
+    check_data,
+    check_same_chain,
+    image_generator,
+    rows_of,
+)
 from .gaussian_model import GaussianModel
 from .reverse_process import ReverseProcess
 
@@ -232,24 +241,6 @@ def fit_pilot(
     share = torch.stack([root / root.sum() for root in roots]).mean(0)
     probabilities = (1 - uniform_fraction) * share + uniform_fraction / steps
     return Pilot(probabilities, control, len(t))
-
-
-def check_same_chain(reverse: ReverseProcess, also: Sequence[ReverseProcess]) -> None:
-    """Refuse reverse processes of another chain.
-
-    Args:
-        reverse: one of the chain.
-        also: the others.
-
-    Raises:
-        ValueError: other timesteps or another schedule.
-    """
-    for name in ("timesteps", "log_alphas_cumprod"):
-        table = getattr(reverse.forward, name).cpu()
-        if any(not torch.equal(getattr(other.forward, name).cpu(), table) for other in also):
-            raise ValueError(
-                "`also` must hold reverse processes of the same chain: one network output serves them all."
-            )
 
 
 def _probes(steps: int, num_calls: int) -> tuple[Tensor, Tensor]:
