@@ -11,11 +11,14 @@ The names and formulas are those of diffusers' `DDPMScheduler`; float64 keeps th
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 MAX_BETA = 0.999
+# A bound on what a configuration from elsewhere can make us allocate; no published chain comes near it.
+MAX_STEPS = 100_000
 
 
 def _cosine_alpha_bar(u: float) -> float:
@@ -55,21 +58,23 @@ def make_betas(
 
     Args:
         beta_schedule: one of "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace".
-        num_train_timesteps: T, the number of steps, at least 1.
+        num_train_timesteps: T, the number of steps, 1 .. 100 000.
         beta_start: beta_1, in (0, 1]; not used by "squaredcos_cap_v2" and "laplace".
         beta_end: beta_T, in (0, 1]; not used by these two either.
 
     Raises:
-        ValueError: unknown schedule, T < 1, or betas that leave (0, 1].
+        ValueError: unknown schedule, T outside 1 .. 100 000, or betas that leave (0, 1].
 
     Source: see the module's list.
     """
-    if beta_schedule not in _SCHEDULES:
+    if beta_schedule not in BETA_SCHEDULES:
         raise ValueError(f"`beta_schedule` must be one of {list(BETA_SCHEDULES)}, but got {beta_schedule!r}.")
     if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
         raise ValueError(f"`num_train_timesteps` must be an integer of at least 1, but got {num_train_timesteps!r}.")
+    if num_train_timesteps > MAX_STEPS:
+        raise ValueError(f"`num_train_timesteps` must be at most {MAX_STEPS}, but got {num_train_timesteps}.")
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if not 0 < value <= 1:
+        if not isinstance(value, Real) or not 0 < value <= 1:
             raise ValueError(f"`{name}` must lie in (0, 1], but got {value!r}.")
     return check_betas(_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end))
 
@@ -78,14 +83,20 @@ def check_betas(betas: Sequence[float] | Tensor) -> Tensor:
     """Return `betas` as a float64 tensor of shape (T,) after checking that they make a diffusion.
 
     Args:
-        betas: beta_1 .. beta_T, each in (0, 1]; a beta of 1 (zero-terminal SNR) only as the last.
+        betas: beta_1 .. beta_T, each in (0, 1], T <= 100 000; a beta of 1 (zero-terminal SNR) only as the last.
 
     Raises:
-        ValueError: not one-dimensional, empty, not finite, outside (0, 1], or a beta of 1 before the last step.
+        ValueError: not one-dimensional, empty, too long, no numbers, not finite, outside (0, 1], or a beta of 1 before
+            the last step.
     """
-    betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
+    try:
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"`betas` must be a list of numbers in (0, 1], but it cannot be read: {error}.") from error
     if betas.ndim != 1 or len(betas) == 0:
         raise ValueError(f"`betas` must be a non-empty list of numbers, but got the shape {tuple(betas.shape)}.")
+    if len(betas) > MAX_STEPS:
+        raise ValueError(f"`betas` must be at most {MAX_STEPS} numbers, but there are {len(betas)}.")
     bad = ~((betas > 0) & (betas <= 1))
     if bad.any():
         t = int(bad.nonzero()[0])
