@@ -5,26 +5,51 @@ same p for training and evaluation. Names here are diffusers' (`original_samples
 """
 
 import json
-from collections.abc import Sequence
-from numbers import Integral
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from . import schedules
 from .distributions import promote_half
 from .forward_process import ForwardProcess, check_timesteps, gather
 from .respacing import TIMESTEP_SPACINGS, spaced_timesteps
 from .reverse_process import ReverseProcess
+from .schedules import check_betas, make_betas
+from .schedules import rescale_betas_zero_snr as rescaled_to_zero_snr
 
+logger = logging.get_logger(__name__)
+# Set while a pipeline saves us that writes stock's names into its index.
+_INDEX_IS_OURS: ContextVar[bool] = ContextVar("_INDEX_IS_OURS", default=False)
 # Keys that stock schedulers do not know are written only where they differ from these defaults.
 _OWN_DEFAULTS: dict[str, Any] = {"levels": 256}
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# 100 000 betas take 3 MB.
+_MAX_CONFIG_BYTES = 8_000_000
+_TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "True or False": (
+        lambda value: isinstance(value, bool),
+        ("clip_sample", "thresholding", "rescale_betas_zero_snr"),
+    ),
+    "a finite number": (
+        lambda value: isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value),
+        ("dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value"),
+    ),
+    "an integer": (
+        lambda value: isinstance(value, Integral) and not isinstance(value, bool),
+        ("steps_offset",),
+    ),
+}
 # What the network was trained with must survive a change of class even where it equals a default.
 _MODEL_DEFINING = {
     "num_train_timesteps",
@@ -36,6 +61,35 @@ _MODEL_DEFINING = {
     "prediction_type",
     "rescale_betas_zero_snr",
 }
+
+
+def read_config(json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    """A configuration file of a scheduler or a pipeline, which may come from anybody.
+
+    Args:
+        json_file: its path.
+
+    Raises:
+        ValueError: larger than any configuration of ours can be, not JSON, or not an object.
+    """
+    path = Path(json_file)
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path.name} must be at most {_MAX_CONFIG_BYTES} bytes, but has {path.stat().st_size}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} must be JSON, but cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} must hold a JSON object, but holds {type(config).__name__}.")
+    return config
+
+
+def _check_types(config: Any) -> None:
+    """Refuse values of a foreign configuration that Python would let pass, or fail on somewhere deep."""
+    for kind, (accepts, names) in _TYPES.items():
+        for name in names:
+            if not accepts(config[name]):
+                raise ValueError(f"`{name}` must be {kind}, but got {config[name]!r}.")
 
 
 class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
@@ -64,7 +118,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             saved only where it is not 256.
 
     Raises:
-        ValueError: an unknown name, betas that are no schedule, or an impossible number.
+        ValueError: an unknown name, a value of the wrong type, betas that are no schedule, or an impossible number.
 
     Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, section 4.
     """
@@ -92,20 +146,21 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         levels: int | None = 256,
     ):
+        _check_types(self.config)
         if timestep_spacing not in TIMESTEP_SPACINGS:
             raise ValueError(
                 f"`timestep_spacing` must be one of {list(TIMESTEP_SPACINGS)}, but got {timestep_spacing!r}."
             )
         if trained_betas is not None:
-            betas = schedules.check_betas(trained_betas)
+            betas = check_betas(trained_betas)
             # Stock takes T from the betas' number too; a config that contradicts itself would break its spacings.
             if len(betas) != num_train_timesteps:
                 self.register_to_config(num_train_timesteps=len(betas))
             self.register_to_config(trained_betas=betas.tolist())
         else:
-            betas = schedules.make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+            betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         if rescale_betas_zero_snr:
-            betas = schedules.rescale_betas_zero_snr(betas)
+            betas = rescaled_to_zero_snr(betas)
         if variance_type == "fixed_large_log":  # a name under which stock computes NaN
             variance_type = "fixed_large"
             self.register_to_config(variance_type=variance_type)
@@ -144,6 +199,28 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             own = {key for key, default in _OWN_DEFAULTS.items() if kwargs[key] == default}
             kwargs["_use_default_values"] = sorted(own.union(kwargs.get("_use_default_values", ())) - _MODEL_DEFINING)
         super().register_to_config(**kwargs)
+
+    # diffusers' private name; its own would read a file of any size, and a test holds it to calling this one.
+    _dict_from_json_file = staticmethod(read_config)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save the configuration; warns where a stock pipeline does so, whose index nobody could load from the Hub.
+
+        Args:
+            save_directory: the folder to write into.
+            push_to_hub: upload it as well.
+            kwargs: those of `SchedulerMixin.save_pretrained`.
+        """
+        if Path(save_directory).name == "scheduler" and not _INDEX_IS_OURS.get():
+            logger.warning(
+                f"DDPMVLBScheduler was saved to {save_directory}. If this is part of saving a stock pipeline, its "
+                "model_index.json names `ddpm_vlb`, and no `from_pretrained` loads that from the Hub. Save "
+                "`DDPMVLBPipeline.from_pipe(pipeline)` instead, or put a stock scheduler into the pipeline first: "
+                "`pipeline.register_modules(scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))`."
+            )
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
         """The configuration as JSON, without keys of our own that are at their defaults."""
