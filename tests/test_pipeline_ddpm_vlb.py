@@ -610,7 +610,7 @@ def test_loading_in_half(saved, dtype):
     [
         (None, {"batch_size": 0}, "batch_size"),
         (None, {"batch_size": 2.0}, "batch_size"),
-        (None, {"output_type": "latent"}, "output_type.*pil"),
+        (None, {"output_type": "latents"}, "output_type.*pil.*latent"),
         (None, {"callback_on_step_end_tensor_inputs": ["latents"]}, "latents"),
         (None, {"num_inference_steps": 3, "timesteps": [3, 2]}, "only one"),
         (None, {"num_inference_steps": 1001}, "num_inference_steps"),

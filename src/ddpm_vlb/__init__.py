@@ -6,6 +6,7 @@ from .evaluation import VLBTerms, check_data, evaluate_vlb
 from .forward_process import Diffused, ForwardProcess
 from .gaussian_model import GaussianModel, covariance_eigenvalues, gaussian_model_terms
 from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vlb_loss, vlb_term
+from .model_card import model_card
 from .pilot import ControlVariate, Pilot, fit_pilot
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
 from .respacing import spaced_timesteps
@@ -52,6 +53,7 @@ __all__ = [
     "hybrid_loss",
     "make_betas",
     "merge_scores",
+    "model_card",
     "nats_to_bits_per_dim",
     "prior_kl",
     "rescale_betas_zero_snr",

@@ -7,7 +7,11 @@ What it saves is plain diffusers wherever stock can sample it rightly: `Diffusio
 import inspect
 import json
 import os
+import re
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +21,38 @@ from diffusers import DDPMParallelScheduler, DDPMScheduler, DiTTransformer2DMode
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
 
-from .scheduling_ddpm_vlb import DDPMVLBScheduler
+from .model_card import model_card
+from .scheduling_ddpm_vlb import _INDEX_IS_OURS, DDPMVLBScheduler, read_config
 
 # The schedulers whose `step` takes the variance half of the channels; all others get the mean half only.
 _TAKES_VARIANCE = (DDPMVLBScheduler, DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)
+_PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder", "card")
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-OUTPUT_TYPES = ("pil", "np", "pt")
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# What a repository carries so that diffusers runs this class where the package is not installed; a name from each.
+_CODE = {
+    "distributions": "DiagonalGaussian",
+    "schedules": "make_betas",
+    "forward_process": "ForwardProcess",
+    "reverse_process": "ReverseProcess",
+    "respacing": "spaced_timesteps",
+    "scheduling_ddpm_vlb": "DDPMVLBScheduler",
+    "model_card": "model_card",
+    "pipeline_ddpm_vlb": "DDPMVLBPipeline",
+}
+CODE_FILES = ("pipeline.py", *(f"{name}.py" for name in _CODE))
+# diffusers copies from a folder only what this one file imports itself, so it imports them all.
+_PIPELINE_FILE = """\
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: F401
+# DDPMVLBPipeline for `DiffusionPipeline.from_pretrained(..., custom_pipeline=..., trust_remote_code=True)`.
+# The modules beside this file are those of the package ddpm-vlb, as they are.
+
+"""
 
 
 class DDPMVLBPipeline(DiffusionPipeline):
@@ -55,19 +83,116 @@ class DDPMVLBPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a Hub repository.
-            kwargs: those of `DiffusionPipeline.from_pretrained`.
+            kwargs: those of `DiffusionPipeline.from_pretrained`. Weights are read from safetensors only, unless
+                `use_safetensors=False` asks for pickles.
 
         Raises:
-            OSError, ValueError: as `DiffusionPipeline.from_pretrained`.
+            OSError, ValueError: as `DiffusionPipeline.from_pretrained`; a model_index.json that no pipeline saves.
         """
+        kwargs.setdefault("use_safetensors", True)
+        where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        index = cls.load_config(pretrained_model_name_or_path, **where)
+        _check_index(index)
         if "scheduler" not in kwargs:
-            where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-            index = cls.load_config(pretrained_model_name_or_path, **where)
             if list(index.get("scheduler", ())) == ["diffusers", "DDPMScheduler"]:
                 kwargs["scheduler"] = DDPMVLBScheduler.from_pretrained(
                     pretrained_model_name_or_path, subfolder="scheduler", **where
                 )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    # diffusers' private name; its own would read a file of any size, and a test holds it to calling this one.
+    _dict_from_json_file = staticmethod(read_config)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        include_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the pipeline to a folder, as plain diffusers wherever stock can sample it rightly.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            safe_serialization: write safetensors.
+            variant: put into the weights' file names, such as "fp16".
+            max_shard_size: split weights above this size.
+            push_to_hub: upload it as well, see `push_to_hub`; to `repo_id`, or the folder's name in your namespace.
+            include_code: write this package's modules beside it, for those who do not have it installed.
+            kwargs: with `push_to_hub`, its further arguments; else those of `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        folder = Path(save_directory)
+        push = {name: kwargs.pop(name) for name in list(kwargs) if name in _PUSH_OPTIONS} if push_to_hub else {}
+        if include_code:
+            _write_code(folder)
+        token = _INDEX_IS_OURS.set(True)
+        try:
+            super().save_pretrained(
+                folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size, **kwargs
+            )
+        finally:
+            _INDEX_IS_OURS.reset(token)
+        if push_to_hub:
+            push.setdefault("repo_id", folder.resolve().name)
+            self.push_to_hub(**push, safe_serialization=safe_serialization, variant=variant, include_code=include_code)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        include_code: bool = False,
+        card: ModelCard | None = None,
+    ) -> str:
+        """Upload the pipeline to the Hub in one commit.
+
+        Args:
+            repo_id: "user/name", or a name in your own namespace; made if it is not there.
+            commit_message: of the commit.
+            private: make the repository private; an existing one stays as it is.
+            token: True, or None, for the one that `hf auth login` or HF_TOKEN gave.
+            create_pr: open a pull request instead of committing.
+            safe_serialization: write safetensors.
+            variant: put into the weights' file names, such as "fp16".
+            subfolder: of the repository, to upload into; no card is written there.
+            include_code: upload this package's modules as well, so that `DiffusionPipeline.from_pretrained(repo_id,
+                custom_pipeline=repo_id, trust_remote_code=True)` works without it.
+            card: the model card, as from `model_card`. None keeps the repository's own; where there is none, one
+                without measurements is written.
+
+        Raises:
+            HfHubHTTPError: what the Hub answers: no or a wrong token (401), no right to write there (403).
+            HFValidationError: `repo_id` is no name of a repository.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(
+                folder, safe_serialization=safe_serialization, variant=variant, include_code=include_code
+            )
+            if subfolder is None:
+                if card is None and not api.file_exists(repo_id, "README.md"):
+                    card = model_card(self, repo_id, includes_code=include_code)
+                if card is not None:
+                    card.save(Path(folder, "README.md"))
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                path_in_repo=subfolder,
+                commit_message=commit_message or "Upload DDPMVLBPipeline",
+                create_pr=create_pr,
+            )
 
     @torch.no_grad()
     def __call__(
@@ -94,7 +219,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
             generator: source of the noise, or a list with one for each image.
             num_inference_steps: K; the whole training chain when neither this nor `timesteps` is given.
             timesteps: the steps to visit, strictly descending, in place of a number.
-            output_type: "pil", "np" (B, H, W, C in [0, 1]) or "pt" (B, C, H, W in [0, 1]).
+            output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (B, C, H, W: x_0
+                as it is, not clamped, for a VAE to decode).
             return_dict: return an `ImagePipelineOutput`, or a tuple.
             callback_on_step_end: called as callback(pipeline, step, timestep, tensors) after each step; it may return
                 a dict with a new "image".
@@ -185,7 +311,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
             raise ValueError(f"`output_type` must be one of {list(OUTPUT_TYPES)}, but got {output_type!r}.")
         channels = self.unet.config.in_channels
         if output_type == "pil" and channels not in (1, 3):
-            raise ValueError(f"PIL has no images of {channels} channels: use `output_type='np'` or 'pt'.")
+            raise ValueError(f"PIL has no images of {channels} channels: use `output_type='np'`, 'pt' or 'latent'.")
         unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -236,6 +362,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
 
     @staticmethod
     def _finish(image: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
+        if output_type == "latent":
+            return image
         image = (image.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return image
@@ -243,13 +371,16 @@ class DDPMVLBPipeline(DiffusionPipeline):
         return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array
 
     @property
-    def _portable(self) -> bool:
-        """Whether stock's DDPMPipeline samples this network and scheduler rightly."""
-        scheduler, config = self.scheduler, self.unet.config
+    def portable(self) -> bool:
+        """Whether stock's DDPMPipeline samples this network and scheduler rightly, and is what we save it as."""
+        config = self.unet.config
+        if type(self.scheduler) is not DDPMVLBScheduler:
+            return False
         if config.get("class_embed_type") is not None or self.num_classes is not None:
             return False
-        learned = scheduler.config.variance_type == "learned_range"
-        return scheduler.config.variance_type != "learned" and (
+        variance_type = self.scheduler.config.variance_type
+        learned = variance_type == "learned_range"
+        return variance_type != "learned" and (
             config.get("out_channels") == config.get("in_channels") * (2 if learned else 1)
         )
 
@@ -258,6 +389,35 @@ class DDPMVLBPipeline(DiffusionPipeline):
         index = json.loads(super().to_json_string())
         if type(self.scheduler) is DDPMVLBScheduler:
             index["scheduler"] = ["diffusers", "DDPMScheduler"]
-            if self._portable:
+            if self.portable:
                 index["_class_name"] = "DDPMPipeline"
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _write_code(folder: Path) -> None:
+    """Write this package's modules, and the pipeline.py that diffusers looks for, into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _CODE:
+        shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+    imports = "\n".join(f"from .{name} import {public}" for name, public in _CODE.items())
+    (folder / "pipeline.py").write_text(f"{_PIPELINE_FILE}{imports}\n", encoding="utf-8")
+
+
+def _check_index(index: dict[str, Any]) -> None:
+    """Refuse a model_index.json that is no DDPM's, or that names components by anything but identifiers.
+
+    diffusers makes paths of these names.
+    """
+    missing = sorted({"unet", "scheduler"} - set(index))
+    if missing:
+        raise ValueError(f"model_index.json must name the components 'unet' and 'scheduler', but lacks {missing}.")
+    for name, entry in index.items():
+        if name.startswith("_"):
+            continue
+        pair = isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
+        if name in ("unet", "scheduler") and not pair:
+            raise ValueError(f"model_index.json must give `{name}` as [library, class], but gives {entry!r:.80}.")
+        names = [name, *entry] if pair else [name]
+        bad = [own for own in names if not _IDENTIFIER.fullmatch(own)]
+        if bad:
+            raise ValueError(f"model_index.json must name components by identifiers, but holds {bad[0]!r:.80}.")
