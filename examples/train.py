@@ -27,6 +27,7 @@ from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from image_data import ImageData, Images, load_image_data
+from publish import Publisher, describe_folder, open_publisher, stage_result
 from reporting import baselines, describe, plot_samples, plot_vlb_terms, score, write_json
 from scoring import pilot_positions, run_sweep, shared
 from torch import Tensor
@@ -211,6 +212,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, data: ImageData, folder: Path):
         self.args, self.accelerator, self.data, self.folder = args, accelerator, data, folder
+        self.publisher: Publisher | None = None
         self.scheduler = build_scheduler(args, data.levels)
         self.reverse = self.scheduler.reverse_process(accelerator.device)
         self.sampler = build_sampler(
@@ -412,7 +414,43 @@ def validate(run: Run, step: int) -> None:
             for tracker in accelerator.trackers:
                 if tracker.name == "tensorboard":
                     tracker.writer.add_images("samples", images.numpy(), step)
+            if run.publisher is not None:
+                said = f"Step {step}: validation {describe(score(estimate))}"
+                run.publisher.offer(lambda folder: snapshot(run, folder, estimate, images), said)
     accelerator.wait_for_everyone()
+
+
+def pictures(estimate: VLBEstimate, generated: Tensor, images: Images, folder: Path) -> None:
+    """Draw samples.png, with as many real images, and vlb_terms.png."""
+    real = next(images.batches(len(generated))) / 2 + 0.5
+    plot_samples(generated[: len(real)], real, folder / "samples.png")
+    plot_vlb_terms(estimate, folder / "vlb_terms.png")
+
+
+def record(run: Run) -> dict[str, Any]:
+    """What metrics.json says of the training."""
+    packages = ("ddpm-vlb", "torch", "diffusers", "accelerate", "datasets")
+    return {
+        "train": {
+            "seconds": run.progress.seconds,
+            "steps": run.progress.step,
+            "device": str(run.accelerator.device),
+        },
+        "data": run.data.record,
+        "options": vars(run.args),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def snapshot(run: Run, folder: Path, estimate: VLBEstimate, images: Tensor) -> None:
+    """Write the pipeline as it is now, as it is to be uploaded."""
+    assert run.publisher is not None
+    pipeline = run.pipeline()
+    pipeline.save_pretrained(folder, include_code=run.args.hub_include_code)
+    pictures(estimate, images, run.data.validation, folder)
+    metrics = {"validation": {**score(estimate), "clip_sample": False}, **record(run)}
+    status = f"Training is not finished: this is step {run.progress.step} of {run.max_steps}."
+    describe_folder(pipeline, folder, run.publisher.repo_id, metrics, run.args, status=status)
 
 
 def total_se(estimate: VLBEstimate) -> float:
@@ -434,21 +472,11 @@ def finish(run: Run) -> dict[str, Any] | None:
         if not run.accelerator.is_main_process:
             return None
         generated = sample(run, args.eval_batch_size, args.ddpm_num_inference_steps)
-    real = next(data.test.batches(args.eval_batch_size)) / 2 + 0.5
-    plot_samples(generated[: len(real)], real[: len(generated)], folder / "samples.png")
-    plot_vlb_terms(estimate, folder / "vlb_terms.png")
-    packages = ("ddpm-vlb", "torch", "diffusers", "accelerate", "datasets")
+    pictures(estimate, generated, data.test, folder)
     metrics = {
         "test": {**score(estimate), "clip_sample": False, "seed": args.seed},
         "baselines": baselines(data.train, data.test),
-        "train": {
-            "seconds": run.progress.seconds,
-            "steps": run.progress.step,
-            "device": str(run.accelerator.device),
-        },
-        "data": data.record,
-        "options": vars(args),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        **record(run),
     }
     write_json(metrics, folder / "metrics.json")
     return metrics
@@ -464,6 +492,21 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
         print(f"  {name:22} {value:.3f}")
     print(f"Trained {metrics['train']['steps']} steps in {metrics['train']['seconds']:.0f} s.")
     print(f"Wrote the pipeline, samples.png, vlb_terms.png and metrics.json to {folder}.")
+
+
+def publish(run: Run) -> None:
+    """Upload the result; it is safe in the output folder whatever happens."""
+    args, publisher = run.args, run.publisher
+    if publisher is None:
+        return
+    make = stage_result(run.folder, publisher.repo_id, args)
+    message = f"Step {run.progress.step}, the last: the result"
+    if publisher.finish(make, message, f"step-{run.progress.step}") is None:
+        code = " --hub_include_code" if args.hub_include_code else ""
+        print(
+            f"NOT UPLOADED. The result is whole in {run.folder}. To upload it:\n"
+            f"  python examples/publish.py {run.folder} --hub_model_id {publisher.repo_id}{code}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -493,6 +536,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             args.cache_dir,
         )
     run = Run(args, accelerator, data, folder)
+    run.publisher = open_publisher(accelerator, args)
     accelerator.init_trackers(
         "train", config={k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}
     )
@@ -503,6 +547,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         report(metrics, folder)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    publish(run)  # alone: a long upload would run into the other processes' time limit
     return metrics
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from diffusers.optimization import SchedulerType
+from publish import add_hub_options
 
 from ddpm_vlb.respacing import TIMESTEP_SPACINGS
 from ddpm_vlb.reverse_process import PREDICTION_TYPES, VARIANCE_TYPES
@@ -135,6 +136,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     output.add_argument(
         "--ddpm_num_inference_steps", type=positive_int, help="Steps of the sampled pictures; default: 250, or all."
     )
+
+    hub = parser.add_argument_group("upload")
+    hub.add_argument("--push_to_hub", action=switch, default=False, help="Upload to the Hub while training.")
+    add_hub_options(hub)
     return parser
 
 
@@ -169,6 +174,11 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
             f"--ddpm_num_inference_steps {args.ddpm_num_inference_steps} is more than the chain's "
             f"--ddpm_num_steps {args.ddpm_num_steps}"
         )
+    if args.push_to_hub and args.hub_model_id is None:
+        args.hub_model_id = Path(args.output_dir).resolve().name
+    hub = (args.hub_model_id, args.hub_private_repo, args.hub_include_code, args.hub_license)
+    if not args.push_to_hub and hub != (None, False, False, "unknown"):
+        parser.error("the --hub_ options are those of an upload: add --push_to_hub")
     if args.calls_per_image < 2:
         parser.error(f"--calls_per_image {args.calls_per_image} must be at least 2: one call has no error bar")
     return args
