@@ -307,6 +307,10 @@ def stage_result(
     def make(folder: Path) -> None:
         pipeline = DDPMVLBPipeline.from_pretrained(result)
         pipeline.save_pretrained(folder, include_code=args.hub_include_code)
+        for path in (folder / "model_index.json", folder / "unet" / "config.json"):
+            config = json.loads(path.read_text())
+            config.pop("_name_or_path", None)  # diffusers' note of where it was loaded from, a path of this machine
+            write_json(config, path)
         for name in PICTURES:
             if (result / name).exists():
                 shutil.copyfile(result / name, folder / name)
@@ -336,13 +340,18 @@ def read_metrics(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     return metrics
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Upload a run and tag it."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options and their help texts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="train.py's --output_dir, or any saved pipeline.")
     add_hub_options(parser)
     parser.add_argument("--evaluations", type=Path, nargs="+", default=[], help="metrics.json files of evaluate.py.")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Upload a run and tag it."""
+    args = build_parser().parse_args(argv)
     if not (args.folder / "model_index.json").is_file():
         raise SystemExit(f"{args.folder} holds no pipeline: there is no model_index.json in it.")
     needed = ("bits_per_dim", "timesteps", "data", "num_images", "network_calls_per_image")

@@ -3,13 +3,18 @@
 import configparser
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import evaluate
+import publish
 import pytest
 import train_options
+from hub_server import HubServer
 
 ROOT = Path(__file__).parents[1]
+NEEDS_A_HUB = {"sharing.md"}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYTHON_BLOCK = re.compile(r"^(<!-- continues -->\s*)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BASH_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -49,11 +54,22 @@ PROGRAMS = [(path, program) for path in DOCUMENTS for program in python_programs
 )
 def test_python_blocks_run(path, program, tmp_path, monkeypatch):
     """Each block, with those that continue it, runs as a program in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "__main__"}
+    # The empty lines make a traceback point into the document.
+    lines = [""] * (program[-1][0] + program[-1][1].count("\n"))
     for line, code in program:
-        # The empty lines make a traceback point into the document.
-        exec(compile("\n" * line + code, str(path), "exec"), namespace)
+        lines[line : line + code.count("\n")] = code.splitlines()
+    source = "\n".join(lines)
+    if path.name in NEEDS_A_HUB:
+        with HubServer(user="me") as server:
+            environment = server.environment(tmp_path / "home", OMP_NUM_THREADS="1")
+            done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+        # There a comment behind a print is what it prints.
+        promised = [match[1] for line in lines if (match := re.fullmatch(r"print\(.*\)  # (.*)", line))]
+        assert promised and done.stdout.decode().splitlines() == promised
+    else:
+        monkeypatch.chdir(tmp_path)
+        exec(compile(source, str(path), "exec"), {"__name__": "__main__"})
 
 
 def test_every_python_block_is_run():
@@ -103,6 +119,16 @@ def test_training_commands_parse(tmp_path, monkeypatch):
             Path(options[options.index("--config") + 1]).write_text("{}")
         if options != ["--help"]:
             train_options.parse_args(options, "")
+
+
+def test_publishing_commands_parse():
+    """So does every `examples/publish.py` command."""
+    documented = [*DOCUMENTS, ROOT / "examples" / "publish.py"]
+    lines = [line.strip() for path in documented for line in path.read_text().splitlines()]
+    lines = [line for line in lines if re.match(r"python examples/publish\.py", line)]
+    assert len(lines) >= 3
+    for line in lines:
+        publish.build_parser().parse_args(shlex.split(line.partition("examples/publish.py")[2], comments=True))
 
 
 def test_evaluation_commands_parse():
