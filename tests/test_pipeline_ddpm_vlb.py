@@ -10,12 +10,14 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMParallelScheduler,
     DDIMScheduler,
     DDPMParallelScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DEISMultistepScheduler,
+    DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
@@ -413,6 +415,46 @@ def test_stock_s_pipeline_crashes_on_an_unused_variance_half():
     stock = quiet(DDPMPipeline(tiny_unet(3), DDPMScheduler()))
     with pytest.raises(RuntimeError):
         sample(stock)
+
+
+def stock_dit_pipeline() -> DiTPipeline:
+    """A tiny DiTPipeline; its label for no class is 1000, whatever the network."""
+    transformer = tiny_dit(channels=4, classes=1000)
+    torch.manual_seed(1)
+    vae = AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(8,))
+    return quiet(DiTPipeline(transformer, vae.eval(), DDIMScheduler(clip_sample=False)))
+
+
+def test_latents_are_those_of_stock_s_dit_pipeline():
+    """With stock's scheduler, labels and guidance, the decoded latents are DiTPipeline's images."""
+    stock = stock_dit_pipeline()
+    theirs = stock(
+        class_labels=[7, 3], guidance_scale=3.0, generator=seeded(), num_inference_steps=5, output_type="np"
+    )
+    pipe = quiet(DDPMVLBPipeline(stock.transformer, stock.scheduler))
+    latents = sample(pipe, steps=5, batch_size=2, class_labels=[7, 3], guidance_scale=3.0, output_type="latent")
+    assert latents.shape == (2, 4, 8, 8) and float(latents.abs().max()) > 1  # not clamped to the range of images
+    with torch.no_grad():
+        images = stock.vae.decode(latents / stock.vae.config.scaling_factor).sample
+    images = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(images, theirs.images, rtol=0, atol=1e-4)
+    assert np.abs(images - theirs.images[::-1]).max() > 0.01  # the tolerance tells images apart
+
+
+def test_a_dit_s_learned_variance_is_used():
+    """With our scheduler the variance half, which DiTPipeline throws away, decides the noise of each step."""
+    stock = stock_dit_pipeline()
+    config = {"variance_type": "learned_range", "clip_sample": False, "levels": None}
+    pipe = quiet(DDPMVLBPipeline(stock.transformer, DDPMVLBScheduler.from_config(stock.scheduler.config, **config)))
+    steps = []
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda output, *args, **kwargs: steps.append(output) or step(output, *args, **kwargs)
+    latents = sample(pipe, class_labels=7, output_type="latent")
+    assert {output.shape[1] for output in steps} == {8}
+    pipe.scheduler.step = lambda output, *args, **kwargs: step(
+        torch.cat([output[:, :4], torch.ones_like(output[:, 4:])], dim=1), *args, **kwargs
+    )
+    assert float((sample(pipe, class_labels=7, output_type="latent") - latents).abs().max()) > 1e-3
 
 
 def test_from_pipe():
