@@ -228,7 +228,7 @@ def test_pipelines_know_callback_tensor_inputs():
     stable = Path(diffusers.__file__).parent / "pipelines/stable_diffusion/pipeline_stable_diffusion.py"
     assert "_callback_tensor_inputs = [" in stable.read_text()
     assert DiffusionPipeline.model_cpu_offload_seq is None and DDPMPipeline.model_cpu_offload_seq == "unet"
-    assert ddpm_vlb.DDPMVLBPipeline._callback_tensor_inputs == ["image"]
+    assert ddpm_vlb.DDPMVLBPipeline._callback_tensor_inputs == ["latents"]
     assert isinstance(inspect.getattr_static(DiffusionPipeline, "_execution_device"), property)
     assert callable(DiffusionPipeline.progress_bar) and callable(DiffusionPipeline.maybe_free_model_hooks)
     assert callable(DiffusionPipeline.numpy_to_pil)

@@ -234,8 +234,8 @@ def test_callback():
     seen = []
 
     def replace(pipe_, step, timestep, tensors):
-        seen.append((pipe_ is pipe, step, int(timestep), tuple(tensors["image"].shape)))
-        return {"image": torch.full_like(tensors["image"], -0.5)}
+        seen.append((pipe_ is pipe, step, int(timestep), tuple(tensors["latents"].shape)))
+        return {"latents": torch.full_like(tensors["latents"], -0.5)}
 
     images = sample(pipe, batch_size=2, callback_on_step_end=replace)
     assert seen == [(True, i, t, (2, 1, 8, 8)) for i, t in enumerate([15, 10, 5, 0])]
@@ -583,7 +583,7 @@ def test_ours_loads_what_it_saved(saved, name, diffusers_log):
 def test_ours_loads_its_levels_silently(saved, diffusers_log):
     """Loading our own files with our own class warns of nothing, other levels included."""
     pipe = DDPMVLBPipeline.from_pretrained(saved[0] / "levels")
-    assert pipe.scheduler.config.levels == 17
+    assert pipe.scheduler.levels == 17
     assert not diffusers_log
 
 
@@ -653,7 +653,7 @@ def test_loading_in_half(saved, dtype):
         (None, {"batch_size": 0}, "batch_size"),
         (None, {"batch_size": 2.0}, "batch_size"),
         (None, {"output_type": "latents"}, "output_type.*pil.*latent"),
-        (None, {"callback_on_step_end_tensor_inputs": ["latents"]}, "latents"),
+        (None, {"callback_on_step_end_tensor_inputs": ["image"]}, "latents.*image"),
         (None, {"num_inference_steps": 3, "timesteps": [3, 2]}, "only one"),
         (None, {"num_inference_steps": 1001}, "num_inference_steps"),
         (None, {"num_inference_steps": 0}, "num_inference_steps"),

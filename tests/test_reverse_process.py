@@ -302,7 +302,7 @@ def test_unknown_names(name, choices):
         ({"clip_sample_range": 0.0}, "`clip_sample_range` must be positive.*0.0"),
         ({"clip_sample_range": float("nan")}, "`clip_sample_range` must be positive.*nan"),
         ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "`dynamic_thresholding_ratio`.*1.5"),
-        ({"thresholding": True, "sample_max_value": 0.5}, "`sample_max_value`.*0.5"),
+        ({"thresholding": True, "sample_max_value": 0.0}, "`sample_max_value`.*0.0"),
     ],
     ids=str,
 )

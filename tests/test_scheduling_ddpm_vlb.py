@@ -5,6 +5,7 @@ float64 computation of the same step (`reference_step`, numpy, from the papers' 
 """
 
 import copy
+import inspect
 import json
 import logging
 import pickle
@@ -26,6 +27,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.utils import DummyObject
 
 from ddpm_vlb import DDPMVLBScheduler, make_betas, rescale_betas_zero_snr
 
@@ -222,6 +224,7 @@ def test_trailing_step_equals_stock_before_the_last(variance_type, num):
         {"clip_sample_range": 3.0},
         {"thresholding": True},
         {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9},
+        {"thresholding": True, "sample_max_value": 0.5, "prediction_type": "sample"},
         {"thresholding": True, "sample_max_value": 100.0, "dynamic_thresholding_ratio": 1.0},
         {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "linspace"},
         {"steps_offset": 1},
@@ -301,6 +304,94 @@ def test_sampling_loop_equals_stock(config, num, variance_type):
     assert errors["ours"].mean() <= errors["stock"].mean() + EPS
 
 
+def test_end_of_the_loop_is_float64_s():
+    """The last two steps from noised data, as diffusers tests its own, end at float64's sum of 387.9673.
+
+    diffusers expects 387.9466 +- 0.01. Stock's float32 rounds c0 and ct, which nearly add up to 1, apart from each
+    other: 1 - alphabar_1 = 2.2e-4 is off by up to 2 EPS, which is 5e-4 of itself.
+    """
+    ramp = (torch.arange(768) / 768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
+    sums = {}
+    for scheduler in (DDPMVLBScheduler(), DDPMScheduler()):
+        generator, steps = seeded(0), scheduler.timesteps[-2:]
+        x = scheduler.add_noise(ramp, ramp.flip(0, 1, 2, 3), steps[:1])
+        for t in steps:
+            x = scheduler.step(x * t / (t + 1), t, x, generator=generator).prev_sample
+        sums[type(scheduler)] = float(x.double().abs().sum())
+    ours, generator = DDPMVLBScheduler(), seeded(0)
+    c, x_0 = coefficients(ours, 1, 0), ramp.double()
+    x = np.sqrt(c["abar"]) * x_0 + np.sqrt(c["noise_t"]) * x_0.flip(0, 1, 2, 3)
+    x = torch.from_numpy(reference_step(ours, x / 2, 1, 0, x, torch.randn(x.shape, generator=generator))[0])
+    exact = float(np.abs(reference_step(ours, 0 * x, 0, -1, x, None)[0]).sum())
+    assert exact == pytest.approx(387.9673, abs=1e-4)
+    # 768 numbers below 1, each through some ten float32 roundings.
+    assert sums[DDPMVLBScheduler] == pytest.approx(exact, abs=768 * 10 * EPS)
+    assert sums[DDPMScheduler] == pytest.approx(387.9466, abs=1e-2)
+
+
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range", "learned")
+
+
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+@pytest.mark.parametrize(("schedule", "num"), [("linear", None), ("cosine", 50), ("short", 7), ("trained", None)])
+def test_get_variance_is_stock_s_diagnostic(schedule, num, variance_type):
+    """_get_variance is stock's within its float32 tables and float64's to rounding, 1e-20 at the last step included.
+
+    The bounds are relative for variances and standard deviations, and absolute for their logarithms.
+    """
+    ours, stock = DDPMVLBScheduler(**SCHEDULES[schedule]), DDPMScheduler(**SCHEDULES[schedule])
+    if num is not None:
+        ours.set_timesteps(num)
+        stock.set_timesteps(num)
+    v = torch.linspace(-1, 1, 5)
+    for t, s in chain_positions(ours):
+        c = coefficients(ours, t, s)
+        small = max(c["small"], 1e-20)
+        expected = {
+            "fixed_small": small,
+            "fixed_small_log": np.sqrt(small),
+            "fixed_large": c["beta"],
+            "fixed_large_log": np.log(c["beta"]),
+            "learned": v.double().numpy(),
+            "learned_range": (v.double().numpy() + 1) / 2 * np.log(c["beta"] / small) + np.log(small),
+        }[variance_type]
+        own, other = (
+            np.asarray(scheduler._get_variance(torch.tensor(t), predicted_variance=v, variance_type=variance_type))
+            for scheduler in (ours, stock)
+        )
+        assert own.dtype == other.dtype == np.float32
+        scale = 1 if variance_type in ("fixed_large_log", "learned_range") else np.abs(expected)
+        tables = 4 * EPS * (t + 2) * (1 / c["noise_t"] + (1 / c["noise_s"] if s >= 0 else 0))
+        tables += 4 * EPS * (t - s + 2) / c["beta"]
+        rounding = 8 * EPS * np.abs(expected)
+        # What `coefficients` loses of beta where 1 - abar_t / abar_s cancels.
+        assert (np.abs(own - expected) <= rounding + 2.0**-50 * (t + 2) / c["beta"] * scale).all(), t
+        assert (np.abs(other - expected) <= rounding + tables * scale).all(), t
+
+
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+def test_get_variance_takes_the_configured_type(variance_type):
+    """Without a type it is the configuration's, on a timestep of the chain; the borrowed one is only `step`'s."""
+    ours = DDPMVLBScheduler(variance_type=variance_type)
+    v = torch.zeros(2)
+    own, named = (ours._get_variance(500, v, name) for name in (None, ours.config.variance_type))
+    assert torch.equal(own, named)
+    assert float(ours._get_variance(0, variance_type="fixed_small")) == pytest.approx(1e-20)
+    assert float(ours.reverse_process().forward.posterior_log_variance[0].exp()) > 1e-5
+
+
+def test_get_variance_refuses():
+    """A timestep outside the chain, an unknown type and a learned range without its output are refused by name."""
+    ours = DDPMVLBScheduler()
+    ours.set_timesteps(10)
+    with pytest.raises(ValueError, match="not part of the current chain"):
+        ours._get_variance(1)
+    with pytest.raises(ValueError, match="`variance_type` must be one of.*'other'"):
+        ours._get_variance(0, variance_type="other")
+    with pytest.raises(ValueError, match="predicted_variance"):
+        ours._get_variance(0, variance_type="learned_range")
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
 def test_noising_and_velocity_equal_stock(method, schedule):
@@ -346,15 +437,18 @@ def test_interface_is_stock_s():
     assert ours.scale_model_input(sample, 5) is sample
 
 
-@pytest.mark.parametrize("num", [None, 1, 7])
-def test_previous_timestep_equals_stock(num):
-    """The timestep after each one of the chain is stock's, -1 after the last."""
+@pytest.mark.parametrize(
+    "arguments", [None, {"num_inference_steps": 1}, {"num_inference_steps": 7}, {"timesteps": [18, 7, 1, 0]}]
+)
+def test_previous_timestep_equals_stock(arguments):
+    """The timestep after each one of the chain is stock's and a tensor like it, -1 after the last."""
     ours, stock = DDPMVLBScheduler(num_train_timesteps=20), DDPMScheduler(num_train_timesteps=20)
-    if num is not None:
-        ours.set_timesteps(num)
-        stock.set_timesteps(num)
+    if arguments is not None:
+        ours.set_timesteps(**arguments)
+        stock.set_timesteps(**arguments)
     for t in ours.timesteps:
-        assert ours.previous_timestep(t) == ours.previous_timestep(int(t)) == int(stock.previous_timestep(t))
+        own, other = ours.previous_timestep(t), stock.previous_timestep(t)
+        assert own.item() == ours.previous_timestep(int(t)).item() == other.item() and own.dtype == other.dtype
     with pytest.raises(ValueError, match="not part of the current chain"):
         ours.previous_timestep(20)
 
@@ -476,6 +570,77 @@ def test_save_and_load_is_the_identity(name, tmp_path, diffusers_log):
     own, other = ours.reverse_process(dtype=torch.float64), loaded.reverse_process(dtype=torch.float64)
     assert torch.equal(own.forward.betas, other.forward.betas) and own.levels == other.levels
     assert not diffusers_log
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"num_train_timesteps": total} for total in (1, 5, 100)),
+        *({"beta_start": start, "beta_end": 20 * start} for start in (0.0001, 0.01)),
+        *({"beta_schedule": name} for name in ("squaredcos_cap_v2", "scaled_linear", "sigmoid")),
+        *({"variance_type": name} for name in ("fixed_small_log", "fixed_large", "learned", "learned_range")),
+        *({"prediction_type": name, "clip_sample": False} for name in ("epsilon", "sample", "v_prediction")),
+        *({"thresholding": True, "sample_max_value": value} for value in (1.0, 2.0)),
+        {"trained_betas": np.array([0.1, 0.3])},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+    ids=str,
+)
+def test_loaded_scheduler_steps_the_same(config, tmp_path):
+    """A scheduler from save_config's file steps bit for bit as the saved one, on its whole and on a shorter chain."""
+    ours = DDPMVLBScheduler(**config)
+    ours.save_config(tmp_path)
+    loaded = DDPMVLBScheduler.from_pretrained(tmp_path)
+    channels = 4 if ours.config.variance_type.startswith("learned") else 2
+    sample, output = randn(0), randn(1, (3, channels, 4, 5))
+    for num in (None, min(len(ours), 50)):
+        if num is not None:
+            ours.set_timesteps(num)
+            loaded.set_timesteps(num)
+        for t in {0, len(ours.timesteps) // 2, len(ours.timesteps) - 1}:
+            own, other = (
+                scheduler.step(output, scheduler.timesteps[t], sample, generator=seeded(t)).to_tuple()
+                for scheduler in (ours, loaded)
+            )
+            assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True))
+
+
+def test_loaded_config_is_the_whole_config(tmp_path):
+    """A loaded scheduler left nothing at its default: its config is the saved one without diffusers' list of those."""
+    ours = DDPMVLBScheduler()
+    ours.save_pretrained(tmp_path)
+    saved = dict(ours.config)
+    assert saved.pop("_use_default_values")
+    assert dict(DDPMVLBScheduler.from_pretrained(tmp_path).config) == saved
+
+
+def test_config_comes_back_from_every_compatible():
+    """Each compatible class takes our config, and gives it back whole: nothing lost, nothing of ours changed."""
+    ours = DDPMVLBScheduler(variance_type="fixed_small", beta_schedule="linear", num_train_timesteps=100)
+    classes = [c for c in ours.compatibles if not isinstance(c, DummyObject)]
+    assert len(classes) > 10
+    for scheduler in classes:
+        back = DDPMVLBScheduler.from_config(scheduler.from_config(ours.config).config)
+        assert {k: v for k, v in back.config.items() if k in ours.config} == dict(ours.config), scheduler
+        init = inspect.signature(DDPMVLBScheduler.__init__).parameters
+        assert not (set(back.config) - set(ours.config)) & set(init), scheduler
+
+
+def test_attributes(diffusers_log):
+    """Own attributes and methods are got without a word, config values with diffusers' FutureWarning, others not."""
+    ours = DDPMVLBScheduler()
+    ours.something = 5
+    ours.register_to_config(other=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ours.something == 5 and ours.save_pretrained == ours.save_pretrained and ours.config.other == 6
+    with pytest.warns(FutureWarning, match="other"):
+        assert ours.other == 6
+    with pytest.raises(AttributeError, match="^'DDPMVLBScheduler' object has no attribute 'does_not_exist'$"):
+        _ = ours.does_not_exist
+    assert not diffusers_log
+    # diffusers wants `**kwargs` where, and only where, there are deprecated ones.
+    assert ours._deprecated_kwargs == [] and "kwargs" not in inspect.signature(DDPMVLBScheduler.__init__).parameters
 
 
 @pytest.mark.parametrize("levels", [17, 2, None])
@@ -787,6 +952,24 @@ def test_noising_does_not_depend_on_the_chain(method):
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 3, 8, 8), (2, 1, 2, 3, 4), (2, 5)])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()"))]
+)
+def test_shape_and_device_are_kept(device, shape):
+    """A step and noised data have the sample's shape and device, wherever the timesteps lie."""
+    ours = DDPMVLBScheduler()
+    ours.set_timesteps(50, device=device)
+    assert ours.timesteps.device.type == device
+    sample, output = randn(0, shape).to(device), randn(1, shape).to(device)
+    for t in (ours.timesteps[0], ours.timesteps[1].cpu(), int(ours.timesteps[-1])):
+        for result in ours.step(output, t, sample, return_dict=False):
+            assert result.shape == shape and result.device == sample.device
+    for t in (ours.timesteps[5][None], ours.timesteps[5][None].cpu()):
+        noised = ours.add_noise(sample, output, t)
+        assert noised.shape == shape and noised.device == sample.device
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("batched", [False, True])
 def test_dtype_of_the_sample_is_kept(dtype, batched):
@@ -916,9 +1099,29 @@ def test_zero_terminal_snr_samples_finitely(prediction_type, num):
 
 
 def test_zero_terminal_snr_refuses_epsilon():
-    """Epsilon-prediction cannot work where x_T says nothing of x_0."""
-    with pytest.raises(ValueError, match="zero-terminal SNR"):
-        DDPMVLBScheduler(rescale_betas_zero_snr=True)
+    """The noise says nothing of x_0 where no signal is left: whatever visits that step raises, other steps are right."""
+    scheduler = DDPMVLBScheduler(rescale_betas_zero_snr=True)
+    assert len(scheduler) == len(scheduler.timesteps) == 1000 and int(scheduler.timesteps[0]) == 999
+    x = randn(0)
+    for visit in (
+        lambda: scheduler.reverse_process(),
+        lambda: scheduler.reverse_process(timesteps=[0, 999]),
+        lambda: scheduler.set_timesteps(1000),
+        lambda: scheduler.set_timesteps(timesteps=[999, 0]),
+        lambda: scheduler.step(x, 999, x),
+    ):
+        with pytest.raises(ValueError, match="zero-terminal SNR"):
+            visit()
+    alphas_cumprod = (1 - rescale_betas_zero_snr(make_betas())).cumprod(0)
+    x = x.double()
+    for t in (998, 500, 0):
+        x_0 = x * (1 - (1 - alphas_cumprod[t]).sqrt()) / alphas_cumprod[t].sqrt()
+        ours = scheduler.step(x, t, x, generator=seeded(0)).pred_original_sample
+        torch.testing.assert_close(ours, x_0.clamp(-1, 1), rtol=1e-9, atol=1e-9)
+    scheduler.set_timesteps(10)  # "leading" stays below the last step
+    assert int(scheduler.timesteps[0]) == 900
+    assert scheduler.step(x, 900, x, generator=seeded(0)).prev_sample.isfinite().all()
+    assert torch.equal(scheduler.add_noise(x, x, torch.tensor([999] * len(x))), x)
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range", "learned"])
@@ -941,12 +1144,13 @@ def test_chain_of_one_step(total, spacing, variance_type):
         ({"timestep_spacing": "uniform"}, "timestep_spacing.*trailing"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
         ({"beta_start": -1.0}, "beta_start"),
+        ({"beta_end": 2}, "beta_end"),
         ({"trained_betas": [0.1, 2.0]}, r"betas\[1\]"),
         ({"levels": 1}, "levels"),
         ({"levels": 2.5}, "levels"),
         ({"clip_sample_range": 0.0}, "clip_sample_range"),
         ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio"),
-        ({"thresholding": True, "sample_max_value": 0.5}, "sample_max_value"),
+        ({"thresholding": True, "sample_max_value": 0.0}, "sample_max_value"),
     ],
 )
 def test_impossible_configurations_are_refused(arguments, message):

@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler, DiTTransformer2DModel, UnCLIPScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
@@ -27,6 +29,7 @@ from torch import Tensor
 from .model_card import model_card
 from .scheduling_ddpm_vlb import _INDEX_IS_OURS, DDPMVLBScheduler, read_config
 
+logger = logging.get_logger(DiffusionPipeline.__module__)
 # The schedulers whose `step` takes the variance half of the channels; all others get the mean half only.
 _TAKES_VARIANCE = (DDPMVLBScheduler, DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)
 _PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder", "card")
@@ -66,13 +69,12 @@ class DDPMVLBPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ["image"]
+    _callback_tensor_inputs = ["latents"]
 
     def __init__(self, unet: UNet2DModel | DiTTransformer2DModel, scheduler: SchedulerMixin):
         super().__init__()
         if type(scheduler) is DDPMScheduler:
-            # Passed explicitly: values that stock left at its defaults are dropped on the way otherwise.
-            scheduler = DDPMVLBScheduler.from_config(scheduler.config, variance_type=scheduler.config.variance_type)
+            scheduler = DDPMVLBScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @classmethod
@@ -98,6 +100,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
                 kwargs["scheduler"] = DDPMVLBScheduler.from_pretrained(
                     pretrained_model_name_or_path, subfolder="scheduler", **where
                 )
+                # As the loader says of each component that it reads itself.
+                logger.info(f"Loaded scheduler as DDPMVLBScheduler from {pretrained_model_name_or_path}.")
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     # diffusers' private name; its own would read a file of any size, and a test holds it to calling this one.
@@ -206,7 +210,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("image",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         null_class_label: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample images.
@@ -223,8 +227,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
                 as it is, not clamped, for a VAE to decode).
             return_dict: return an `ImagePipelineOutput`, or a tuple.
             callback_on_step_end: called as callback(pipeline, step, timestep, tensors) after each step; it may return
-                a dict with a new "image".
-            callback_on_step_end_tensor_inputs: names of the tensors to hand to it; "image" is the one there is.
+                a dict with a new "latents".
+            callback_on_step_end_tensor_inputs: names of the tensors to hand to it: "latents", which is x_t.
             null_class_label: the label that stands for no class under guidance; the network's last when None.
 
         Raises:
@@ -245,16 +249,30 @@ class DDPMVLBPipeline(DiffusionPipeline):
         self._set_timesteps(num_inference_steps, timesteps, device)
         image = image * self.scheduler.init_noise_sigma
         accepts = inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} if "generator" in accepts else {}
+        options: dict[str, Any] = {"generator": generator} if "generator" in accepts else {}
         steps = self.scheduler.timesteps
-        for i, timestep in enumerate(self.progress_bar(steps.tolist())):
-            # Only a scheduler with fractional timesteps (Euler, LMS) needs its own tensor back.
-            t = timestep if isinstance(timestep, int) else steps[i]
-            output = self._predict(image, t, labels, null_labels, guidance_scale)
-            image = self.scheduler.step(output, t, image, **options, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                tensors = {name: image for name in callback_on_step_end_tensor_inputs}
-                image = (callback_on_step_end(self, i, timestep, tensors) or {}).get("image", image)
+        if self.scheduler.config.get("rescale_betas_zero_snr") and self.scheduler.alphas_cumprod[-1] > 1e-6:
+            logger.warning(
+                f"{type(self.scheduler).__name__} does not know `rescale_betas_zero_snr` and samples another chain "
+                "than this network was trained on. Take one that does, such as DDIMScheduler."
+            )
+        self._num_timesteps = len(steps)
+        with self._mean_half_whole():
+            for i, timestep in enumerate(self.progress_bar(steps.tolist())):
+                # Only a scheduler with fractional timesteps (Euler, LMS) needs its own tensor back.
+                t = timestep if isinstance(timestep, int) else steps[i]
+                output = self._predict(image, t, labels, null_labels, guidance_scale)
+                if "prev_timestep" in accepts:  # UnCLIP takes t - 1 unless told
+                    options["prev_timestep"] = int(steps[i + 1]) if i + 1 < len(steps) else None
+                image = self.scheduler.step(output, t, image, **options, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {name: image for name in callback_on_step_end_tensor_inputs}
+                    image = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", image)
+        if type(self.scheduler) is not DDPMVLBScheduler and not bool(image.isfinite().all()):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} gave values that are not finite in {len(steps)} steps. Multistep "
+                "solvers need fewer steps than the chain has: pass a smaller `num_inference_steps`."
+            )
         images = self._finish(image, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -294,6 +312,11 @@ class DDPMVLBPipeline(DiffusionPipeline):
                 "to. Pass the label that the network was trained to take for no class as `null_class_label`."
             )
         return labels, torch.full_like(labels, null) if guidance_scale != 1.0 else None
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the last call, for callbacks."""
+        return self._num_timesteps
 
     @property
     def num_classes(self) -> int | None:
@@ -349,6 +372,19 @@ class DDPMVLBPipeline(DiffusionPipeline):
             output = output[:, :channels]
         return output
 
+    @contextmanager
+    def _mean_half_whole(self) -> Iterator[None]:
+        """Hide a learned variance type where it has no use: the DPM-Solvers then cut their input to 3 channels."""
+        variance_type = self.scheduler.config.get("variance_type")
+        hide = str(variance_type).startswith("learned") and not isinstance(self.scheduler, _TAKES_VARIANCE)
+        if hide:
+            self.scheduler.register_to_config(variance_type=None)
+        try:
+            yield
+        finally:
+            if hide:
+                self.scheduler.register_to_config(variance_type=variance_type)
+
     @property
     def _scheduler_takes_variance(self) -> bool:
         learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
@@ -374,7 +410,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
     def portable(self) -> bool:
         """Whether stock's DDPMPipeline samples this network and scheduler rightly, and is what we save it as."""
         config = self.unet.config
-        if type(self.scheduler) is not DDPMVLBScheduler:
+        if type(self.scheduler) not in (DDPMVLBScheduler, DDPMScheduler):
             return False
         if config.get("class_embed_type") is not None or self.num_classes is not None:
             return False
@@ -389,8 +425,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
         index = json.loads(super().to_json_string())
         if type(self.scheduler) is DDPMVLBScheduler:
             index["scheduler"] = ["diffusers", "DDPMScheduler"]
-            if self.portable:
-                index["_class_name"] = "DDPMPipeline"
+        if self.portable:
+            index["_class_name"] = "DDPMPipeline"
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 

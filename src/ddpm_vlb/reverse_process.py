@@ -68,7 +68,7 @@ class ReverseProcess:
         clip_sample_range: the clamp, positive.
         thresholding: clamp each image at a quantile of |x_0_hat| and rescale it to +- 1, instead of clipping.
         dynamic_thresholding_ratio: that quantile, in [0, 1].
-        sample_max_value: the largest value at which thresholding clamps, at least 1.
+        sample_max_value: the largest value at which thresholding clamps, positive.
 
     Raises:
         ValueError: an unknown name, an impossible number, or epsilon-prediction on a chain with zero-terminal SNR.
@@ -98,9 +98,9 @@ class ReverseProcess:
             )
         if self.clip_sample and not self.clip_sample_range > 0:
             raise ValueError(f"`clip_sample_range` must be positive, but got {self.clip_sample_range!r}.")
-        if self.thresholding and not (0 <= self.dynamic_thresholding_ratio <= 1 and self.sample_max_value >= 1):
+        if self.thresholding and not (0 <= self.dynamic_thresholding_ratio <= 1 and self.sample_max_value > 0):
             raise ValueError(
-                "`dynamic_thresholding_ratio` must lie in [0, 1] and `sample_max_value` be at least 1, but got "
+                "`dynamic_thresholding_ratio` must lie in [0, 1] and `sample_max_value` be positive, but got "
                 f"{self.dynamic_thresholding_ratio!r} and {self.sample_max_value!r}."
             )
         if self.prediction_type == "epsilon" and bool(self.forward.log_alphas_cumprod[-1] == -torch.inf):

@@ -4,6 +4,7 @@
 same p for training and evaluation. Names here are diffusers' (`original_samples`, `sample`, `timestep`).
 """
 
+import functools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
@@ -24,7 +25,7 @@ from torch import Tensor
 from .distributions import promote_half
 from .forward_process import ForwardProcess, check_timesteps, gather
 from .respacing import TIMESTEP_SPACINGS, spaced_timesteps
-from .reverse_process import ReverseProcess
+from .reverse_process import VARIANCE_TYPES, ReverseProcess
 from .schedules import check_betas, make_betas
 from .schedules import rescale_betas_zero_snr as rescaled_to_zero_snr
 
@@ -50,6 +51,8 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         ("steps_offset",),
     ),
 }
+# The classes whose defaults are ours: a configuration of theirs may leave anything out.
+_OUR_DEFAULTS = (None, "DDPMVLBScheduler", "DDPMScheduler", "DDPMParallelScheduler")
 # What the network was trained with must survive a change of class even where it equals a default.
 _MODEL_DEFINING = {
     "num_train_timesteps",
@@ -110,7 +113,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         thresholding: dynamic thresholding in place of clipping.
         dynamic_thresholding_ratio: its quantile, in [0, 1].
         clip_sample_range: the clamp, positive.
-        sample_max_value: the largest value at which thresholding clamps, at least 1.
+        sample_max_value: the largest value at which thresholding clamps, positive.
         timestep_spacing: "leading", "linspace" or "trailing".
         steps_offset: added to the steps of the "leading" spacing.
         rescale_betas_zero_snr: rescale to zero-terminal SNR.
@@ -165,8 +168,9 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             variance_type = "fixed_large"
             self.register_to_config(variance_type=variance_type)
 
-        self._training = ReverseProcess(
-            ForwardProcess.from_betas(betas),
+        self._forward = ForwardProcess.from_betas(betas)
+        self._reverse_of = functools.partial(
+            ReverseProcess,
             prediction_type=prediction_type,
             variance_type=variance_type,
             clip_sample=clip_sample,
@@ -176,10 +180,15 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             dynamic_thresholding_ratio=dynamic_thresholding_ratio,
             sample_max_value=sample_max_value,
         )
+        # Without signal the noise says nothing of x_0: a last step that no chain of an epsilon-network can visit.
+        last_is_blind = prediction_type == "epsilon" and bool(betas[-1] == 1)
+        self._blind = len(betas) - 1 if last_is_blind and len(betas) > 1 else None
+        seen = self._forward if self._blind is None else self._forward.respace(list(range(self._blind)))
+        self._training = self._reverse_of(seen)
         self.variance_type = variance_type
         self.betas = betas.float()
         self.alphas = (1 - betas).float()
-        self.alphas_cumprod = self._training.forward.alphas_cumprod.float()
+        self.alphas_cumprod = self._forward.alphas_cumprod.float()
         self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0
         self.custom_timesteps = False
@@ -187,17 +196,20 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         self._forwards: dict[torch.device, ForwardProcess] = {}
         self._chain = self._training
         self._index: dict[int, int] = {}
-        self._visit(list(range(len(betas)))[::-1], None)
+        self._visit(seen.timesteps.flip(0).tolist(), None)
+        self.timesteps = torch.arange(len(betas)).flip(0)
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Keep diffusers' list of values left at their defaults, which other classes made from this config drop.
 
-        Model-defining keys must not be on it (another class may have other defaults), and keys of our own must, so
-        that stock takes the config without a word (see docs/notation.md).
+        Model-defining keys must not be on it: another class may have other defaults. Keys of our own are left out of
+        the configuration where they are at theirs, so that stock takes it without a word (see docs/notation.md).
         """
         if "num_train_timesteps" in kwargs and "levels" in kwargs:  # the whole configuration, not an update
-            own = {key for key, default in _OWN_DEFAULTS.items() if kwargs[key] == default}
-            kwargs["_use_default_values"] = sorted(own.union(kwargs.get("_use_default_values", ())) - _MODEL_DEFINING)
+            kwargs = {k: v for k, v in kwargs.items() if k not in _OWN_DEFAULTS or v != _OWN_DEFAULTS[k]}
+            unset = set(kwargs.pop("_use_default_values", ())) - _MODEL_DEFINING - set(_OWN_DEFAULTS)
+            if unset:
+                kwargs["_use_default_values"] = sorted(unset)
         super().register_to_config(**kwargs)
 
     # diffusers' private name; its own would read a file of any size, and a test holds it to calling this one.
@@ -222,14 +234,36 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             )
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def to_json_string(self) -> str:
-        """The configuration as JSON, without keys of our own that are at their defaults."""
-        config = json.loads(super().to_json_string())
-        plain = {k: v for k, v in config.items() if k not in _OWN_DEFAULTS or v != _OWN_DEFAULTS[k]}
-        return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers', but what defines the chain is taken from the other class even where it is at its defaults.
+
+        Args:
+            config: the configuration of a scheduler, ours or a stock one.
+            return_unused_kwargs: return what was not used beside the scheduler.
+            kwargs: values in place of the configuration's.
+
+        Raises:
+            ValueError: the configuration of a scheduler that has no betas, or an impossible value.
+        """
+        if isinstance(config, dict):
+            named = {key: config[key] for key in _MODEL_DEFINING if config.get(key) is not None}
+            foreign = isinstance(config, FrozenDict) or config.get("_class_name") not in _OUR_DEFAULTS
+            if foreign and not {"beta_schedule", "trained_betas"} & (named.keys() | kwargs.keys()):
+                raise ValueError(
+                    f"This configuration names no betas: {sorted(k for k in config if not k.startswith('_'))}. Its "
+                    "scheduler has noise levels of another kind. Pass `beta_schedule` or `trained_betas`."
+                )
+            kwargs = named | kwargs
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:
-        return len(self._training.forward)
+        return len(self._forward)
+
+    @property
+    def levels(self) -> int | None:
+        """Number of levels of the data on [-1, 1]; None for continuous data."""
+        return self._training.levels
 
     def reverse_process(
         self,
@@ -245,16 +279,23 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             timesteps: score the shorter chain that visits only these training timesteps (any order); None for all.
 
         Raises:
-            ValueError: another dtype, or timesteps that are repeated or leave the chain.
+            ValueError: another dtype, timesteps that are repeated or leave the chain, or an epsilon-network on a chain
+                whose last step has no signal (zero-terminal SNR).
         """
-        reverse = self._training if timesteps is None else self._training.respace(sorted(int(t) for t in timesteps))
-        return reverse.to(device, dtype)
+        return self._visiting(None if timesteps is None else sorted(int(t) for t in timesteps)).to(device, dtype)
+
+    def _visiting(self, ascending: list[int] | None) -> ReverseProcess:
+        """The reverse process of the chain of these timesteps, or of all."""
+        if self._blind is not None and (ascending is None or self._blind in ascending):
+            return self._reverse_of(self._forward)  # raises, and says why
+        if ascending is None or len(ascending) == len(self):
+            return self._training
+        return self._training.respace(ascending)
 
     def _visit(self, descending: list[int], device: torch.device | str | None) -> None:
         """Make `descending` the chain that `step` walks."""
         if not self._index or descending[::-1] != self._chain.forward.timesteps.tolist():
-            whole = len(descending) == len(self)
-            self._chain = self._training if whole else self._training.respace(descending[::-1])
+            self._chain = self._visiting(descending[::-1])
             self._index = {timestep: len(descending) - 1 - i for i, timestep in enumerate(descending)}
             self._chains: dict[tuple[torch.device, torch.dtype], tuple[ReverseProcess, Tensor]] = {}
         self.timesteps = torch.tensor(descending, dtype=torch.int64, device=device)
@@ -307,7 +348,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         """
         return sample
 
-    def previous_timestep(self, timestep: int | Tensor) -> int:
+    def previous_timestep(self, timestep: int | Tensor) -> Tensor:
         """The timestep that follows `timestep` on the way to the data, -1 after the last.
 
         Args:
@@ -317,13 +358,48 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             ValueError: `timestep` is not part of the chain.
         """
         index = self._chain_index(timestep)
-        return -1 if index == 0 else int(self._chain.forward.timesteps[index - 1])
+        return torch.tensor(-1) if index == 0 else self._chain.forward.timesteps[index - 1]
+
+    def _get_variance(
+        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor | None:
+        """A diagnostic with stock's values, which `step` does not use.
+
+        It differs from `step` at the chain's last timestep: the variance is not borrowed there but the posterior's 0,
+        clamped at 1e-20. And its unit goes by the type, as in stock: sigma for "fixed_small_log", log sigma^2 for
+        "fixed_large_log", "learned" and "learned_range", sigma^2 otherwise.
+
+        Args:
+            t: a timestep of the current chain.
+            predicted_variance: the variance half of the network's output, for the learned types.
+            variance_type: one of the six; the configuration's when None.
+
+        Raises:
+            ValueError: a timestep outside the chain, an unknown type, or "learned_range" without its output.
+        """
+        name = self.config.variance_type if variance_type is None else variance_type
+        if name not in VARIANCE_TYPES:
+            raise ValueError(f"`variance_type` must be one of {list(VARIANCE_TYPES)}, but got {name!r}.")
+        if name == "learned":
+            return predicted_variance
+        index, forward = self._chain_index(t), self._chain.forward
+        small, large = forward.posterior_variance[index].clamp(min=1e-20), forward.betas[index]
+        if name == "learned_range":
+            if predicted_variance is None:
+                raise ValueError("`variance_type='learned_range'` needs `predicted_variance`.")
+            low, high = small.log().float(), large.log().float()
+            fraction = (predicted_variance + 1) / 2
+            return fraction * high + (1 - fraction) * low
+        values = {"fixed_small": small, "fixed_small_log": small.sqrt(), "fixed_large": large}
+        return values.get(name, large.log()).float()
 
     def _chain_index(self, timestep: int | Tensor) -> int:
         integer = timestep.dtype in _INTEGERS if isinstance(timestep, Tensor) else isinstance(timestep, Integral)
         if not integer:
             raise TypeError(f"`timestep` must be an integer, but got {timestep!r}.")
         index = self._index.get(int(timestep))
+        if index is None and int(timestep) == self._blind:
+            self._visiting(None)
         if index is None:
             raise ValueError(
                 f"`timestep` {int(timestep)} is not part of the current chain of {len(self._index)} steps. Take it "
@@ -334,7 +410,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
     def _forward_on(self, device: torch.device) -> ForwardProcess:
         if device not in self._forwards:
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._forwards[device] = self._training.forward.to(device, dtype)
+            self._forwards[device] = self._forward.to(device, dtype)
         return self._forwards[device]
 
     def _chain_for(self, sample: Tensor) -> tuple[ReverseProcess, Tensor]:
