@@ -109,7 +109,10 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def sample(pipe, seed: int = 0, steps: int = 4, **arguments) -> torch.Tensor:
     arguments = {"output_type": "pt", "num_inference_steps": steps, "generator": seeded(seed)} | arguments
-    return pipe(**arguments).images
+    images = pipe(**arguments).images
+    if arguments["output_type"] == "pt" and isinstance(images, np.ndarray):  # stock's pipeline before diffusers 0.41
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+    return images
 
 
 def spy_on_step(pipe, monkeypatch) -> list[dict]:
@@ -508,8 +511,8 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
         "messages": list(messages),
     }
     generator = torch.Generator().manual_seed(0)
-    images = pipe(batch_size=2, num_inference_steps=10, generator=generator, output_type="pt").images
-    torch.save(images, folder / "samples.pt")
+    images = pipe(batch_size=2, num_inference_steps=10, generator=generator, output_type="np").images
+    torch.save(torch.from_numpy(images).permute(0, 3, 1, 2), folder / "samples.pt")
 assert "ddpm_vlb" not in sys.modules
 print(json.dumps(results))
 """

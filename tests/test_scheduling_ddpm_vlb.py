@@ -1099,7 +1099,7 @@ def test_zero_terminal_snr_samples_finitely(prediction_type, num):
 
 
 def test_zero_terminal_snr_refuses_epsilon():
-    """The noise says nothing of x_0 where no signal is left: whatever visits that step raises, other steps are right."""
+    """The noise says nothing of x_0 where no signal is left: visits to that step raise, other steps are right."""
     scheduler = DDPMVLBScheduler(rescale_betas_zero_snr=True)
     assert len(scheduler) == len(scheduler.timesteps) == 1000 and int(scheduler.timesteps[0]) == 999
     x = randn(0)

@@ -66,15 +66,18 @@ _MODEL_DEFINING = {
 }
 
 
-def read_config(json_file: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(json_file: str | os.PathLike[str], dduf_entries: Any = None) -> dict[str, Any]:
     """A configuration file of a scheduler or a pipeline, which may come from anybody.
 
     Args:
         json_file: its path.
+        dduf_entries: what diffusers before 0.42 passes for a file in a DDUF archive, which is left to it.
 
     Raises:
         ValueError: larger than any configuration of ours can be, not JSON, or not an object.
     """
+    if dduf_entries is not None:
+        return ConfigMixin._dict_from_json_file(json_file, dduf_entries=dduf_entries)
     path = Path(json_file)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(f"{path.name} must be at most {_MAX_CONFIG_BYTES} bytes, but has {path.stat().st_size}.")
