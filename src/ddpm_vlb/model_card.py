@@ -4,7 +4,9 @@ Made with huggingface_hub's ModelCard and EvalResult, so that the Hub shows the 
 Nothing is computed here: numbers come in as what examples/train.py and examples/evaluate.py write to metrics.json.
 """
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ METRIC_TYPE, METRIC_NAME = "bits_per_dim", "Bits/dim (VLB)"
 NATS_TYPE, NATS_NAME = "nats_per_dim", "Nats/dim (VLB)"
 TASK_TYPE, TASK_NAME = "unconditional-image-generation", "Unconditional Image Generation"
 Metrics = Mapping[str, Any]
+# Not on a line of its own: diffusers takes such a line in code from the Hub for an import of this module.
+_IMPORT = "from ddpm_vlb import DDPMVLBPipeline"
 
 
 def model_card(
@@ -190,14 +194,23 @@ def _in_words(data: Metrics) -> str:
 
 
 def _loading(pipeline: Any, name: str, includes_code: bool) -> str:
-    call = "pipeline(batch_size=4, class_labels=0)" if pipeline.num_classes is not None else "pipeline(batch_size=4)"
+    given = "batch_size=4"
+    if pipeline.num_classes is not None:
+        given += ", class_labels=0"
+    if pipeline.unet.config.in_channels not in (1, 3):  # no image of PIL's
+        given += ', output_type="np"'
+    call = f"pipeline({given})"
+    steps = pipeline.scheduler.config.num_train_timesteps
+    # Stock's default are 1000 steps, whatever the chain.
+    stock_call = f"pipeline({given}, num_inference_steps={steps})" if steps < 1000 else call
+    name = json.dumps(name, ensure_ascii=False)
     ours = f"""\
 With ddpm-vlb: any number of steps with the learned variance, swapped schedulers, and the likelihood.
 
 ```python
-from ddpm_vlb import DDPMVLBPipeline
+{_IMPORT}
 
-pipeline = DDPMVLBPipeline.from_pretrained("{name}")
+pipeline = DDPMVLBPipeline.from_pretrained({name})
 images = {call}.images
 ```"""
     stock = f"""\
@@ -206,14 +219,22 @@ With 🤗 diffusers alone:
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{name}")
-images = pipeline(batch_size=4).images
+pipeline = DiffusionPipeline.from_pretrained({name})
+images = {stock_call}.images
 ```"""
     if not pipeline.portable:
+        variance_type = pipeline.scheduler.config.get("variance_type")
+        if pipeline.num_classes is not None:
+            why = "takes no class labels"
+        elif variance_type == "learned":
+            why = 'takes no `variance_type="learned"`'
+        elif "DDPM" in type(pipeline.scheduler).__name__:
+            why = f"fails on a variance half that `{variance_type}` has no use for"
+        else:
+            why = f"does not sample rightly with `{type(pipeline.scheduler).__name__}` and every network"
         stock = (
             "`DiffusionPipeline.from_pretrained` of 🤗 diffusers alone does not load this repository, because its "
-            "`DDPMPipeline` would sample it wrongly or not at all: it takes no class labels, and no "
-            '`variance_type="learned"`.'
+            f"`DDPMPipeline` would sample it wrongly or not at all: it {why}."
         )
     code = f"""\
 Without installing ddpm-vlb, from the code that this repository carries. Read it first: `trust_remote_code=True` runs
@@ -222,20 +243,25 @@ it.
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, trust_remote_code=True)
 images = {call}.images
 ```"""
     if not includes_code:
         code = (
             "This repository carries no code of its own. (`DiffusionPipeline.from_pretrained(..., "
-            f'custom_pipeline="{name}", trust_remote_code=True)` needs one that was pushed with `include_code=True`.)'
+            f"custom_pipeline={name}, trust_remote_code=True)` needs one that was pushed with `include_code=True`.)"
         )
     return "\n\n".join(["## How to load it", *([stock, ours] if pipeline.portable else [ours, stock]), code])
 
 
+def _cell(text: str) -> str:
+    """Text that stays within its cell: on one line, each pipe escaped, and the backslashes before it."""
+    return re.sub(r"(\\*)\|", r"\1\1\\|", " ".join(text.split()))
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 
 def _results(scores: Sequence[tuple[Metrics, Metrics]], baselines: Metrics, plotted: bool) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,20 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DDPMParallelScheduler, DDPMScheduler, DiTTransformer2DModel, UnCLIPScheduler, UNet2DModel
+from diffusers import (
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    UnCLIPScheduler,
+    UNet2DModel,
+    pipelines,
+)
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 
 from .model_card import model_card
@@ -93,8 +102,19 @@ class DDPMVLBPipeline(DiffusionPipeline):
         """
         kwargs.setdefault("use_safetensors", True)
         where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        index = cls.load_config(pretrained_model_name_or_path, **where)
+        try:
+            index = cls.load_config(pretrained_model_name_or_path, **where)
+        except OSError as error:
+            # diffusers takes "not in the cache, and no connection" for "not in the repository".
+            if isinstance(error.__context__, LocalEntryNotFoundError):
+                raise OSError(
+                    f"{pretrained_model_name_or_path} is not in the cache, and the Hub was not asked or not reached: "
+                    f"{error.__context__}"
+                ) from error
+            raise
         _check_index(index)
+        if not kwargs.get("trust_remote_code"):
+            _check_no_code(index, Path(pretrained_model_name_or_path))
         if "scheduler" not in kwargs:
             if list(index.get("scheduler", ())) == ["diffusers", "DDPMScheduler"]:
                 kwargs["scheduler"] = DDPMVLBScheduler.from_pretrained(
@@ -185,6 +205,10 @@ class DDPMVLBPipeline(DiffusionPipeline):
             self.save_pretrained(
                 folder, safe_serialization=safe_serialization, variant=variant, include_code=include_code
             )
+            for file in Path(folder).rglob("*.json"):
+                config = json.loads(file.read_text(encoding="utf-8"))
+                if config.pop("_name_or_path", None) is not None:  # where it was loaded from, a path of this machine
+                    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             if subfolder is None:
                 if card is None and not api.file_exists(repo_id, "README.md"):
                     card = model_card(self, repo_id, includes_code=include_code)
@@ -437,6 +461,23 @@ def _write_code(folder: Path) -> None:
         shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
     imports = "\n".join(f"from .{name} import {public}" for name, public in _CODE.items())
     (folder / "pipeline.py").write_text(f"{_PIPELINE_FILE}{imports}\n", encoding="utf-8")
+
+
+def _check_no_code(index: dict[str, Any], folder: Path) -> None:
+    """Refuse an index that asks for code; older versions of diffusers run what a folder has without being told to."""
+    wanted = [index.get("_class_name")] if isinstance(index.get("_class_name"), (list, tuple)) else []
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, (list, tuple)) or not all(isinstance(e, str) for e in entry):
+            continue
+        library = entry[0] if entry else ""
+        known = library in ("diffusers", "transformers") or library in sys.modules or hasattr(pipelines, library)
+        if not known or (folder / name / f"{library}.py").exists():
+            wanted.append(entry)
+    if wanted:
+        raise ValueError(
+            f"model_index.json asks for {wanted[0]!r:.80}, which is code of the repository or a module that was not "
+            "imported. Read the code first; `trust_remote_code=True` then runs it."
+        )
 
 
 def _check_index(index: dict[str, Any]) -> None:

@@ -50,6 +50,12 @@ class Coefficients(NamedTuple):
     variance_slope: Tensor
 
 
+# float32 tells no more levels of [-1, 1] apart.
+MAX_LEVELS = 2**24
+# Below it 1 / sqrt(alphas_cumprod) is infinite in float32.
+MIN_LOG_SIGNAL = -176.0
+
+
 @dataclass(frozen=True, eq=False)
 class ReverseProcess:
     """The reverse process p of a chain: turns a network's output into p(x_{t-1} | x_t).
@@ -91,19 +97,20 @@ class ReverseProcess:
     def __post_init__(self) -> None:
         for name, choices in (("prediction_type", PREDICTION_TYPES), ("variance_type", VARIANCE_TYPES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {list(choices)}, but got {getattr(self, name)!r}.")
-        if self.levels is not None and (type(self.levels) is not int or self.levels < 2):
+                raise ValueError(f"`{name}` must be one of {list(choices)}, but got {getattr(self, name)!r:.80}.")
+        if self.levels is not None and (type(self.levels) is not int or not 2 <= self.levels <= MAX_LEVELS):
             raise ValueError(
-                f"`levels` must be an integer of at least 2, or None for continuous data, but got {self.levels!r}."
+                f"`levels` must be an integer of at least 2, or None for continuous data, and at most {MAX_LEVELS}, "
+                f"but got {self.levels!r:.80}."
             )
         if self.clip_sample and not self.clip_sample_range > 0:
-            raise ValueError(f"`clip_sample_range` must be positive, but got {self.clip_sample_range!r}.")
+            raise ValueError(f"`clip_sample_range` must be positive, but got {self.clip_sample_range!r:.80}.")
         if self.thresholding and not (0 <= self.dynamic_thresholding_ratio <= 1 and self.sample_max_value > 0):
             raise ValueError(
                 "`dynamic_thresholding_ratio` must lie in [0, 1] and `sample_max_value` be positive, but got "
                 f"{self.dynamic_thresholding_ratio!r} and {self.sample_max_value!r}."
             )
-        if self.prediction_type == "epsilon" and bool(self.forward.log_alphas_cumprod[-1] == -torch.inf):
+        if self.prediction_type == "epsilon" and bool(self.forward.log_alphas_cumprod[-1] < MIN_LOG_SIGNAL):
             raise ValueError(
                 "`prediction_type='epsilon'` cannot work with zero-terminal SNR: at the last step x_t is the noise "
                 "itself and says nothing of x_0. Use `prediction_type='v_prediction'` or 'sample'."

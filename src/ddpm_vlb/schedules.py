@@ -19,6 +19,8 @@ from torch import Tensor
 MAX_BETA = 0.999
 # A bound on what a configuration from elsewhere can make us allocate; no published chain comes near it.
 MAX_STEPS = 100_000
+# Noise that no floating point data can show; below 1e-300 the tables would hold infinities and NaN.
+MIN_BETA = 1e-20
 
 
 def _cosine_alpha_bar(u: float) -> float:
@@ -68,14 +70,16 @@ def make_betas(
     Source: see the module's list.
     """
     if beta_schedule not in BETA_SCHEDULES:
-        raise ValueError(f"`beta_schedule` must be one of {list(BETA_SCHEDULES)}, but got {beta_schedule!r}.")
+        raise ValueError(f"`beta_schedule` must be one of {list(BETA_SCHEDULES)}, but got {beta_schedule!r:.80}.")
     if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
-        raise ValueError(f"`num_train_timesteps` must be an integer of at least 1, but got {num_train_timesteps!r}.")
+        raise ValueError(
+            f"`num_train_timesteps` must be an integer of at least 1, but got {num_train_timesteps!r:.80}."
+        )
     if num_train_timesteps > MAX_STEPS:
         raise ValueError(f"`num_train_timesteps` must be at most {MAX_STEPS}, but got {num_train_timesteps}.")
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not isinstance(value, Real) or not 0 < value <= 1:
-            raise ValueError(f"`{name}` must lie in (0, 1], but got {value!r}.")
+            raise ValueError(f"`{name}` must lie in (0, 1], but got {value!r:.80}.")
     return check_betas(_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end))
 
 
@@ -97,10 +101,10 @@ def check_betas(betas: Sequence[float] | Tensor) -> Tensor:
         raise ValueError(f"`betas` must be a non-empty list of numbers, but got the shape {tuple(betas.shape)}.")
     if len(betas) > MAX_STEPS:
         raise ValueError(f"`betas` must be at most {MAX_STEPS} numbers, but there are {len(betas)}.")
-    bad = ~((betas > 0) & (betas <= 1))
+    bad = ~((betas >= MIN_BETA) & (betas <= 1))
     if bad.any():
         t = int(bad.nonzero()[0])
-        raise ValueError(f"`betas` must lie in (0, 1], but betas[{t}] is {float(betas[t])}.")
+        raise ValueError(f"`betas` must lie in (0, 1], but betas[{t}] is {float(betas[t])} (at least {MIN_BETA}).")
     if (betas[:-1] == 1).any():
         t = int((betas[:-1] == 1).nonzero()[0])
         raise ValueError(

@@ -6,11 +6,10 @@ same p for training and evaluation. Names here are diffusers' (`original_samples
 
 import functools
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from .reverse_process import VARIANCE_TYPES, ReverseProcess
 from .schedules import check_betas, make_betas
 from .schedules import rescale_betas_zero_snr as rescaled_to_zero_snr
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(SchedulerMixin.__module__)  # what `diffusers.utils.logging` sets is ours too
 # Set while a pipeline saves us that writes stock's names into its index.
 _INDEX_IS_OURS: ContextVar[bool] = ContextVar("_INDEX_IS_OURS", default=False)
 # Keys that stock schedulers do not know are written only where they differ from these defaults.
@@ -37,13 +36,15 @@ _OWN_DEFAULTS: dict[str, Any] = {"levels": 256}
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # 100 000 betas take 3 MB.
 _MAX_CONFIG_BYTES = 8_000_000
+# The largest that a float32 tensor can be clamped to.
+_MAX_NUMBER = torch.finfo(torch.float32).max
 _TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "True or False": (
         lambda value: isinstance(value, bool),
         ("clip_sample", "thresholding", "rescale_betas_zero_snr"),
     ),
     "a finite number": (
-        lambda value: isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value),
+        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER,
         ("dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value"),
     ),
     "an integer": (
@@ -95,7 +96,7 @@ def _check_types(config: Any) -> None:
     for kind, (accepts, names) in _TYPES.items():
         for name in names:
             if not accepts(config[name]):
-                raise ValueError(f"`{name}` must be {kind}, but got {config[name]!r}.")
+                raise ValueError(f"`{name}` must be {kind}, but got {config[name]!r:.80}.")
 
 
 class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
@@ -155,7 +156,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         _check_types(self.config)
         if timestep_spacing not in TIMESTEP_SPACINGS:
             raise ValueError(
-                f"`timestep_spacing` must be one of {list(TIMESTEP_SPACINGS)}, but got {timestep_spacing!r}."
+                f"`timestep_spacing` must be one of {list(TIMESTEP_SPACINGS)}, but got {timestep_spacing!r:.80}."
             )
         if trained_betas is not None:
             betas = check_betas(trained_betas)
@@ -250,6 +251,9 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             ValueError: the configuration of a scheduler that has no betas, or an impossible value.
         """
         if isinstance(config, dict):
+            unset = config.get("_use_default_values", ())
+            if not isinstance(unset, (list, tuple)) or {"self", "cls"} & config.keys():
+                raise ValueError("`_use_default_values` must be a list, and no key `self` or `cls`.")
             named = {key: config[key] for key in _MODEL_DEFINING if config.get(key) is not None}
             foreign = isinstance(config, FrozenDict) or config.get("_class_name") not in _OUR_DEFAULTS
             if foreign and not {"beta_schedule", "trained_betas"} & (named.keys() | kwargs.keys()):
@@ -382,7 +386,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         """
         name = self.config.variance_type if variance_type is None else variance_type
         if name not in VARIANCE_TYPES:
-            raise ValueError(f"`variance_type` must be one of {list(VARIANCE_TYPES)}, but got {name!r}.")
+            raise ValueError(f"`variance_type` must be one of {list(VARIANCE_TYPES)}, but got {name!r:.80}.")
         if name == "learned":
             return predicted_variance
         index, forward = self._chain_index(t), self._chain.forward
