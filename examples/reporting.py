@@ -24,7 +24,9 @@ def integer_levels(images: Images, limit: int | None = None) -> np.ndarray:
     return torch.cat(batches).to(torch.uint8).numpy()
 
 
-def baselines(train: Images, test: Images, limit: int = 10_000) -> dict[str, float]:
+def baselines(
+    train: Images, test: Images, limit: int = 10_000, num_test_images: int | None = None
+) -> dict[str, float]:
     """Bits/dim of codes that anyone has: uniform, a histogram for each position, and lzma.
 
     The histogram is fitted on training images (Jeffreys' prior, so that no level has probability 0) and scored on test
@@ -34,8 +36,10 @@ def baselines(train: Images, test: Images, limit: int = 10_000) -> dict[str, flo
         train: images to fit on, at most `limit` of them.
         test: images to score, at most `limit` of them.
         limit: keeps the memory bounded.
+        num_test_images: score only the first so many; all when None.
     """
-    fitted, scored = integer_levels(train, limit), integer_levels(test, limit)
+    fitted = integer_levels(train, limit)
+    scored = integer_levels(test, limit if num_test_images is None else min(limit, num_test_images))
     levels = train.levels
     counts = np.stack([(fitted == level).sum(0) for level in range(levels)])
     probabilities = (counts + 0.5) / (len(fitted) + 0.5 * levels)

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import json
 import math
 import os
 import shutil
@@ -27,7 +28,7 @@ from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from image_data import ImageData, Images, load_image_data
-from publish import Publisher, describe_folder, open_publisher, stage_result
+from publish import Publisher, describe_folder, open_publisher, repair_command, stage_result
 from reporting import baselines, describe, plot_samples, plot_vlb_terms, score, write_json
 from scoring import pilot_positions, run_sweep, shared
 from torch import Tensor
@@ -54,6 +55,7 @@ from ddpm_vlb import (
     vlb_loss,
 )
 
+SNAPSHOT_STEPS = 100
 TimestepSampler = UniformTimesteps | ImportanceTimesteps | LossSecondMomentTimesteps
 
 
@@ -407,7 +409,7 @@ def validate(run: Run, step: int) -> None:
     with run.averaged():
         estimate = evaluate(run, run.data.validation, 64, 16, "Validating")
         if accelerator.is_main_process:
-            images = sample(run, 16, min(100, run.args.ddpm_num_inference_steps))
+            images = sample(run, 16, min(SNAPSHOT_STEPS, run.args.ddpm_num_inference_steps))
             tqdm.write(f"step {step}: validation {describe(score(estimate))}")
             logged = {"validation_bits_per_dim": estimate.bits_per_dim, "validation_se": total_se(estimate)}
             accelerator.log(logged, step)
@@ -448,7 +450,12 @@ def snapshot(run: Run, folder: Path, estimate: VLBEstimate, images: Tensor) -> N
     pipeline = run.pipeline()
     pipeline.save_pretrained(folder, include_code=run.args.hub_include_code)
     pictures(estimate, images, run.data.validation, folder)
-    metrics = {"validation": {**score(estimate), "clip_sample": False}, **record(run)}
+    drawn = min(SNAPSHOT_STEPS, run.args.ddpm_num_inference_steps)
+    metrics = {
+        "validation": {**score(estimate), "clip_sample": False},
+        "samples": {"num_inference_steps": drawn, "seed": run.args.seed},
+        **record(run),
+    }
     status = f"Training is not finished: this is step {run.progress.step} of {run.max_steps}."
     describe_folder(pipeline, folder, run.publisher.repo_id, metrics, run.args, status=status)
 
@@ -475,7 +482,8 @@ def finish(run: Run) -> dict[str, Any] | None:
     pictures(estimate, generated, data.test, folder)
     metrics = {
         "test": {**score(estimate), "clip_sample": False, "seed": args.seed},
-        "baselines": baselines(data.train, data.test),
+        "baselines": baselines(data.train, data.test, num_test_images=args.num_test_images),
+        "samples": {"num_inference_steps": args.ddpm_num_inference_steps, "seed": args.seed},
         **record(run),
     }
     write_json(metrics, folder / "metrics.json")
@@ -499,14 +507,12 @@ def publish(run: Run) -> None:
     args, publisher = run.args, run.publisher
     if publisher is None:
         return
-    make = stage_result(run.folder, publisher.repo_id, args)
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    make = stage_result(run.folder, publisher.repo_id, metrics, args)
     message = f"Step {run.progress.step}, the last: the result"
     if publisher.finish(make, message, f"step-{run.progress.step}") is None:
-        code = " --hub_include_code" if args.hub_include_code else ""
-        print(
-            f"NOT UPLOADED. The result is whole in {run.folder}. To upload it:\n"
-            f"  python examples/publish.py {run.folder} --hub_model_id {publisher.repo_id}{code}"
-        )
+        print(f"NOT UPLOADED. The result is whole in {run.folder}. To upload it:")
+        print(f"  {repair_command(args, publisher.repo_id)}")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -540,9 +546,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     accelerator.init_trackers(
         "train", config={k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}
     )
-    resume(accelerator, folder, args.resume_from_checkpoint)
-    train(run)
-    metrics = finish(run)
+    try:
+        resume(accelerator, folder, args.resume_from_checkpoint)
+        train(run)
+        metrics = finish(run)
+    except BaseException:
+        if run.publisher is not None:
+            run.publisher.close()
+        raise
     if metrics is not None:
         report(metrics, folder)
     accelerator.wait_for_everyone()

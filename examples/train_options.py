@@ -174,11 +174,12 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
             f"--ddpm_num_inference_steps {args.ddpm_num_inference_steps} is more than the chain's "
             f"--ddpm_num_steps {args.ddpm_num_steps}"
         )
-    if args.push_to_hub and args.hub_model_id is None:
-        args.hub_model_id = Path(args.output_dir).resolve().name
-    hub = (args.hub_model_id, args.hub_private_repo, args.hub_include_code, args.hub_license)
-    if not args.push_to_hub and hub != (None, False, False, "unknown"):
+    hub = [args.hub_model_id, args.hub_private_repo, args.hub_include_code, args.hub_license, args.hub_overwrite]
+    if not args.push_to_hub and any(value is not None for value in hub):
         parser.error("the --hub_ options are those of an upload: add --push_to_hub")
+    if args.push_to_hub:
+        args.hub_license = args.hub_license or "unknown"
+        args.hub_model_id = args.hub_model_id or Path(args.output_dir).resolve().name
     if args.calls_per_image < 2:
         parser.error(f"--calls_per_image {args.calls_per_image} must be at least 2: one call has no error bar")
     return args

@@ -249,7 +249,10 @@ def card_metadata(content: str) -> tuple[dict, list[str]]:
         return {}, []
     if not isinstance(metadata, dict):
         return {}, ["YAML metadata must be an object"]
-    return metadata, [p for key in CARD if key in metadata for p in _problems(metadata[key], CARD[key], key)]
+    problems = [p for key in CARD if key in metadata for p in _problems(metadata[key], CARD[key], key)]
+    if not re.fullmatch(r"[a-z0-9.\-]+", str(metadata.get("license", "unknown"))):
+        problems.append('"license" must be one of those that the Hub knows')
+    return metadata, problems
 
 
 def _cut(body: bytes, size: int) -> Iterator[bytes]:
@@ -400,7 +403,8 @@ class HubServer:
             response.response = _cut(response.get_data(), fault.after_bytes)
             return response(environ, start_response)
         else:
-            request.stream.read(fault.after_bytes)
+            if fault.after_bytes:  # reading nothing is taken for a client that went away, and answered
+                request.stream.read(fault.after_bytes)
             raise ConnectionAbortedError("dropped by the test")
         entry.status = response.status_code
         return response(environ, start_response)

@@ -333,6 +333,48 @@ def test_every_scheduler_of_stock_is_on_the_page():
     assert {cls.__name__ for cls in DDPMVLBScheduler().compatibles} - out <= set(ROWS)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_back_from_a_saved_file(name, tmp_path):
+    """A default instance's file, with all keys and some of them null, is read, from the folder and from its config."""
+    fresh = stock_class(name)()
+    fresh.save_pretrained(tmp_path)
+    for back in (
+        DDPMVLBScheduler.from_pretrained(tmp_path),
+        DDPMVLBScheduler.from_config(stock_class(name).from_pretrained(tmp_path).config),
+    ):
+        torch.testing.assert_close(back.alphas_cumprod, fresh.alphas_cumprod, rtol=2e-4, atol=1e-7)
+        assert back.config.prediction_type == fresh.config.prediction_type
+
+
+@pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_shifted_noise_levels_are_refused(name):
+    """A configuration whose noise levels are not those of its betas does not become another chain without a word."""
+    with pytest.raises(ValueError, match="snr_shift_scale"):
+        DDPMVLBScheduler.from_config(getattr(diffusers, name)().config)
+    flow = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="use_flow_sigmas"):
+        DDPMVLBScheduler.from_config(flow.config)
+
+
+def test_a_callback_that_saves_or_swaps(tmp_path):
+    """In the middle of a call the scheduler's configuration is whole, and another scheduler is for the next call."""
+    pipe = DDPMVLBPipeline(tiny_unet(1), our_scheduler("DPMSolverMultistepScheduler"))
+    solver = pipe.scheduler = stock_class("DPMSolverMultistepScheduler").from_config(pipe.scheduler.config)
+    other = stock_class("DDIMScheduler").from_config(our_scheduler("DDIMScheduler", variance_type="learned").config)
+
+    def callback(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe.save_pretrained(tmp_path)
+            pipe.scheduler = other
+        return tensors
+
+    pipe.set_progress_bar_config(disable=True)
+    pipe(num_inference_steps=4, output_type="np", callback_on_step_end=callback)
+    saved = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["variance_type"] == solver.config.variance_type == "learned_range"
+    assert other.config.variance_type == "learned" and pipe.scheduler is other
+
+
 def test_those_left_out_do_not_take_the_chain():
     """They have no betas in their configuration, or are no sampler: inverse, inpainting, shifted noise levels."""
     for family, cells in table("left out").items():

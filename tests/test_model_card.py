@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import yaml
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMParallelScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from hub_server import card_metadata
 from huggingface_hub import ModelCard
 from test_pipeline_ddpm_vlb import pipeline, tiny_dit, tiny_unet
 
-from ddpm_vlb import model_card
+from ddpm_vlb import DDPMVLBPipeline, model_card
 
 # As examples/train.py writes metrics.json, shortened.
 TRAINING = {
@@ -366,9 +366,9 @@ def test_the_three_ways_to_load_run(tmp_path):
 
 
 def test_without_the_code_the_third_way_is_not_shown():
-    """A repository that carries no code shows two ways, and says what the third would need."""
+    """A repository that carries no code shows two ways, and says that there is no third."""
     made = card()
-    assert len(blocks(made)) == 2 and "include_code=True" in prose(made)
+    assert len(blocks(made)) == 2 and "carries no code" in prose(made)
     assert all("me/digits" in block for block in blocks(made))
 
 
@@ -390,3 +390,80 @@ def test_the_code_of_a_pipeline_of_many_channels_runs(tmp_path):
         names: dict = {}
         exec(code, names)
         assert len(names["images"]) == 4
+
+
+SCORE = {
+    "bits_per_dim": 1.5,
+    "noise_se": 0.01,
+    "image_se": 0.0,
+    "prior": 0.1,
+    "kl": 1.0,
+    "decoder": 0.4,
+    "num_images": 4,
+    "network_calls_per_image": 8,
+    "clip_sample": True,
+}
+
+
+def swapped(scheduler_class, **network):
+    pipe = pipeline(tiny_unet(**network))
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("pipe", "says", "says_not"),
+    [
+        (lambda: pipeline(tiny_unet(out=1), variance_type="fixed_small"), "any number of steps,", "learned variance"),
+        (lambda: pipeline(variance_type="learned"), 'samples `variance_type="learned"` wrongly', "no class labels"),
+        (lambda: pipeline(variance_type="fixed_small"), "a variance half that `fixed_small` has no use", "labels"),
+        (lambda: swapped(DDPMParallelScheduler), "rightly with `DDPMParallelScheduler`", "has no use for"),
+        (lambda: swapped(DPMSolverMultistepScheduler), "num_inference_steps=50", "has no use for"),
+        (lambda: pipeline(tiny_unet(4), levels=None), 'output_type="latent"', 'output_type="np"'),
+        (lambda: pipeline(tiny_unet(4), levels=None), "spoils latents", "class labels"),
+        (
+            lambda: DDPMVLBPipeline(tiny_unet(out=1), HeunDiscreteScheduler()),
+            "predicts the noise, over 1000 steps",
+            "`fixed`",
+        ),
+    ],
+    ids=["fixed", "learned", "unused", "parallel", "multistep", "latents", "latents-in-stock", "no-variance-type"],
+)
+def test_what_a_card_says_is_true_of_its_pipeline(pipe, says, says_not):
+    """Each kind of network, chain and scheduler has the sentences that hold for it, and not those of another."""
+    made = prose(card(pipe()))
+    assert says in made and says_not not in made
+
+
+def test_few_steps_alone_are_a_measurement():
+    """They are explained, with what x_0 they are of, and nothing says that there was no measurement."""
+    made = card(evaluations=[{**SCORE, "timesteps": [0, 5], "data": {}, "image_se": 0.02}])
+    assert "No likelihood was measured" not in prose(made) and "standard errors are independent" in prose(made)
+    assert any("clipped" in row for row in rows(made))
+
+
+def test_an_error_that_is_not_known_is_no_zero():
+    """An image_se of 0 (too few images to tell) is n/a in the text and is not in the metadata, nor is a NaN score."""
+    made = card(training={"test": SCORE})
+    metadata, _ = read(made)
+    arguments = metadata["model-index"][0]["results"][0]["metrics"][0]["args"]
+    assert arguments["noise_se"] == 0.01 and "image_se" not in arguments and "± n/a (images)" in prose(made)
+    broken = card(training={"test": {**SCORE, "bits_per_dim": float("nan")}})
+    assert "model-index" not in card_metadata(str(broken))[0] and ".nan" not in str(broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"training": "metrics.json"}, "`training` must be"),
+        ({"training": {**SCORE, "timesteps": [0]}}, "evaluate.py's: pass `evaluations"),
+        ({"training": {"test": {"bits_per_dim": 1.7}}}, "`training`.*num_images"),
+        ({"evaluations": {**SCORE}}, "`evaluations` must be a list"),
+        ({"evaluations": ["metrics.json"]}, "`evaluations` must be a list"),
+        ({"evaluations": [SCORE]}, "`evaluations`.*timesteps"),
+    ],
+)
+def test_metrics_in_the_wrong_place(options, message):
+    """What is no metrics file, or the other script's, is refused by name."""
+    with pytest.raises(ValueError, match=message):
+        card(**options)

@@ -617,6 +617,15 @@ def test_repr_and_config_name_the_real_classes():
     assert "DDPMVLBPipeline" in repr(pipe).splitlines()[0]
 
 
+def test_a_chain_without_a_last_step_is_not_portable():
+    """Epsilon under zero-terminal SNR: the whole chain cannot be sampled, so that stock's default call would fail."""
+    pipe = pipeline(tiny_unet(out=1), variance_type="fixed_small", rescale_betas_zero_snr=True)
+    assert not pipe.portable
+    with pytest.raises(ValueError, match="zero-terminal SNR"):
+        sample(pipe, steps=1000)
+    assert sample(pipe, steps=10).isfinite().all()
+
+
 def test_swapped_in_scheduler_stays(tmp_path):
     """A DDIM put into the pipeline is saved and loaded as DDIM."""
     pipe = pipeline(tiny_unet(3))

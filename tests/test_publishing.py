@@ -5,6 +5,8 @@ The client is the real huggingface_hub, the Hub is tests/hub_server.py.
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -44,6 +46,8 @@ def hub(monkeypatch):
     """A Hub that this process' client talks to."""
     with HubServer() as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", server.token)
         yield server
@@ -61,11 +65,15 @@ def write(**files):
     return make
 
 
+def options(**changed):
+    """The options of an upload."""
+    given = {"private_repo": None, "include_code": None, "license": "unknown", "overwrite": None}
+    return SimpleNamespace(**{f"hub_{name}": value for name, value in (given | changed).items()})
+
+
 def publisher(hub, said, name="tester/run", waits=(0.01, 0.01)):
     """A publisher to a new repository, and what it reports in `said`."""
-    own = publish.Publisher.open(name, False, said.append)
-    own.waits = waits
-    return own
+    return publish.Publisher.open(name, {}, options(), said.append, waits=waits)
 
 
 def titles(hub, name="tester/run", revision="main"):
@@ -122,24 +130,27 @@ def test_a_snapshot_that_comes_too_early_is_left_out(hub):
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "failures"),
     [
-        {"method": "POST", "path_regex": "/commit/", "status": 500},
-        {"method": "POST", "path_regex": "/commit/", "drop_connection": True},
-        {"method": "PUT", "path_regex": "/storage/", "drop_connection": True, "after_bytes": 1000},
-        {"method": "POST", "path_regex": "/preupload/", "status": 429},
+        ({"method": "POST", "path_regex": "/commit/", "status": 500, "times": 2}, 2),
+        ({"method": "POST", "path_regex": "/commit/", "drop_connection": True, "times": 2}, 2),
+        # Here the client tries again by itself, five times, before it fails.
+        ({"method": "PUT", "path_regex": "/storage/", "drop_connection": True, "after_bytes": 1000, "times": 8}, 1),
     ],
-    ids=["500", "dropped", "dropped-in-a-file", "429"],
+    ids=["500", "dropped", "dropped-in-a-file"],
 )
-def test_a_failed_upload_is_retried(hub, fault):
-    """What the Hub could not do once it does at the next attempt: one commit with the whole content, and a tag."""
+def test_a_failed_upload_is_retried(hub, monkeypatch, fault, failures):
+    """What the Hub could not do it does at a later attempt: one commit with the whole content, and a tag."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's own pauses
     said = []
     own = publisher(hub, said)
-    # The client itself may try again: more failures than its own attempts, fewer than ours have.
-    injected = hub.fail(**fault, times=1)
+    injected = hub.fail(**fault)
     weights = os.urandom(50_000)
     assert own.finish(write(unet__a_safetensors=weights, b_json=b"{}"), "result", "step-1") == "step-1"
     assert injected.times == 0
+    assert len([line for line in said if "failed, trying again" in line]) == failures
+    answers = {request.status for request in hub.requests if re.search(fault["path_regex"], request.path)}
+    assert (None in answers) == ("drop_connection" in fault)  # a dropped one is answered with nothing
     assert titles(hub) == ["result", "initial commit"]
     files = hub.files("tester/run", "step-1")
     assert files["unet/a.safetensors"] == weights and files["b.json"] == b"{}"
@@ -174,6 +185,49 @@ def test_a_failed_snapshot_does_not_disturb(hub):
     assert any("snapshot" in line and "given up" in line for line in said)
 
 
+@pytest.mark.parametrize("what", ["no folder", "closed terminal"])
+def test_nothing_around_an_upload_kills_a_run(hub, tmp_path, what):
+    """Neither a place for snapshots that is gone, nor a report that nobody can read."""
+
+    def report(message):
+        if what == "closed terminal":
+            raise BrokenPipeError
+
+    own = publisher(hub, [])
+    own.report = report
+    if what == "no folder":
+        own.staging = tmp_path / "gone"
+    own.offer(write(a_json=b"1"), "snapshot")
+    hub.fail("POST", "/commit/", times=1000, status=403)
+    assert own.finish(write(a_json=b"2"), "result", "step-1") is None
+
+
+def test_an_early_end_waits_for_one_attempt_only(hub, tmp_path):
+    """`close` lets what is on its way arrive; a failure is not tried again, however long the pause would be."""
+    said = []
+    own = publisher(hub, said, waits=(1000.0,))
+    own.offer(write(a_json=b"1"), "snapshot")
+    own.close()
+    assert titles(hub)[0] == "snapshot"
+    own = publisher(hub, said, "tester/other", waits=(1000.0,))
+    hub.fail("POST", "/commit/", times=1000, status=500)
+    own.offer(write(a_json=b"1"), "snapshot")
+    started = time.monotonic()
+    own.close()
+    assert time.monotonic() - started < 60 and titles(hub, "tester/other") == ["initial commit"]
+
+
+def test_what_a_killed_run_left_is_removed(hub, tmp_path):
+    """Snapshots lie in the output folder on their way; the next run removes those of one that was killed."""
+    (tmp_path / ".upload-old").mkdir()
+    (tmp_path / "checkpoint-1").mkdir()
+    own = publish.Publisher.open("tester/run", {}, options(), print, staging=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    seen = []
+    assert own.finish(lambda folder: (seen.append(folder.parent), write(a_json=b"1")(folder)), "result", "step-1")
+    assert seen == [tmp_path] and [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 @pytest.mark.parametrize("when", ["snapshot", "result"])
 def test_a_folder_that_cannot_be_written(hub, when):
     """A full disk ends no training: it is reported, and the repository stays as it is."""
@@ -196,14 +250,19 @@ def test_files_of_an_earlier_run_do_not_stay(hub):
     """What an upload does not bring is removed if it is ours, in the same commit, and kept if it is not."""
     said = []
     own = publisher(hub, said)
-    first = write(**{"training_options_json": b"{}"})
-    old = {"unet__old_safetensors": b"o", "samples_png": b"p", "notes_txt": b"n", "unet__new_safetensors": b"1"}
-    assert own.finish(write(**old), "old", "step-1")
-    assert own.finish(lambda folder: (first(folder), write(unet__new_safetensors=b"2")(folder)), "new", "step-2")
-    files = hub.files("tester/run")
-    assert files["notes.txt"] == b"n" and files["unet/new.safetensors"] == b"2"
-    assert not {"unet/old.safetensors", "samples.png"} & files.keys()
-    assert {"unet/old.safetensors", "samples.png"} <= hub.files("tester/run", "step-1").keys()
+    weights = "unet/diffusion_pytorch_model"
+    old = [f"{weights}-00001-of-00002.safetensors", f"{weights}.fp16.safetensors", "samples.png"]
+    users = ["notes.txt", "unet/model.onnx"]
+
+    def make(folder):
+        (folder / "unet").mkdir()
+        for name in old + users:
+            (folder / name).write_text("old")
+
+    assert own.finish(make, "old", "step-1")
+    assert own.finish(lambda folder: (folder / "training_options.json").write_text("{}"), "new", "step-2")
+    assert hub.files("tester/run").keys() == {".gitattributes", "training_options.json", *users}
+    assert hub.files("tester/run", "step-1").keys() >= {*old, *users}
 
 
 def test_a_tag_never_moves(hub):
@@ -222,29 +281,64 @@ def test_a_tag_never_moves(hub):
 def test_a_name_without_a_user_is_completed(hub):
     """`digits` means the token's own namespace, and the full name is said."""
     said = []
-    assert publish.Publisher.open("digits", False, said.append).repo_id == "tester/digits"
+    assert publish.Publisher.open("digits", {}, options(), said.append).repo_id == "tester/digits"
     assert said == [f"Uploading to {hub.endpoint}/tester/digits."]
 
 
 def test_a_private_repository(hub):
-    """--hub_private_repo makes a private one, and refuses one that is public."""
-    publish.Publisher.open("tester/secret", True, print)
+    """--hub_private_repo makes a private one, and refuses one that is public; without it the Hub decides."""
+    publish.Publisher.open("tester/secret", {}, options(private_repo=True), print)
     assert huggingface_hub.HfApi().model_info("tester/secret").private
     huggingface_hub.HfApi().create_repo("tester/open")
     with pytest.raises(SystemExit, match="public"):
-        publish.Publisher.open("tester/open", True, print)
+        publish.Publisher.open("tester/open", {}, options(private_repo=True), print)
+    seen = []
+    own = huggingface_hub.HfApi.create_repo
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.HfApi, "create_repo", lambda *a, **k: seen.append(k["private"]) or own(*a, **k))
+        publish.Publisher.open("tester/either", {}, options(), print)
+    assert seen == [None]
 
 
 def test_a_repository_with_other_content_is_refused(hub):
-    """Its files are named and stay; one that holds an earlier run of ours is taken."""
+    """Its files are named and stay; one with a README alone, as the website makes it, is taken."""
     api = huggingface_hub.HfApi()
     api.create_repo("tester/other")
+    api.upload_file(path_or_fileobj=b"# Mine", path_in_repo="README.md", repo_id="tester/other")
+    assert publish.Publisher.open("tester/other", {}, options(), print).repo_id == "tester/other"
     api.upload_file(path_or_fileobj=b"x", path_in_repo="pytorch_model.bin", repo_id="tester/other")
-    with pytest.raises(SystemExit, match=r"something else already \(pytorch_model\.bin\)"):
-        publish.Publisher.open("tester/other", False, print)
+    with pytest.raises(SystemExit, match=r"something else already \(README\.md, pytorch_model\.bin\)"):
+        publish.Publisher.open("tester/other", {}, options(overwrite=True), print)
     assert hub.files("tester/other")["pytorch_model.bin"] == b"x"
-    api.upload_file(path_or_fileobj=b"{}", path_in_repo=publish.OPTIONS_FILE, repo_id="tester/other")
-    assert publish.Publisher.open("tester/other", False, print).repo_id == "tester/other"
+
+
+def test_another_run_is_not_overwritten(hub):
+    """The same run goes on in its repository; another one is refused, unless --hub_overwrite is given."""
+    run = {"seed": 0, "output_dir": "/a/run", "max_train_steps": 10, "hub_license": "mit"}
+    publish.Publisher.open("tester/run", run, options(), print).begin(run)
+    assert json.loads(hub.files("tester/run")["training_options.json"])["output_dir"] == "./run"
+    longer = {**run, "output_dir": "/b/run", "max_train_steps": 20, "hub_license": None}
+    publish.Publisher.open("tester/run", longer, options(), print)
+    other = {**run, "seed": 1}
+    with pytest.raises(SystemExit, match="another run already.*--hub_overwrite"):
+        publish.Publisher.open("tester/run", other, options(), print)
+    publish.Publisher.open("tester/run", other, options(overwrite=True), print)
+
+
+def test_no_right_to_write_is_told_at_the_start(hub):
+    """A repository that one may read but not write passes as far as its name does; the first file is refused."""
+    publish.Publisher.open("tester/run", {}, options(), print)
+    own = publish.Publisher.open("tester/run", {}, options(), print)
+    hub.fail("POST", "/preupload/|/commit/", times=1000, status=403)
+    with pytest.raises(SystemExit, match="--hub_model_id tester/run: your token may not do this"):
+        own.begin({})
+
+
+def test_a_license_that_the_hub_does_not_know(hub):
+    """It is refused before anything is made."""
+    with pytest.raises(SystemExit, match="--hub_license Apache 2.0.*license"):
+        publish.Publisher.open("tester/run", {}, options(license="Apache 2.0"), print)
+    assert not huggingface_hub.HfApi().repo_exists("tester/run")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +361,7 @@ def test_what_the_hub_refuses_is_said_at_the_start(hub, monkeypatch, tmp_path, n
     elif token != "right":
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(SystemExit, match=message) as refusal:
-        publish.Publisher.open(name, False, print)
+        publish.Publisher.open(name, {}, options(), print)
     said = str(refusal.value.code)
     assert said.startswith("--hub_model_id") and "\n" not in said
     assert hub.token not in said and (token in (None, "right") or token not in said)
@@ -277,7 +371,7 @@ def test_a_hub_that_is_not_there(hub, monkeypatch):
     """A connection that is refused is one line as well."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(SystemExit, match="--hub_model_id tester/run"):
-        publish.Publisher.open("tester/run", False, print)
+        publish.Publisher.open("tester/run", {}, options(), print)
 
 
 def test_signed_addresses_are_not_told():
@@ -301,6 +395,12 @@ def test_paths_are_cut(tmp_path, monkeypatch):
         "none": None,
         "empty": "",
         "list": [str(tmp_path), 1.5],
+        "windows": "C:\\Users\\me\\pictures",
+        "url": "file:///home/me/pictures",
+        "gone": "runs/secret/digits",
+        "nobody": "~nobody-here/x",
+        "long": "x" * 5000,
+        "text": "1.79 of 17 levels",
     }
     assert publish.without_folders(content) == {
         "output_dir": "./run",
@@ -312,6 +412,12 @@ def test_paths_are_cut(tmp_path, monkeypatch):
         "none": None,
         "empty": "",
         "list": [f"./{tmp_path.name}", 1.5],
+        "windows": "./pictures",
+        "url": "./pictures",
+        "gone": "./digits",
+        "nobody": "./x",
+        "long": "x" * 5000,
+        "text": "1.79 of 17 levels",
     }
 
 
@@ -333,16 +439,16 @@ def trained(tmp_path_factory):
 def test_a_run_is_uploaded_as_it_goes(trained):
     """The commits are the snapshots of the validations, in order, then the result, which is tagged."""
     history = titles(trained.hub, "tester/digits")
-    assert history[0] == "Step 3, the last: the result" and history[-1] == "initial commit"
+    assert history[0] == "Step 3, the last: the result" and history[-2:] == ["Begin a run", "initial commit"]
     # A snapshot may be left out where the one before is still on its way, but not the first.
-    assert history[-2].startswith("Step 1: validation ") and "bits/dim" in history[-2]
+    assert history[-3].startswith("Step 1: validation ") and "bits/dim" in history[-3]
     assert trained.hub.history("tester/digits", "step-3")[0].oid == trained.hub.history("tester/digits")[0].oid
     assert "tag step-3" in trained.done.stdout
 
 
 def test_a_snapshot_says_that_it_is_one(trained):
     """The first snapshot is whole and loads, but its card says that training goes on, and of what it was scored."""
-    commit = trained.hub.history("tester/digits")[-2]
+    commit = trained.hub.history("tester/digits")[-3]
     files = trained.hub.files("tester/digits", commit.oid)
     assert files.keys() >= RESULT
     card = files["README.md"].decode()
@@ -450,20 +556,23 @@ def test_one_repository_loads_in_three_ways(trained, tmp_path, where):
 def test_a_hub_that_fails_kills_no_run(tmp_path):
     """Every commit is refused: training ends as ever, the result is whole on disk, the way to upload it is told."""
     with HubServer() as server:
-        server.fail("POST", "/commit/", times=1000, status=403)
+        # All but the one that begins the run.
+        server.fail("POST", "/storage/|/lfs/objects/batch", times=1000, status=403)
         options = [*OPTIONS, "--output_dir", tmp_path / "run", "--push_to_hub", "--hub_model_id", "tester/digits"]
+        options += ["--hub_license", "mit", "--hub_include_code"]
         done = run(server, tmp_path / "home", "train.py", *options)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "NOT UPLOADED" in done.stdout and "this model" in done.stdout
         assert RESULT - {"README.md", "training_options.json"} <= {
             str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")
         }
-        assert titles(server, "tester/digits") == ["initial commit"]
+        assert titles(server, "tester/digits") == ["Begin a run", "initial commit"]
         server._faults.clear()
-        (command,) = [line.split() for line in done.stdout.splitlines() if "examples/publish.py" in line]
+        (command,) = [shlex.split(line) for line in done.stdout.splitlines() if "examples/publish.py" in line]
         again = run(server, tmp_path / "home", "publish.py", *command[2:])
         assert again.returncode == 0, again.stderr[-3000:]
-        assert server.files("tester/digits", "step-3").keys() >= RESULT
+        files = server.files("tester/digits", "step-3")
+        assert files.keys() >= RESULT | set(publish.CODE_FILES) and b"license: mit" in files["README.md"]
 
 
 def test_a_wrong_token_is_told_before_training(tmp_path):
@@ -478,7 +587,8 @@ def test_a_wrong_token_is_told_before_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", ["--hub_model_id a/b", "--hub_private_repo", "--hub_include_code", "--hub_license mit"]
+    "options",
+    ["--hub_model_id a/b", "--hub_private_repo", "--hub_include_code", "--hub_license mit", "--hub_overwrite"],
 )
 def test_hub_options_need_an_upload(tmp_path, capsys, options):
     """An option of the upload without --push_to_hub is a mistake, and is said to be one."""
@@ -539,6 +649,34 @@ def test_evaluations_join_the_card(hub, trained, tmp_path):
     publish.main([str(trained.run), "--hub_model_id", "tester/again", "--evaluations", str(path)])
     card = hub.files("tester/again", "step-3")["README.md"].decode()
     assert "## Few steps" in card and "| 3 | scikit-learn digits (test split) | 8 | 1.250" in card
+
+
+def test_an_evaluation_of_another_model_is_refused(hub, trained, tmp_path):
+    """Its weights' hash tells; nothing is made."""
+    evaluation = {"bits_per_dim": 0.01, "timesteps": [0], "data": {}, "num_images": 1, "network_calls_per_image": 2}
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps(evaluation | {"model": {"weights_sha256": "0" * 32}}))
+    with pytest.raises(SystemExit, match="other weights"):
+        publish.main([str(trained.run), "--hub_model_id", "tester/other", "--evaluations", str(path)])
+    assert not huggingface_hub.HfApi().repo_exists("tester/other")
+
+
+def test_publishing_again_undoes_nothing(hub, trained, tmp_path):
+    """Once more without its options: the code, the license and another precision's weights stay, and so does fp16."""
+    command = [str(trained.run), "--hub_model_id", "tester/twice"]
+    publish.main(command)
+    assert b"license: mit" in hub.files("tester/twice")["README.md"]  # the run's own
+    half = b"half"
+    name = "unet/diffusion_pytorch_model.fp16.safetensors"
+    huggingface_hub.HfApi().upload_file(path_or_fileobj=half, path_in_repo=name, repo_id="tester/twice")
+    publish.main(command)
+    files = hub.files("tester/twice")
+    assert files.keys() >= set(publish.CODE_FILES) and b"license: mit" in files["README.md"] and files[name] == half
+    pipe = tiny_pipeline()
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half")
+    publish.main([str(tmp_path / "half"), "--hub_model_id", "tester/half"])
+    uploaded = safetensors.torch.load(hub.files("tester/half")["unet/diffusion_pytorch_model.safetensors"])
+    assert {tensor.dtype for tensor in uploaded.values()} == {torch.float16}
 
 
 @pytest.mark.parametrize(

@@ -668,3 +668,61 @@ def test_diffusers_finds_all_of_the_code(tmp_path, log, monkeypatch):
     found = {name: {f"{own}.py" for own in check_imports(tmp_path / name)} for name in CODE_FILES}
     assert found["pipeline.py"] == set().union(*found.values()) == siblings
     assert log == []
+
+
+def test_a_kept_card_is_said_to_be_kept(hub, log):
+    """It may describe other weights; what is no card is refused before anything is made."""
+    digits().push_to_hub("tester/digits")
+    assert log == []
+    digits(1).push_to_hub("tester/digits")
+    assert len(log) == 1 and "keeps its model card" in log[0] and "card=" in log[0]
+    with pytest.raises(ValueError, match="`card` must be"):
+        digits().push_to_hub("tester/other", card="# hello")
+    assert not huggingface_hub.HfApi().repo_exists("tester/other")
+
+
+def test_shards_go_up_as_shards(hub, tmp_path):
+    """max_shard_size holds for the upload as for the folder."""
+    digits().save_pretrained(tmp_path / "digits", max_shard_size="20KB", push_to_hub=True)
+    local = {path.name for path in (tmp_path / "digits" / "unet").iterdir()}
+    assert len(local) > 3
+    assert {name.partition("unet/")[2] for name in hub.files("tester/digits") if name.startswith("unet/")} == local
+
+
+def test_a_pipeline_in_a_subfolder(hub, tmp_path):
+    """What was pushed into a subfolder is loaded from it, from the Hub and from a folder, and not the root's."""
+    digits(0).push_to_hub("tester/digits")
+    digits(1).push_to_hub("tester/digits", subfolder="second")
+    digits(0).save_pretrained(tmp_path)
+    digits(1).save_pretrained(tmp_path / "second")
+    for name in ("tester/digits", tmp_path):
+        loaded = DDPMVLBPipeline.from_pretrained(name, subfolder="second", cache_dir=tmp_path / "cache")
+        for own, other in zip(loaded.unet.parameters(), digits(1).unet.parameters(), strict=True):
+            assert torch.equal(own, other)
+
+
+def test_all_files_are_of_one_commit(hub, tmp_path, monkeypatch):
+    """A push while a pipeline is being loaded does not mix two states: scheduler and weights are the first's."""
+    pipeline(tiny_unet(seed=0), num_train_timesteps=20).push_to_hub("tester/digits")
+    loaded = DDPMVLBScheduler.from_pretrained
+
+    def and_push(*args, **kwargs):
+        scheduler = loaded(*args, **kwargs)
+        pipeline(tiny_unet(seed=1), num_train_timesteps=77).push_to_hub("tester/digits")
+        return scheduler
+
+    monkeypatch.setattr(DDPMVLBScheduler, "from_pretrained", and_push)
+    pipe = DDPMVLBPipeline.from_pretrained("tester/digits", cache_dir=tmp_path)
+    assert len(pipe.scheduler) == 20
+    for own, other in zip(pipe.unet.parameters(), tiny_unet(seed=0).parameters(), strict=True):
+        assert torch.equal(own, other)
+    assert len(hub.history("tester/digits")) == 3
+
+
+def test_another_kind_of_pipeline_is_refused(tmp_path):
+    """An index with more parts, a VAE say, is no DDPM's: without it the samples would be latents."""
+    digits().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"vqvae": ["diffusers", "VQModel"]}))
+    with pytest.raises(ValueError, match="vqvae.*another kind"):
+        DDPMVLBPipeline.from_pretrained(tmp_path)

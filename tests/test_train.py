@@ -930,6 +930,14 @@ def test_the_digits_baselines():
     assert 0 < result["lzma"] < math.log2(17)
 
 
+def test_baselines_are_of_the_scored_images():
+    """With --num_test_images they are those of these images, as the bound beside them is."""
+    data = load_image_data()
+    few, whole = baselines(data.train, data.test, num_test_images=8), baselines(data.train, data.test)
+    assert few["histogram_per_position"] != whole["histogram_per_position"] and few["lzma"] > whole["lzma"]
+    assert few["uniform"] == whole["uniform"]
+
+
 def test_baselines_of_constant_images():
     """The histogram has Jeffreys' prior: a level seen N times of N costs log2 (N + L/2) / (N + 1/2), another more."""
     train_images = Levels(np.full((100, 3, 4, 4), 7), 256)

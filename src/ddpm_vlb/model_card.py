@@ -45,8 +45,12 @@ def model_card(
         license: an identifier of the Hub's list, such as "apache-2.0".
         includes_code: the repository carries pipeline.py.
         status: a sentence that goes first, such as that training is not finished.
+
+    Raises:
+        ValueError: metrics that are not those of the two scripts, or stand in each other's place.
     """
     training = training or {}
+    _check_metrics(training, evaluations)
     steps = pipeline.scheduler.config.num_train_timesteps
     whole = [own for own in evaluations if len(own["timesteps"]) == steps]
     short = sorted((own for own in evaluations if len(own["timesteps"]) != steps), key=lambda m: len(m["timesteps"]))
@@ -62,14 +66,32 @@ def model_card(
         _what(pipeline, scores),
         _loading(pipeline, name, includes_code),
         _results(scores, training.get("baselines", {}), "vlb_terms.png" in pictures),
-        _few_steps(short),
-        "## Samples\n\n![Generated images beside real ones](samples.png)" if "samples.png" in pictures else "",
+        _few_steps(short, bool(scores)),
+        _samples(training, pictures),
         _training(pipeline, training),
         _versions(training, evaluations),
-        _limitations(pipeline, scores),
+        _limitations(pipeline, bool(scores or short)),
     ]
     metadata = _metadata(pipeline, name, scores, training.get("data", {}), license)
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
+
+
+_SCORE: tuple[str, ...] = ("bits_per_dim", "num_images", "network_calls_per_image")
+
+
+def _check_metrics(training: Any, evaluations: Any) -> None:
+    if not isinstance(training, Mapping):
+        raise ValueError(f"`training` must be the content of train.py's metrics.json, but is {training!r:.80}.")
+    if "bits_per_dim" in training:
+        raise ValueError("`training` must be train.py's metrics; these are evaluate.py's: pass `evaluations=[...]`.")
+    if isinstance(evaluations, (str, Mapping)) or not all(isinstance(own, Mapping) for own in evaluations):
+        raise ValueError(f"`evaluations` must be a list of evaluate.py's metrics, but is {evaluations!r:.80}.")
+    needed = [("training", training[split], _SCORE) for split in ("test", "validation") if training.get(split)]
+    needed += [("evaluations", own, (*_SCORE, "timesteps", "data")) for own in evaluations]
+    for name, score, keys in needed:
+        missing = [key for key in keys if key not in score]
+        if missing:
+            raise ValueError(f"`{name}` must hold scores with the keys {list(keys)}, but one lacks {missing}.")
 
 
 def _metadata(
@@ -80,6 +102,7 @@ def _metadata(
     results = [
         _result(score, own, "class-conditional-image-generation" if conditional else TASK_TYPE)
         for score, own in scores
+        if math.isfinite(_value(score))
     ]
     sets = [own for own in dict.fromkeys(_hub_name(own) for own in (data, *(own for _, own in scores))) if own]
     tags = ["diffusers", "ddpm-vlb", "ddpm", "likelihood"] + (["class-conditional"] if conditional else [])
@@ -99,7 +122,7 @@ def _metadata(
 def _result(score: Metrics, data: Metrics, task: str) -> EvalResult:
     """A measured bound as the Hub's EvalResult; its errors and how it was measured are the metric's arguments."""
     discrete = score["bits_per_dim"] is not None
-    errors = {key: round(score[key], 6) for key in ("noise_se", "image_se") if score.get(key) is not None}
+    errors = {key: round(score[key], 6) for key in ("noise_se", "image_se") if score.get(key)}
     how = {key: score[key] for key in ("num_images", "network_calls_per_image", "clip_sample") if key in score}
     return EvalResult(
         task_type=task,
@@ -166,21 +189,22 @@ def _shape(pipeline: Any) -> str:
 def _what(pipeline: Any, scores: Sequence[tuple[Metrics, Metrics]]) -> str:
     config = pipeline.scheduler.config
     kind = "A class-conditional" if pipeline.num_classes is not None else "An unconditional"
-    variance, predicts = str(config.get("variance_type", "fixed")), _PREDICTS[config.get("prediction_type", "epsilon")]
-    learned = "learned" if variance.startswith("learned") else "fixed"
+    predicts, variance_type = _PREDICTS[config.get("prediction_type", "epsilon")], config.get("variance_type")
+    kind_of_variance = "learned" if str(variance_type).startswith("learned") else "fixed"
+    variance = f"with {kind_of_variance} variance (`{variance_type}`), " if variance_type else ""
     parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
     lines = [
         f"{kind} denoising diffusion model (DDPM) of images of {_shape(pipeline)}: a "
         f"`{type(pipeline.unet).__name__}` of {parameters / 1e6:.2f} M parameters that predicts "
-        f"{predicts}, with {learned} variance (`{variance}`), over {config.num_train_timesteps} steps. It is scored "
-        "by its variational bound, an upper bound on the negative log-likelihood of the data: lower is better. Made "
-        "with ddpm-vlb, a likelihood toolkit for 🤗 diffusers."
+        f"{predicts}, {variance}over {config.num_train_timesteps} steps. Made with ddpm-vlb, a likelihood toolkit for "
+        "🤗 diffusers."
     ]
     if scores:
         score, data = scores[0]
         lines.append(
-            f"**{_bound(score)} {_unit(score)}** on {score['num_images']} images of "
-            f"{_in_words(data)}, {score['network_calls_per_image']} network calls each."
+            f"**{_bound(score)} {_unit(score)}** on {score['num_images']} images of {_in_words(data)}, "
+            f"{score['network_calls_per_image']} network calls each. This is its variational bound, an upper bound on "
+            "the negative log-likelihood of the data: lower is better."
         )
     return "\n\n".join(lines)
 
@@ -194,18 +218,23 @@ def _in_words(data: Metrics) -> str:
 
 
 def _loading(pipeline: Any, name: str, includes_code: bool) -> str:
+    config, channels = pipeline.scheduler.config, pipeline.unet.config.in_channels
+    steps = config.num_train_timesteps
+    latents = channels not in (1, 3) and config.get("levels", 256) is None
     given = "batch_size=4"
     if pipeline.num_classes is not None:
         given += ", class_labels=0"
-    if pipeline.unet.config.in_channels not in (1, 3):  # no image of PIL's
-        given += ', output_type="np"'
+    if channels not in (1, 3):  # no image of PIL's
+        given += ', output_type="latent"' if latents else ', output_type="np"'
+    if "DDPM" not in type(pipeline.scheduler).__name__:
+        given += f", num_inference_steps={max(1, min(50, steps // 2))}"
     call = f"pipeline({given})"
-    steps = pipeline.scheduler.config.num_train_timesteps
     # Stock's default are 1000 steps, whatever the chain.
     stock_call = f"pipeline({given}, num_inference_steps={steps})" if steps < 1000 else call
+    learned = " with the learned variance" if str(config.get("variance_type")).startswith("learned") else ""
     name = json.dumps(name, ensure_ascii=False)
     ours = f"""\
-With ddpm-vlb: any number of steps with the learned variance, swapped schedulers, and the likelihood.
+With ddpm-vlb: any number of steps{learned}, swapped schedulers, and the likelihood.
 
 ```python
 {_IMPORT}
@@ -222,19 +251,12 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({name})
 images = {stock_call}.images
 ```"""
-    if not pipeline.portable:
-        variance_type = pipeline.scheduler.config.get("variance_type")
-        if pipeline.num_classes is not None:
-            why = "takes no class labels"
-        elif variance_type == "learned":
-            why = 'takes no `variance_type="learned"`'
-        elif "DDPM" in type(pipeline.scheduler).__name__:
-            why = f"fails on a variance half that `{variance_type}` has no use for"
-        else:
-            why = f"does not sample rightly with `{type(pipeline.scheduler).__name__}` and every network"
+    why = _why_not_stock(pipeline)
+    if why:
+        stock = f"With 🤗 diffusers alone `DiffusionPipeline.from_pretrained` does not load this repository: {why}."
+    elif latents:
         stock = (
-            "`DiffusionPipeline.from_pretrained` of 🤗 diffusers alone does not load this repository, because its "
-            f"`DDPMPipeline` would sample it wrongly or not at all: it {why}."
+            "With 🤗 diffusers alone it loads, but its `DDPMPipeline` clamps what it samples, which spoils latents."
         )
     code = f"""\
 Without installing ddpm-vlb, from the code that this repository carries. Read it first: `trust_remote_code=True` runs
@@ -248,10 +270,26 @@ images = {call}.images
 ```"""
     if not includes_code:
         code = (
-            "This repository carries no code of its own. (`DiffusionPipeline.from_pretrained(..., "
-            f"custom_pipeline={name}, trust_remote_code=True)` needs one that was pushed with `include_code=True`.)"
+            "Without ddpm-vlb it cannot be loaded as `DDPMVLBPipeline`: this repository carries no code that "
+            f"`custom_pipeline={name}, trust_remote_code=True` could run."
         )
-    return "\n\n".join(["## How to load it", *([stock, ours] if pipeline.portable else [ours, stock]), code])
+    return "\n\n".join(["## How to load it", *([ours, stock] if why or latents else [stock, ours]), code])
+
+
+def _why_not_stock(pipeline: Any) -> str | None:
+    """Why stock's DDPMPipeline cannot have this pipeline; None where it can."""
+    variance_type = pipeline.scheduler.config.get("variance_type")
+    if pipeline.portable:
+        return None
+    if pipeline.num_classes is not None:
+        return "its `DDPMPipeline` takes no class labels"
+    if variance_type == "learned":
+        return 'its `DDPMScheduler` samples `variance_type="learned"` wrongly'
+    if not type(pipeline.scheduler).__name__.startswith(("DDPMVLB", "DDPMScheduler")):
+        return f"its `DDPMPipeline` does not sample every network rightly with `{type(pipeline.scheduler).__name__}`"
+    if pipeline.unet.config.out_channels == 2 * pipeline.unet.config.in_channels and variance_type != "learned_range":
+        return f"its `DDPMPipeline` fails on a variance half that `{variance_type}` has no use for"
+    return "its `DDPMPipeline` does not sample this network and chain rightly"
 
 
 def _cell(text: str) -> str:
@@ -264,38 +302,62 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 
+_ERRORS = (
+    "The two standard errors are independent (their squares add): *noise* is from the draws of t and of the noise, "
+    "and falls with more network calls; *images* is from the choice of images, and n/a where they are too few to tell."
+)
+
+
+def _clipping(score: Metrics) -> str:
+    return "clipped" if score.get("clip_sample") else "unclipped"
+
+
 def _results(scores: Sequence[tuple[Metrics, Metrics]], baselines: Metrics, plotted: bool) -> str:
     if not scores:
         return ""
     rows, terms = [], []
     for score, data in scores:
-        clipped = "clipped" if score.get("clip_sample") else "unclipped"
         where = [_in_words(data), str(score["num_images"])]
-        rows.append([*where, f"**{_bound(score)}**", _unit(score), str(score["network_calls_per_image"]), clipped])
+        rows.append(
+            [*where, f"**{_bound(score)}**", _unit(score), str(score["network_calls_per_image"]), _clipping(score)]
+        )
         terms.append([*where, *(_number(score.get(key), 4) for key in ("prior", "kl", "decoder"))])
     lines = [
         "## Likelihood",
         _table(("data", "images", "bound ± SE", "unit", "network calls per image", "x_0 estimate"), rows),
-        "The two standard errors are independent (their squares add): *noise* is from the draws of t and of the "
-        "noise, and falls with more network calls; *images* is from the choice of images. The bound is the sum of:",
+        f"{_ERRORS} The bound is the sum of:",
         _table(("data", "images", "L_T (prior)", "Σ L_t (KL)", "L_0 (decoder)"), terms),
     ]
     if baselines:
         named = [[key.replace("_", " "), _number(value)] for key, value in baselines.items()]
-        lines += ["For comparison, on the same images:", _table(("code", "bits/dim"), named)]
+        lines += [
+            "For comparison, codes that anyone has, on the images of the first row (10 000 at most):",
+            _table(("code", "bits/dim"), named),
+        ]
     if plotted:
         lines.append("![L_t against t, with bands of one standard error, and the cumulative bound](vlb_terms.png)")
     return "\n\n".join(lines)
 
 
-def _few_steps(evaluations: Sequence[Metrics]) -> str:
+def _few_steps(evaluations: Sequence[Metrics], explained: bool) -> str:
+    """The bound of shorter chains."""
     if not evaluations:
         return ""
-    rows = [
-        [str(len(own["timesteps"])), _in_words(own["data"]), str(own["num_images"]), _bound(own), _unit(own)]
-        for own in evaluations
-    ]
-    return "## Few steps\n\n" + _table(("steps", "data", "images", "bound ± SE", "unit"), rows)
+    rows = []
+    for own in evaluations:
+        where = [str(len(own["timesteps"])), _in_words(own["data"]), str(own["num_images"])]
+        rows.append([*where, _bound(own), _unit(own), str(own["network_calls_per_image"]), _clipping(own)])
+    header = ("steps", "data", "images", "bound ± SE", "unit", "network calls per image", "x_0 estimate")
+    lines = ["## Few steps", "The bound of the shorter chain that samples in so many steps.", _table(header, rows)]
+    return "\n\n".join(lines if explained else [*lines, _ERRORS])
+
+
+def _samples(training: Metrics, pictures: Sequence[str]) -> str:
+    if "samples.png" not in pictures:
+        return ""
+    how = training.get("samples", {})
+    drawn = f"{how['num_inference_steps']} steps, seed {how['seed']}, beside real images.\n\n" if how else ""
+    return f"## Samples\n\n{drawn}![Generated images beside real ones](samples.png)"
 
 
 def _training(pipeline: Any, training: Metrics) -> str:
@@ -334,9 +396,9 @@ def _versions(training: Metrics, evaluations: Sequence[Metrics]) -> str:
     return "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
 
 
-def _limitations(pipeline: Any, scores: Sequence[tuple[Metrics, Metrics]]) -> str:
+def _limitations(pipeline: Any, measured: bool) -> str:
     levels = pipeline.scheduler.config.get("levels", 256)
-    lines = ["- The bound is above the negative log-likelihood itself by a gap that is not known."]
+    lines = ["- A bound is above the negative log-likelihood itself by a gap that is not known."]
     if levels is None:
         lines.append("- The data is continuous: its bound is one on a density and cannot be compared with bits/dim.")
     else:
@@ -344,11 +406,11 @@ def _limitations(pipeline: Any, scores: Sequence[tuple[Metrics, Metrics]]) -> st
             f"- Bits/dim compare only between models of the same data: images of {_shape(pipeline)}, as they were "
             "prepared for this training."
         )
-    if not scores:
+    if not measured:
         lines.append("- No likelihood was measured for this card.")
     lines += [
-        "- The bound speaks of the whole chain. Samples of fewer steps, or of another scheduler, come from another "
-        "distribution than the one that was scored.",
+        "- A bound speaks of one chain. Samples of fewer steps, or of another scheduler, come from another "
+        "distribution.",
         "- A good likelihood and good looking samples are different things, and neither shows that images of the "
         "training set are not reproduced. What the data lacks or overrepresents, so do the samples.",
     ]

@@ -31,7 +31,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 
@@ -94,16 +94,23 @@ class DDPMVLBPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a Hub repository.
-            kwargs: those of `DiffusionPipeline.from_pretrained`. Weights are read from safetensors only, unless
-                `use_safetensors=False` asks for pickles.
+            kwargs: those of `DiffusionPipeline.from_pretrained`, and `subfolder`, where the pipeline lies in it.
+                Weights are read from safetensors only, unless `use_safetensors=False` asks for pickles.
 
         Raises:
             OSError, ValueError: as `DiffusionPipeline.from_pretrained`; a model_index.json that no pipeline saves.
         """
         kwargs.setdefault("use_safetensors", True)
         where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        subfolder = kwargs.pop("subfolder", None)
+        if subfolder is not None:
+            root = pretrained_model_name_or_path
+            if not os.path.isdir(root):
+                where.pop("proxies", None)
+                root = snapshot_download(str(root), allow_patterns=f"{subfolder}/*", **where)
+            return cls.from_pretrained(Path(root, subfolder), **kwargs)
         try:
-            index = cls.load_config(pretrained_model_name_or_path, **where)
+            index, commit = cls.load_config(pretrained_model_name_or_path, return_commit_hash=True, **where)
         except OSError as error:
             # diffusers takes "not in the cache, and no connection" for "not in the repository".
             if isinstance(error.__context__, LocalEntryNotFoundError):
@@ -112,6 +119,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
                     f"{error.__context__}"
                 ) from error
             raise
+        if commit is not None:  # all files of one commit, whatever is pushed meanwhile
+            kwargs["revision"] = where["revision"] = commit
         _check_index(index)
         if not kwargs.get("trust_remote_code"):
             _check_no_code(index, Path(pretrained_model_name_or_path))
@@ -154,7 +163,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         push = {name: kwargs.pop(name) for name in list(kwargs) if name in _PUSH_OPTIONS} if push_to_hub else {}
         if include_code:
-            _write_code(folder)
+            write_code(folder)
         token = _INDEX_IS_OURS.set(True)
         try:
             super().save_pretrained(
@@ -164,7 +173,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
             _INDEX_IS_OURS.reset(token)
         if push_to_hub:
             push.setdefault("repo_id", folder.resolve().name)
-            self.push_to_hub(**push, safe_serialization=safe_serialization, variant=variant, include_code=include_code)
+            push |= {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+            self.push_to_hub(**push, include_code=include_code)
 
     def push_to_hub(
         self,
@@ -176,6 +186,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
         safe_serialization: bool = True,
         variant: str | None = None,
         subfolder: str | None = None,
+        max_shard_size: int | str | None = None,
         include_code: bool = False,
         card: ModelCard | None = None,
     ) -> str:
@@ -190,6 +201,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
             safe_serialization: write safetensors.
             variant: put into the weights' file names, such as "fp16".
             subfolder: of the repository, to upload into; no card is written there.
+            max_shard_size: split weights above this size.
             include_code: upload this package's modules as well, so that `DiffusionPipeline.from_pretrained(repo_id,
                 custom_pipeline=repo_id, trust_remote_code=True)` works without it.
             card: the model card, as from `model_card`. None keeps the repository's own; where there is none, one
@@ -198,19 +210,22 @@ class DDPMVLBPipeline(DiffusionPipeline):
         Raises:
             HfHubHTTPError: what the Hub answers: no or a wrong token (401), no right to write there (403).
             HFValidationError: `repo_id` is no name of a repository.
+            ValueError: `card` is no `ModelCard`.
         """
+        if card is not None and not isinstance(card, ModelCard):
+            raise ValueError(f"`card` must be a huggingface_hub ModelCard, as from `model_card`, but is {card!r:.80}.")
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(
-                folder, safe_serialization=safe_serialization, variant=variant, include_code=include_code
-            )
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size, include_code=include_code)
             for file in Path(folder).rglob("*.json"):
                 config = json.loads(file.read_text(encoding="utf-8"))
                 if config.pop("_name_or_path", None) is not None:  # where it was loaded from, a path of this machine
                     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             if subfolder is None:
-                if card is None and not api.file_exists(repo_id, "README.md"):
+                if card is None and api.file_exists(repo_id, "README.md"):
+                    logger.warning(f"{repo_id} keeps its model card. If it describes other weights, pass `card=`.")
+                elif card is None:
                     card = model_card(self, repo_id, includes_code=include_code)
                 if card is not None:
                     card.save(Path(folder, "README.md"))
@@ -281,17 +296,18 @@ class DDPMVLBPipeline(DiffusionPipeline):
                 "than this network was trained on. Take one that does, such as DDIMScheduler."
             )
         self._num_timesteps = len(steps)
-        with self._mean_half_whole():
-            for i, timestep in enumerate(self.progress_bar(steps.tolist())):
-                # Only a scheduler with fractional timesteps (Euler, LMS) needs its own tensor back.
-                t = timestep if isinstance(timestep, int) else steps[i]
-                output = self._predict(image, t, labels, null_labels, guidance_scale)
-                if "prev_timestep" in accepts:  # UnCLIP takes t - 1 unless told
-                    options["prev_timestep"] = int(steps[i + 1]) if i + 1 < len(steps) else None
-                image = self.scheduler.step(output, t, image, **options, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {name: image for name in callback_on_step_end_tensor_inputs}
-                    image = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", image)
+        scheduler = self.scheduler
+        for i, timestep in enumerate(self.progress_bar(steps.tolist())):
+            # Only a scheduler with fractional timesteps (Euler, LMS) needs its own tensor back.
+            t = timestep if isinstance(timestep, int) else steps[i]
+            output = self._predict(image, t, labels, null_labels, guidance_scale)
+            if "prev_timestep" in accepts:  # UnCLIP takes t - 1 unless told
+                options["prev_timestep"] = int(steps[i + 1]) if i + 1 < len(steps) else None
+            with _mean_half_whole(scheduler):
+                image = scheduler.step(output, t, image, **options, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                tensors = {name: image for name in callback_on_step_end_tensor_inputs}
+                image = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", image)
         if type(self.scheduler) is not DDPMVLBScheduler and not bool(image.isfinite().all()):
             raise ValueError(
                 f"{type(self.scheduler).__name__} gave values that are not finite in {len(steps)} steps. Multistep "
@@ -396,19 +412,6 @@ class DDPMVLBPipeline(DiffusionPipeline):
             output = output[:, :channels]
         return output
 
-    @contextmanager
-    def _mean_half_whole(self) -> Iterator[None]:
-        """Hide a learned variance type where it has no use: the DPM-Solvers then cut their input to 3 channels."""
-        variance_type = self.scheduler.config.get("variance_type")
-        hide = str(variance_type).startswith("learned") and not isinstance(self.scheduler, _TAKES_VARIANCE)
-        if hide:
-            self.scheduler.register_to_config(variance_type=None)
-        try:
-            yield
-        finally:
-            if hide:
-                self.scheduler.register_to_config(variance_type=variance_type)
-
     @property
     def _scheduler_takes_variance(self) -> bool:
         learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
@@ -439,6 +442,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
         if config.get("class_embed_type") is not None or self.num_classes is not None:
             return False
         variance_type = self.scheduler.config.variance_type
+        if float(self.scheduler.alphas_cumprod[-1]) == 0 and self.scheduler.config.prediction_type == "epsilon":
+            return False
         learned = variance_type == "learned_range"
         return variance_type != "learned" and (
             config.get("out_channels") == config.get("in_channels") * (2 if learned else 1)
@@ -454,8 +459,26 @@ class DDPMVLBPipeline(DiffusionPipeline):
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def _write_code(folder: Path) -> None:
-    """Write this package's modules, and the pipeline.py that diffusers looks for, into a folder."""
+@contextmanager
+def _mean_half_whole(scheduler: SchedulerMixin) -> Iterator[None]:
+    """Hide a learned variance type where it has no use: the DPM-Solvers then cut their input to 3 channels."""
+    variance_type = scheduler.config.get("variance_type")
+    hide = str(variance_type).startswith("learned") and not isinstance(scheduler, _TAKES_VARIANCE)
+    if hide:
+        scheduler.register_to_config(variance_type=None)
+    try:
+        yield
+    finally:
+        if hide:
+            scheduler.register_to_config(variance_type=variance_type)
+
+
+def write_code(folder: Path) -> None:
+    """Write this package's modules, and the pipeline.py that diffusers looks for, into a folder.
+
+    Args:
+        folder: where model_index.json lies; made if it is not there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in _CODE:
         shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
@@ -498,3 +521,8 @@ def _check_index(index: dict[str, Any]) -> None:
         bad = [own for own in names if not _IDENTIFIER.fullmatch(own)]
         if bad:
             raise ValueError(f"model_index.json must name components by identifiers, but holds {bad[0]!r:.80}.")
+        if pair and name not in ("unet", "scheduler"):
+            raise ValueError(
+                f"model_index.json must name 'unet' and 'scheduler' only, but names {name!r:.80} too, as another kind "
+                "of pipeline. Load its parts, and make a DDPMVLBPipeline of its network and scheduler."
+            )

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,20 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _MAX_CONFIG_BYTES = 8_000_000
 # The largest that a float32 tensor can be clamped to.
 _MAX_NUMBER = torch.finfo(torch.float32).max
+
+
+def _is_number(value: Any) -> bool:
+    real: Any = value  # numpy's scalars among them
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(real) <= _MAX_NUMBER)
+
+
 _TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "True or False": (
         lambda value: isinstance(value, bool),
         ("clip_sample", "thresholding", "rescale_betas_zero_snr"),
     ),
     "a finite number": (
-        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER,
+        _is_number,
         ("dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value"),
     ),
     "an integer": (
@@ -248,12 +255,20 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             kwargs: values in place of the configuration's.
 
         Raises:
-            ValueError: the configuration of a scheduler that has no betas, or an impossible value.
+            ValueError: the configuration of a scheduler that has no betas or shifts its noise levels away from them,
+                or an impossible value.
         """
         if isinstance(config, dict):
             unset = config.get("_use_default_values", ())
             if not isinstance(unset, (list, tuple)) or {"self", "cls"} & config.keys():
                 raise ValueError("`_use_default_values` must be a list, and no key `self` or `cls`.")
+            unshifted = {"snr_shift_scale": (None, 1), "use_flow_sigmas": (None, False)}
+            shifted = [key for key, values in unshifted.items() if config.get(key) not in values]
+            if shifted:
+                raise ValueError(
+                    f"This configuration's `{shifted[0]}={config[shifted[0]]!r:.80}` gives noise levels that are not "
+                    "those of its betas. Pass the betas of a chain as `trained_betas`, without that key."
+                )
             named = {key: config[key] for key in _MODEL_DEFINING if config.get(key) is not None}
             foreign = isinstance(config, FrozenDict) or config.get("_class_name") not in _OUR_DEFAULTS
             if foreign and not {"beta_schedule", "trained_betas"} & (named.keys() | kwargs.keys()):
@@ -261,6 +276,8 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
                     f"This configuration names no betas: {sorted(k for k in config if not k.startswith('_'))}. Its "
                     "scheduler has noise levels of another kind. Pass `beta_schedule` or `trained_betas`."
                 )
+            # The DPM-Solvers and SA-Solver save `variance_type: null`.
+            config = {k: v for k, v in config.items() if k not in _MODEL_DEFINING or v is not None}
             kwargs = named | kwargs
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -342,9 +359,9 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"`timesteps` must start before {total}, the length of the chain, and not go below 0."
                 )
+        self._visit(chosen, device)
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)
-        self._visit(chosen, device)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return `sample` as it is: a DDPM does not scale the network's input.
