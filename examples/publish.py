@@ -118,15 +118,16 @@ class Publisher:
             ModelCard(f"---\n{ModelCardData(license=args.hub_license).to_yaml()}\n---\n").validate()
         except ValueError as error:
             raise SystemExit(f"--hub_license {args.hub_license}: {explain(error)}") from error
-        except Exception as error:  # httpx's, requests' or huggingface_hub's own, according to its version
-            raise SystemExit(f"--hub_model_id {name}: {api.endpoint} does not answer: {explain(error)}") from error
+        except Exception:
+            pass  # older clients ask huggingface.co whatever the endpoint; whether that one answers is seen next
         try:
             repo_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
             info = api.model_info(repo_id)
             files = {file.rfilename for file in info.siblings or ()} - {".gitattributes"}
             known = _read_options(api, repo_id) if OPTIONS_FILE in files else None
-        except Exception as error:
-            raise SystemExit(f"--hub_model_id {name}: {explain(error)}") from error
+        except Exception as error:  # httpx's, requests' or huggingface_hub's own, according to its version
+            where = "" if _status(error) else f"{api.endpoint} was asked: "
+            raise SystemExit(f"--hub_model_id {name}: {where}{explain(error)}") from error
         if args.hub_private_repo and not info.private:
             raise SystemExit(f"--hub_private_repo: {repo_id} is there already, and public. Make it private first.")
         if known is None and files - {"README.md"}:  # the website makes one
