@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from hub_server import HubServer, card_metadata
 from test_pipeline_ddpm_vlb import pipeline as tiny_pipeline
+from test_sharing import client_of
 from test_train import TINY, launch_two, reset_accelerate
 
 from ddpm_vlb import DDPMVLBPipeline
@@ -42,14 +43,10 @@ RESULT = {
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     """A Hub that this process' client talks to."""
     with HubServer() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", server.token)
+        client_of(server, monkeypatch, tmp_path)
         yield server
 
 
