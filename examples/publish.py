@@ -30,7 +30,7 @@ from scoring import fingerprint_of
 from tqdm.auto import tqdm
 
 from ddpm_vlb import DDPMVLBPipeline, model_card
-from ddpm_vlb.pipeline_ddpm_vlb import CODE_FILES, write_code
+from ddpm_vlb.pipeline_ddpm_vlb import CODE_FILES, forget_origin, write_code
 
 PICTURES = ("samples.png", "vlb_terms.png")
 OPTIONS_FILE = "training_options.json"
@@ -428,10 +428,7 @@ def stage_result(
         shutil.copyfile(result / "model_index.json", folder / "model_index.json")
         if args.hub_include_code:
             write_code(folder)
-        for path in (folder / "model_index.json", folder / "unet" / "config.json"):
-            config = json.loads(path.read_text())
-            config.pop("_name_or_path", None)  # diffusers' note of where it was loaded from, a path of this machine
-            write_json(config, path)
+        forget_origin(folder)
         for name in PICTURES:
             if (result / name).exists():
                 shutil.copyfile(result / name, folder / name)

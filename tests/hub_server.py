@@ -36,6 +36,14 @@ from werkzeug.wrappers import Request, Response
 LFS_PATTERNS = "*.7z *.arrow *.bin *.bz2 *.ckpt *.gz *.h5 *.npy *.npz *.onnx *.parquet *.pickle *.pkl *.pt *.pth \
 *.safetensors *.tar *.tgz *.xz *.zip *.zst *tfevents*".split()
 GIT_ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
+# For the programs that tests run in processes of their own: what a call fails with.
+FAILURE = """
+def failure(function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+"""
 FRONT_MATTER = re.compile(r"^\s*---[\r\n]+([\S\s]*?)[\r\n]+---(\r\n|\n|$)")
 # The metadata of a model card that the Hub checks. The keys at the top may be missing; a string may stand for a list.
 CARD = {

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.utils.dynamic_modules_utils import get_cached_module_file
-from hub_server import HubServer
+from hub_server import FAILURE, HubServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_pipeline_ddpm_vlb import pipeline, tiny_unet
@@ -33,13 +33,8 @@ from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
 
 torch.set_num_threads(1)
 said = {}
-
-def failure(function, *arguments, **options):
-    try:
-        function(*arguments, **options)
-    except Exception as error:
-        return [type(error).__name__, str(error)]
 """
+PRELUDE += FAILURE
 MEGABYTE = 1 << 20
 
 
@@ -293,7 +288,7 @@ INNER = {
 INDICES = {
     "a component that leaves the folder": ({"../../x": ["diffusers", "UNet2DModel"]}, ["model_index.json", "../../x"]),
     "a library that leaves the folder": ({"unet": ["../../x", "UNet2DModel"]}, ["model_index.json", "../../x"]),
-    "an absolute library": ({"unet": ["/tmp/x", "UNet2DModel"]}, ["model_index.json", "/tmp/x"]),
+    "an absolute library": ({"unet": ["/elsewhere/x", "UNet2DModel"]}, ["model_index.json", "/elsewhere/x"]),
     "a class that leaves the folder": ({"unet": ["diffusers", "../../x"]}, ["model_index.json", "../../x"]),
     "a name with an end of line": ({"unet": ["diffusers\n", "UNet2DModel"]}, ["model_index.json", "diffusers"]),
     "a null byte": ({"unet": ["diffusers", "UNet2DModel\0"]}, ["model_index.json", "UNet2DModel"]),

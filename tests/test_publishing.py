@@ -394,7 +394,7 @@ def test_paths_are_cut(tmp_path, monkeypatch):
         "empty": "",
         "list": [str(tmp_path), 1.5],
         "windows": "C:\\Users\\me\\pictures",
-        "url": "file:///home/me/pictures",
+        "url": "file:///data/pictures",
         "gone": "runs/secret/digits",
         "nobody": "~nobody-here/x",
         "long": "x" * 5000,

@@ -21,7 +21,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import check_imports, get_relative_import_files
-from hub_server import HubServer, card_metadata
+from hub_server import FAILURE, HubServer, card_metadata
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from test_pipeline_ddpm_vlb import pipeline, quiet, sample, tiny_unet
@@ -54,13 +54,9 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 
 torch.set_num_threads(1)
 said = {}
-
-def failure(function, *arguments, **options):
-    try:
-        function(*arguments, **options)
-    except Exception as error:
-        return [type(error).__name__, str(error)]
-
+"""
+PRELUDE += FAILURE
+PRELUDE += """
 def report(name, pipe, **arguments):
     # Cloned: loaded weights lie where the file has them, and another alignment may round sums otherwise.
     for parameter in pipe.unet.parameters():

@@ -218,10 +218,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant, max_shard_size, include_code=include_code)
-            for file in Path(folder).rglob("*.json"):
-                config = json.loads(file.read_text(encoding="utf-8"))
-                if config.pop("_name_or_path", None) is not None:  # where it was loaded from, a path of this machine
-                    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            forget_origin(Path(folder))
             if subfolder is None:
                 if card is None and api.file_exists(repo_id, "README.md"):
                     logger.warning(f"{repo_id} keeps its model card. If it describes other weights, pass `card=`.")
@@ -486,16 +483,26 @@ def write_code(folder: Path) -> None:
     (folder / "pipeline.py").write_text(f"{_PIPELINE_FILE}{imports}\n", encoding="utf-8")
 
 
+def forget_origin(folder: Path) -> None:
+    """Take diffusers' note of where a pipeline was loaded from, a path of this machine, out of its saved files.
+
+    Args:
+        folder: where model_index.json lies.
+    """
+    for file in (folder / "model_index.json", *folder.glob("*/config.json"), *folder.glob("*/*_config.json")):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _check_no_code(index: dict[str, Any], folder: Path) -> None:
     """Refuse an index that asks for code; older versions of diffusers run what a folder has without being told to."""
-    wanted = [index.get("_class_name")] if isinstance(index.get("_class_name"), (list, tuple)) else []
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, (list, tuple)) or not all(isinstance(e, str) for e in entry):
-            continue
-        library = entry[0] if entry else ""
+    wanted = [index["_class_name"]] if isinstance(index.get("_class_name"), (list, tuple)) else []
+    for name in ("unet", "scheduler"):
+        library = index[name][0]
         known = library in ("diffusers", "transformers") or library in sys.modules or hasattr(pipelines, library)
         if not known or (folder / name / f"{library}.py").exists():
-            wanted.append(entry)
+            wanted.append(index[name])
     if wanted:
         raise ValueError(
             f"model_index.json asks for {wanted[0]!r:.80}, which is code of the repository or a module that was not "
