@@ -177,6 +177,9 @@ def test_hybrid_gradient(prediction, variance):
     assert torch.equal(simple[:, 2:], torch.zeros_like(simple[:, 2:]))
     torch.testing.assert_close(hybrid[:, 2:], 0.001 * vlb[:, 2:], rtol=1e-12, atol=0)
     assert bool((vlb != 0).all())
+    frozen = gradient(lambda o: vlb_loss(p, o, diffused, freeze_mean=True), output)
+    assert torch.equal(frozen[:, 2:], vlb[:, 2:]) and torch.equal(frozen[:, :2], torch.zeros_like(frozen[:, :2]))
+    assert torch.equal(vlb_loss(p, output, diffused, freeze_mean=True), vlb_loss(p, output, diffused))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -94,7 +94,7 @@ def simple_loss(
     return _mean_square(error) * _min_snr_weight(reverse, diffused.t, error, snr_gamma)
 
 
-def vlb_loss(reverse: ReverseProcess, model_output: Tensor, diffused: Diffused) -> Tensor:
+def vlb_loss(reverse: ReverseProcess, model_output: Tensor, diffused: Diffused, freeze_mean: bool = False) -> Tensor:
     """L_vlb: T times the sampled term of the bound, in bits/dim, (B,); x_0_hat is not clipped.
 
     With t uniform over the chain (or importance weights in its place) its expectation is the bound less the prior.
@@ -103,15 +103,16 @@ def vlb_loss(reverse: ReverseProcess, model_output: Tensor, diffused: Diffused) 
         reverse: p.
         model_output: the network's output at (x_t, t), (B, C, *) or (B, 2 C, *).
         diffused: x_0, x_t, t and noise, from `forward.diffuse`.
+        freeze_mean: train the variance only, as the second term of L_hybrid does.
 
     Raises:
         ValueError: the output has the wrong number of channels for the variance type.
 
-    Source: Nichol & Dhariwal 2021, section 3.3, eq. 18.
+    Source: Nichol & Dhariwal 2021, section 3.3, eq. 18; section 3.1 for the frozen mean.
     """
     mean_output, variance_output = reverse.split(model_output, diffused.x_t)
     diffused = _promoted(diffused)
-    error = reverse.target(diffused) - mean_output
+    error = reverse.target(diffused) - (mean_output.detach() if freeze_mean else mean_output)
     return _scaled_term(reverse, error, variance_output, diffused)
 
 
