@@ -28,6 +28,10 @@ Batch = Callable[[list[int]], tuple[Tensor, dict[str, Tensor]]]
 """Images by their positions, and the network's further arguments for them."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop while it scored or sampled."""
+
+
 class PartialScores:
     """The part files of a run, in a folder of its own.
 
@@ -163,6 +167,7 @@ def run_sweep(
     store: PartialScores | None = None,
     description: str = "Scoring",
     report_unit: float = 1.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Scores:
     """Score the images at `positions` on all processes together; every process returns all the scores.
 
@@ -175,6 +180,10 @@ def run_sweep(
         store: where partial results are kept and looked for; None keeps none.
         description: of the progress bar.
         report_unit: what turns nats per dimension into the unit that the bar shows.
+        stop: asked before each group of images; true on one process ends them all.
+
+    Raises:
+        Stopped: `stop` said so.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     own = store.load() if store is not None and accelerator.is_local_main_process else {}
@@ -200,6 +209,8 @@ def run_sweep(
             running.add(scores[0])
         try:
             for unit in mine:
+                if stop():
+                    break
                 x_0, conditioning = batch(unit)
                 scores = scorer.score(x_0, unit, conditioning, sweep)
                 new = compacted([*new, scores])
@@ -209,6 +220,8 @@ def run_sweep(
                 bar.update(len(unit))
         finally:
             saver.flush()
+    if any(gather_object([stop()])):
+        raise Stopped
     gathered = gather_object([merge_scores(new)] if new else [])
     return merge_scores([*earlier, *gathered])
 

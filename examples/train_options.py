@@ -115,6 +115,17 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     training.add_argument("--ema_power", type=positive_float, default=0.75, help="EMA warm-up: power.")
     training.add_argument("--ema_max_decay", type=fraction, default=0.9999, help="EMA: largest decay.")
     training.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: accelerate's setting.")
+    training.add_argument("--compile", action=switch, default=False, help="Compile the network with torch.compile.")
+    training.add_argument("--channels_last", action=switch, default=False, help="Memory format of the network.")
+    training.add_argument(
+        "--max_skipped_steps",
+        type=positive_int,
+        default=20,
+        help="End after so many steps in a row that are not finite.",
+    )
+    training.add_argument(
+        "--ddp_timeout", type=positive_int, default=1800, help="Seconds to wait for another process before giving up."
+    )
     training.add_argument("--seed", type=not_negative_int, default=0, help="Of weights, data order, t and noise.")
     training.add_argument("--cpu", action=switch, default=False, help="Train on the CPU even if there is a GPU.")
 
@@ -124,7 +135,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     output.add_argument("--logging_dir", default="logs", help="Its folder, inside --output_dir.")
     output.add_argument("--validation_steps", type=positive_int, default=500, help="Validate every so many steps.")
     output.add_argument(
-        "--checkpointing_steps", type=positive_int, help="Save the state every so many; default: never."
+        "--checkpointing_steps",
+        type=not_negative_int,
+        default=500,
+        help="Save the state every so many steps, and after the last; 0: only when stopped.",
     )
     output.add_argument("--checkpoints_total_limit", type=positive_int, help="Keep only the last so many.")
     output.add_argument("--resume_from_checkpoint", help="A checkpoint folder's name, or `latest`.")

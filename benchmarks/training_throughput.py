@@ -1,0 +1,155 @@
+"""Images per second of train.py's loop with the hybrid loss, beside diffusers' unconditional training loop.
+
+python benchmarks/training_throughput.py
+
+The second loop does what diffusers' train_unconditional.py does with the same network, batch, data, optimizer and
+average: a shuffled data loader prepared by Accelerate, `add_noise`, the mean squared error, clipping, AdamW, the
+learning rate's schedule, EMA, and the loss read after every step. Both take turns in blocks of steps in one process.
+Then train.py itself, launched with one and with two processes of one thread each: the same global batch.
+"""
+
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from environment import describe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from image_data import Images, load_image_data
+from launching import make_accelerator
+from train_options import parse_args
+from training_loop import Statistics, batches, step
+from training_run import Run
+
+BLOCK, BLOCKS, BATCH = 10, 40, 64
+HYBRID = ["--objective", "hybrid", "--logger", "none", "--cpu", "--max_train_steps", "100000"]
+
+
+def stock_loop(accelerator: Accelerator, unet: UNet2DModel, images: Images, workers: int) -> Iterator[None]:
+    """Diffusers' loop, a step at a time."""
+    noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-6, eps=1e-8)
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=BATCH, shuffle=True, num_workers=workers, collate_fn=torch.stack
+    )
+    lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=100000)
+    unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
+    ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    while True:
+        for clean in loader:
+            if len(clean) < BATCH:
+                continue  # ours has whole batches only
+            noise = torch.randn(clean.shape, device=clean.device)
+            t = torch.randint(0, 1000, (len(clean),), device=clean.device)
+            noisy = noise_scheduler.add_noise(clean, noise, t)
+            with accelerator.accumulate(unet):
+                predicted = unet(noisy, t).sample[:, : clean.shape[1]]
+                loss = torch.nn.functional.mse_loss(predicted.float(), noise.float())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(unet.parameters(), 10.0)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            ema.step(unet.parameters())
+            loss.detach().item()
+            yield
+
+
+def our_loop(run: Run, waits: list[float]) -> Iterator[None]:
+    """train.py's loop, a step at a time, with what it tells the tracker."""
+    source, told = batches(run), Statistics(run)
+    while True:
+        step(run, source, told)
+        if run.progress.step % BLOCK == 0:
+            waits.append(told.take()["data_wait_fraction"])
+        yield
+
+
+def compare(workers: int) -> None:
+    """Print the two loops' rates, their ratio in blocks side by side, and how long ours waits for data."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = parse_args([*HYBRID, "--dataloader_num_workers", str(workers), "--output_dir", folder], "")
+        accelerator = make_accelerator(args, Path(folder))
+        torch.manual_seed(0)
+        data, waits = load_image_data(), list[float]()
+        run = Run(args, accelerator, data, Path(folder))
+        stock = UNet2DModel.from_config(run.network_config)
+        loops = {"diffusers": stock_loop(accelerator, stock, data.train, workers), "train.py": our_loop(run, waits)}
+        seconds: dict[str, list[float]] = {name: [] for name in loops}
+        order = list(loops)
+        for block in range(BLOCKS + 1):
+            random.Random(block).shuffle(order)
+            for name in order:
+                started = time.perf_counter()
+                for _ in range(BLOCK):
+                    next(loops[name])
+                if block:  # the first warms up
+                    seconds[name].append(time.perf_counter() - started)
+    rates = {name: BLOCK * BATCH / statistics.median(values) for name, values in seconds.items()}
+    ratios = sorted(a / b for a, b in zip(seconds["diffusers"], seconds["train.py"]))
+    middle = statistics.median(ratios)
+    spread = statistics.stdev(ratios) / len(ratios) ** 0.5 * 1.25  # of a median of normal draws
+    print(
+        f"| {workers} | {rates['diffusers']:.0f} | {rates['train.py']:.0f} | {middle:.3f} +- {spread:.3f} | "
+        f"{statistics.median(waits[1:]):.2%} |",
+        flush=True,
+    )
+
+
+def launched(processes: int) -> None:
+    """Print the steps per second of train.py itself, the median over its logged intervals."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = f"--multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}" if processes == 2 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        command = (
+            f"-m accelerate.commands.launch {several} --mixed_precision no --dynamo_backend no examples/train.py "
+        )
+        command += "--objective hybrid --max_train_steps 120 --validation_steps 1000 --checkpointing_steps 0 "
+        command += f"--train_batch_size {BATCH // processes} --output_dir {folder} --num_test_images 4 "
+        command += "--eval_batch_size 1 --ddpm_num_inference_steps 2"
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [sys.executable, *command.split()], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900
+        )
+        events = EventAccumulator(str(Path(folder) / "logs" / "train")).Reload()
+        rates = [event.value / BATCH for event in events.Scalars("images_per_second")][2:]
+    print(f"| {processes} | {statistics.median(rates):.2f} | {min(rates):.2f} to {max(rates):.2f} |", flush=True)
+
+
+def main() -> None:
+    """Print the tables."""
+    torch.set_num_threads(1)
+    print(describe())
+    print(f"\nDigits, batches of {BATCH}, the default network with two output channels; medians of {BLOCKS} blocks.\n")
+    print(
+        "| data loader's workers | diffusers' loop, images/s | train.py, hybrid, images/s | ratio | waits for data |"
+    )
+    print("| --- | --- | --- | --- | --- |")
+    for workers in (0, 1):
+        compare(workers)
+    print("\n| processes, one thread each | steps/s at a global batch of 64 | range |")
+    print("| --- | --- | --- |")
+    for processes in (1, 2):
+        launched(processes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""Checkpoints that are whole or not there.
+
+All processes write into a hidden folder; the main one then adds checkpoint.json, with the size and the CRC-32 of every
+file, brings everything to the disk and renames the folder. Whatever is killed, `latest` finds the last one that was
+finished.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from reporting import write_json
+from stopping import end
+
+MANIFEST = "checkpoint.json"
+RUN_FILE = ".run.json"
+_PREFIX = "checkpoint-"
+
+
+class Checkpoints:
+    """The checkpoints of a run, in its output folder.
+
+    Args:
+        accelerator: of the run.
+        folder: the output folder, one and the same for all processes.
+        limit: how many are kept; None keeps all.
+        fixed: options that a resumed run must share, by name.
+        free: options that may differ, which is then said.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        limit: int | None,
+        fixed: dict[str, Any],
+        free: dict[str, Any],
+    ):
+        self.accelerator, self.folder, self.limit = accelerator, folder, limit
+        self.fixed, self.free = json.loads(json.dumps(fixed)), json.loads(json.dumps(free))
+        self.run = ""
+        self._unproven = True
+        self.resumed_from: str | None = None
+
+    def begin(self, name: str | None) -> None:
+        """Load a checkpoint, or begin a new run; `latest` with none there begins anew, as in diffusers' scripts.
+
+        Args:
+            name: a checkpoint's folder name, `latest`, or None for a new run.
+
+        Raises:
+            SystemExit: the checkpoint is not there, not whole, or of a run that this one cannot continue.
+        """
+        found = self._agreed(lambda: self._find(name), f"--resume_from_checkpoint {name}")
+        if found is None:
+            self._agreed(self._begin_anew)
+            if name is not None:
+                self.accelerator.print(f"No checkpoint in {self.folder}: starting anew.")
+            return
+        path, manifest = self.folder / found[0], found[1]
+        self.run, self.resumed_from = manifest["run"], path.name
+        self.accelerator.print(f"Resuming from {path}.")
+        for key, value in self.free.items():
+            if key in manifest["free"] and manifest["free"][key] != value:
+                self.accelerator.print(f"  --{key} was {manifest['free'][key]} and is now {value}.")
+        error = None
+        try:
+            self.accelerator.load_state(str(path))
+        except Exception as failure:  # whatever torch, safetensors or pickle raise
+            error = f"{type(failure).__name__}: {failure}"
+        self._raise_any(error, f"--resume_from_checkpoint {name}: {path} cannot be loaded")
+        self._agreed(self._adopt)
+
+    def save(self, step: int) -> None:
+        """Save the training state from all processes.
+
+        Args:
+            step: optimizer steps done.
+
+        Raises:
+            SystemExit: it could not be written; the earlier checkpoints are as they were.
+        """
+        path, aside = self.folder / f"{_PREFIX}{step}", self.folder / f".{_PREFIX}{step}.writing"
+
+        def make_room() -> None:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+
+        what = f"{path} could not be written"
+        try:
+            self._agreed(make_room, what)
+            error = None
+            try:
+                self.accelerator.save_state(str(aside))
+            except Exception as failure:  # whatever torch, safetensors or the system raise
+                error = f"{type(failure).__name__}: {failure}"
+            self._raise_any(error, what)
+            self._agreed(lambda: self._complete(aside, path, step), what)
+            self._unproven = True
+        except SystemExit as failure:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)
+            end(self.accelerator, f"{failure.code}. {self.advice()}.")
+
+    def proven(self) -> None:
+        """Remove the oldest beyond the limit; called when the newest has shown to be good, by a finite loss."""
+        if self._unproven and self.limit is not None and self.accelerator.is_main_process:
+            for old in self.own()[: -self.limit]:
+                # Renamed first: what is removed half is no checkpoint.
+                gone = old.with_name(f".{old.name}.removed")
+                os.replace(old, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+        self._unproven = False
+
+    def set_aside(self, step: int) -> None:
+        """Rename the checkpoints from a step on: no step after it was finite, and `latest` shall take an earlier one.
+
+        Args:
+            step: the first of them.
+        """
+        if self.accelerator.is_main_process:
+            for path in self.own():
+                number = path.name.removeprefix(_PREFIX)
+                if int(number) >= step:
+                    aside = self.folder / f"diverged-{number}"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(path, aside)
+
+    def own(self) -> list[Path]:
+        """The finished checkpoints of this run, oldest first."""
+        return [path for path, manifest in _finished(self.folder) if manifest.get("run") == self.run]
+
+    def last(self) -> str | None:
+        """The name of the last one."""
+        own = self.own()
+        return own[-1].name if own else None
+
+    def advice(self) -> str:
+        """What to do after a fault."""
+        last = self.last()
+        if last is None:
+            return "There is no checkpoint yet"
+        return f"The last checkpoint, {last}, is whole: go on with --resume_from_checkpoint latest"
+
+    def _find(self, name: str | None) -> tuple[str, dict[str, Any]] | None:
+        """The checkpoint to load and what it says of itself."""
+        for left in self.folder.glob(f".{_PREFIX}*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if name is None:
+            return None
+        finished = _finished(self.folder)
+        if name == "latest":
+            run = _read(self.folder / RUN_FILE).get("run")
+            finished = [(path, manifest) for path, manifest in finished if run in (None, manifest.get("run"))]
+            if not finished:
+                return None
+            path, manifest = finished[-1]
+        else:
+            path = self.folder / Path(name).name
+            if not path.is_dir():
+                raise ValueError(f"there is no {path}")
+            manifest = dict(finished).get(path, {})
+        self._check(path, manifest)
+        return path.name, manifest
+
+    def _check(self, path: Path, manifest: dict[str, Any]) -> None:
+        if not manifest:
+            raise ValueError(f"{path} has no readable {MANIFEST}: it was not finished, or another version wrote it")
+        for file, (size, checksum) in manifest["files"].items():
+            at = path / file
+            found = at.stat().st_size if at.is_file() else None
+            if found != size:
+                raise ValueError(
+                    f"{at} is damaged: it had {size} bytes and "
+                    f"{'is missing' if found is None else f'has {found}'}. Remove {path.name} to go on from the one "
+                    "before"
+                )
+            if _crc32(at) != checksum:
+                raise ValueError(
+                    f"{at} is damaged: its checksum differs. Remove {path.name} to go on from the one before"
+                )
+        for key, value in self.fixed.items():
+            before = manifest["fixed"].get(key)
+            if before != value:
+                raise ValueError(f"{path} is of a run with {key} {before}, but this one has {value}")
+
+    def _begin_anew(self) -> None:
+        self.run = uuid.uuid4().hex
+        others = [path.name for path, _ in _finished(self.folder)]
+        if others:
+            print(f"{self.folder} holds {', '.join(others)} of an earlier run, which `latest` will not take any more.")
+        self._adopt()
+
+    def _adopt(self) -> None:
+        write_json({"run": self.run}, self.folder / RUN_FILE)
+
+    def _complete(self, aside: Path, path: Path, step: int) -> None:
+        """Write the manifest, bring all to the disk and rename."""
+        files = {str(file.relative_to(aside)): file for file in sorted(aside.rglob("*")) if file.is_file()}
+        manifest = {
+            "step": step,
+            "run": self.run,
+            "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "num_processes": self.accelerator.num_processes,
+            "fixed": self.fixed,
+            "free": self.free,
+            "files": {name: [file.stat().st_size, _crc32(file)] for name, file in files.items()},
+        }
+        write_json(manifest, aside / MANIFEST)
+        for entry in (*aside.rglob("*"), aside):
+            _to_disk(entry)
+        replaced = path.with_name(f".{path.name}.replaced")
+        if path.exists():  # of an earlier run
+            os.replace(path, replaced)
+        os.replace(aside, path)
+        _to_disk(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _agreed(self, action: Any, what: str = "--output_dir") -> Any:
+        """What the action returns on the main process, on all of them; its fault ends them all."""
+        outcome: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = action()
+            except (OSError, ValueError) as error:
+                outcome[1] = f"{what}: {error}"
+        outcome = broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            end(self.accelerator, outcome[1])
+        return outcome[0]
+
+    def _raise_any(self, error: str | None, what: str) -> None:
+        """End all processes if one of them failed."""
+        errors = [failure for failure in gather_object([error]) if failure is not None]
+        if errors:
+            end(self.accelerator, f"{what}: {' '.join(errors[0].split())[:500]}")
+
+
+def _finished(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Checkpoints with a manifest, and that, by their steps."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    ordered = sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    manifests = [(path, _read(path / MANIFEST)) for path in ordered]
+    return [(path, manifest) for path, manifest in manifests if manifest]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file's content; nothing where it is not there or not whole."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _chunks(path: Path, size: int = 2**22) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(size):
+            yield chunk
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    for chunk in _chunks(path):
+        value = zlib.crc32(chunk, value)
+    return value
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,119 @@
+"""The Accelerator of a training run, and what must hold before it starts."""
+
+import argparse
+import datetime
+import os
+import time
+import uuid
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
+from stopping import end
+
+
+def prepare_output_dir(args: argparse.Namespace) -> Path:
+    """Make the output folder and make sure that it can be written, before hours are spent."""
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_test-{uuid.uuid4().hex}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise SystemExit(f"--output_dir {args.output_dir} cannot be written: {error}") from error
+    return folder
+
+
+def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
+    """Accelerate as the options and `accelerate launch` say.
+
+    Args:
+        args: the run's options.
+        folder: the output folder.
+
+    Raises:
+        SystemExit: what was asked for cannot be had here.
+    """
+    accelerator = Accelerator(
+        cpu=args.cpu,
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.logger == "none" else args.logger,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / args.logging_dir)),
+        dynamo_backend="inductor" if args.compile else None,
+        step_scheduler_with_optimizer=False,  # else it steps once for each process
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=args.ddp_timeout))],
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise SystemExit("--mixed_precision fp16 needs a GPU: on the CPU choose bf16 or no.")
+    check_sharding(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # What Accelerate would take from a prepared data loader, and the engine does by itself.
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=args.train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            gradient_clipping=args.max_grad_norm,
+        )
+    return accelerator
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Refuse what would be something else than what was asked for.
+
+    Args:
+        accelerator: of the run.
+
+    Raises:
+        SystemExit: FSDP or DeepSpeed was asked for, but is not what runs, or not in a kind that works here.
+    """
+    state = accelerator.state
+    asked = {"FSDP": DistributedType.FSDP, "DEEPSPEED": DistributedType.DEEPSPEED}
+    for name, kind in asked.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" and accelerator.distributed_type != kind:
+            raise SystemExit(
+                f"{name} was asked for, but Accelerate runs {accelerator.distributed_type.value} on this device "
+                f"({accelerator.device.type}): the network would not be sharded. {name} needs GPUs; on the CPU launch "
+                "without it."
+            )
+    if accelerator.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
+        raise SystemExit("FSDP 1 flattens the parameters, which the average needs one by one: set fsdp_version: 2.")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
+        raise SystemExit("ZeRO 3 leaves no process the parameters that it averages: set zero_stage: 2, or take FSDP.")
+
+
+def check_shared(accelerator: Accelerator, folder: Path, seconds: float = 10.0) -> None:
+    """Make sure that all machines see one and the same output folder: checkpoints are written together.
+
+    Args:
+        accelerator: of the run.
+        folder: the output folder.
+        seconds: how long a network's file system may take to show a new file.
+
+    Raises:
+        SystemExit: on all processes, naming those that do not see it.
+    """
+    if accelerator.num_processes == 1:
+        return
+    name = broadcast_object_list([f".shared-{uuid.uuid4().hex}"])[0]
+    if accelerator.is_main_process:
+        (folder / name).write_text("")
+    accelerator.wait_for_everyone()
+    until = time.monotonic() + seconds
+    while not (seen := (folder / name).exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(gather_object([seen])) if not sees]
+    if accelerator.is_main_process:
+        (folder / name).unlink()
+    if blind:
+        end(
+            accelerator,
+            f"--output_dir {folder} is another folder for the processes {blind} than for process 0. Give one on a "
+            "file system that all machines share.",
+        )

@@ -1,0 +1,269 @@
+"""The training loop: what is drawn, the step, what is logged of it, and what happens when it is not finite."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import DistributedType
+from global_batches import seed_of
+from stopping import end
+from torch import Tensor
+from tqdm.auto import tqdm
+from training_run import Run, full
+
+from ddpm_vlb import Diffused, LossSecondMomentTimesteps, simple_loss, vlb_loss
+
+LOGGING_STEPS = 10
+QUARTILES = 4
+
+
+def random_flip(x_0: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror those images of (B, C, H, W) left to right for which `mirrored` (B,) is true."""
+    return torch.where(mirrored.to(x_0.device)[:, None, None, None], x_0.flip(-1), x_0)
+
+
+def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> dict[str, tuple[float, Tensor]]:
+    """The terms of --objective by name: the weight of each in the loss, and its values (B,)."""
+    args = run.args
+    if args.objective == "vlb":
+        return {"vlb": (1.0, vlb_loss(run.reverse, output, diffused))}
+    simple = {"simple": (1.0, simple_loss(run.reverse, output, diffused, args.snr_gamma))}
+    if args.objective == "simple":
+        return simple
+    return simple | {"vlb": (args.vlb_weight, vlb_loss(run.reverse, output, diffused, freeze_mean=True))}
+
+
+class Drawn(NamedTuple):
+    """What an optimizer step draws for its global batch of G images, alike on all processes."""
+
+    t: Tensor
+    weights: Tensor
+    mirrored: Tensor
+
+
+def draw(run: Run) -> Drawn:
+    """Chain indices t, their weights, and which images are mirrored; each (G,)."""
+    count = run.batches.global_batch_size
+    generator = torch.Generator().manual_seed(seed_of(run.args.seed, run.progress.step))
+    t, weights = run.sampler.sample(count, generator=generator)
+    mirrored = torch.rand(count, generator=generator) < (0.5 if run.args.random_flip else 0)
+    return Drawn(t, weights, mirrored)
+
+
+def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:
+    """Forward and backward of one micro batch; returns the values of the loss's terms, (B, terms)."""
+    device, rows = run.accelerator.device, run.batches.rows(micro_step)
+    x_0 = x_0.to(device, non_blocking=True)
+    t, weights, mirrored = (value[rows].to(device, non_blocking=True) for value in drawn)
+    if run.args.random_flip:
+        x_0 = random_flip(x_0, mirrored)
+    diffused = run.reverse.forward.diffuse(x_0, t, run.noise.draw(x_0, run.progress.step, rows))
+    torch.manual_seed(seed_of(run.args.seed, run.progress.step, "dropout", rows.start))
+    output = run.unet(diffused.x_t, run.reverse.forward.timesteps[t]).sample
+    terms = loss_terms(run, output, diffused)
+    run.term_weights = {name: weight for name, (weight, _) in terms.items()}
+    loss = torch.stack([weight * values for weight, values in terms.values()]).sum(0)
+    run.accelerator.backward((weights * loss).mean())
+    return torch.stack([values.detach() for _, values in terms.values()], dim=1)
+
+
+class Shared(NamedTuple):
+    """What all processes know of a step: the terms' values (G, terms), the gradient's norm, and who wants to stop."""
+
+    values: Tensor
+    norm: float
+    stop: bool
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step may be taken."""
+        return math.isfinite(self.norm) and bool(self.values.isfinite().all())
+
+
+def share(run: Run, parts: list[Tensor], norm: Tensor) -> Shared:
+    """Gather a step's values in the order of its global batch; the one point of a step that waits for the device."""
+    values = torch.cat(parts)
+    own = torch.stack([full(norm).detach().to(values), torch.tensor(float(run.stop.asked())).to(values)])
+    gathered = run.accelerator.gather(torch.cat([values.flatten(), own])[None]).double().cpu()
+    in_order = run.batches.in_order(gathered[:, :-2].unflatten(1, values.shape))
+    return Shared(in_order, float(gathered[:, -2].max()), bool(gathered[:, -1].any()))
+
+
+def gradient_norm(run: Run) -> Tensor:
+    """Clip the gradient of all processes; returns its norm before that."""
+    norm = run.accelerator.clip_grad_norm_(run.unet.parameters(), run.args.max_grad_norm)
+    if norm is None:  # DeepSpeed clips by itself
+        norm = run.unet.get_global_grad_norm() or 0.0
+    return torch.as_tensor(norm)
+
+
+def update(run: Run, drawn: Drawn, shared: Shared) -> None:
+    """Take the step, or skip it where it is not finite."""
+    progress, accelerator = run.progress, run.accelerator
+    if isinstance(run.sampler, LossSecondMomentTimesteps):
+        weights = torch.tensor(list(run.term_weights.values()), dtype=torch.float64)
+        run.sampler.update(drawn.t, shared.values @ weights)
+    # A gradient scaler skips by itself, and must learn that it has to.
+    if shared.finite or accelerator.scaler is not None:
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.lr_scheduler.step()
+    if shared.finite:
+        progress.skipped_in_a_row = 0
+        if run.args.use_ema:
+            run.ema.step(run.unet.parameters())
+        run.checkpoints.proven()
+        return
+    progress.skipped += 1
+    progress.skipped_in_a_row += 1
+    first = progress.step - progress.skipped_in_a_row + 1
+    said = f"Step {progress.step + 1} is not finite: {offenders(run, drawn, shared)}."
+    by_itself = accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision != "fp16"
+    limit = 1 if by_itself else run.args.max_skipped_steps  # DeepSpeed has taken the step by now
+    if progress.skipped_in_a_row < limit:
+        if accelerator.is_main_process:
+            tqdm.write(f"{said} It is skipped: number {progress.skipped_in_a_row} in a row, of at most {limit}.")
+        return
+    run.checkpoints.set_aside(first)
+    accelerator.wait_for_everyone()
+    end(
+        accelerator,
+        f"{said} The run has diverged: {progress.skipped_in_a_row} in a row. {run.checkpoints.advice()}. "
+        "A smaller --learning_rate may help.",
+    )
+
+
+def offenders(run: Run, drawn: Drawn, shared: Shared) -> str:
+    """Which terms are not finite, and at which chain indices t."""
+    found = []
+    for (name, _), values in zip(run.term_weights.items(), shared.values.unbind(1)):
+        parts = {"L_t (KL)": drawn.t > 0, "L_0 (decoder)": drawn.t == 0}
+        if name == "simple":
+            parts = {"L_simple": drawn.t >= 0}
+        for part, own in parts.items():
+            t = sorted(set(drawn.t[own & ~values.isfinite()].tolist()))
+            if t:
+                found.append(f"{part} at t={t[:8]}{f' and {len(t) - 8} more' if len(t) > 8 else ''}")
+    if not math.isfinite(shared.norm):
+        found.append("the gradient's norm")
+    return ", ".join(found)
+
+
+class Statistics:
+    """What the tracker is told: means of the loss and its terms since the last time, also by quartile of t; speed."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.values: list[Tensor] = []
+        self.drawn: list[Drawn] = []
+        self.seconds = self.waited = 0.0
+
+    def add(self, drawn: Drawn, shared: Shared, seconds: float, waited: float) -> None:
+        """Take in a step, and how long it took and waited for data."""
+        self.values.append(shared.values)
+        self.drawn.append(drawn)
+        self.seconds, self.waited, self.norm = self.seconds + seconds, self.waited + waited, shared.norm
+
+    def take(self) -> dict[str, float]:
+        """The numbers since the last time, those that are finite."""
+        run = self.run
+        values = torch.cat(self.values)
+        t, weights = (torch.cat([getattr(drawn, name) for drawn in self.drawn]) for name in ("t", "weights"))
+        term_weights = torch.tensor(list(run.term_weights.values()), dtype=torch.float64)
+        named = {"loss": values @ term_weights}
+        named |= {f"loss_{name}": values[:, i] for i, name in enumerate(run.term_weights)}
+        numbers = {name: float((weights * value).mean()) for name, value in named.items()}
+        if "vlb" in run.term_weights:
+            decoder = float((weights * (t == 0) * named["loss_vlb"]).mean())
+            numbers |= {"loss_decoder": decoder, "loss_kl": numbers["loss_vlb"] - decoder}
+        quartile = t * QUARTILES // len(run.reverse.forward)
+        for name, value in named.items():
+            for q in range(QUARTILES):
+                numbers[f"{name}_q{q}"] = float(value[quartile == q].mean())  # NaN where none was drawn
+        numbers |= {
+            "grad_norm": self.norm,
+            "lr": run.lr_scheduler.get_last_lr()[0],
+            "images_per_second": len(t) / self.seconds,
+            "data_wait_fraction": self.waited / self.seconds,
+            "skipped_steps": run.progress.skipped,
+        }
+        self.clear()
+        return {name: number for name, number in numbers.items() if math.isfinite(number)}
+
+
+def next_batch(run: Run, source: Iterator[Tensor]) -> Tensor:
+    """The next micro batch; a fault of the data ends the run with its name."""
+    try:
+        return next(source)
+    except Exception as error:  # whatever the files, the decoders and the workers raise
+        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise SystemExit(
+            f"Step {run.progress.step + 1}: the training data cannot be read: {said[-1].strip()} "
+            f"{run.checkpoints.advice()}."
+        ) from error
+
+
+def step(run: Run, source: Iterator[Tensor], statistics: Statistics) -> Shared:
+    """One optimizer step: the micro batches, the update, and what the tracker is told of it later.
+
+    Args:
+        run: the run.
+        source: of micro batches.
+        statistics: that take it in.
+    """
+    started, waited, parts = time.perf_counter(), 0.0, []
+    drawn = draw(run)
+    for micro_step in range(run.args.gradient_accumulation_steps):
+        asked = time.perf_counter()
+        x_0 = next_batch(run, source)
+        waited += time.perf_counter() - asked
+        with run.accelerator.accumulate(run.unet):
+            parts.append(train_batch(run, x_0, micro_step, drawn))
+    shared = share(run, parts, gradient_norm(run))
+    update(run, drawn, shared)
+    seconds = time.perf_counter() - started
+    run.progress.step += 1
+    run.progress.seconds += seconds
+    statistics.add(drawn, shared, seconds, waited)
+    return shared
+
+
+def batches(run: Run) -> Iterator[Tensor]:
+    """This process's micro batches from the run's next step on."""
+    run.batches.first_step = run.progress.step
+    return iter(run.loader)
+
+
+def train(run: Run, validate: Callable[[Run], object]) -> bool:
+    """Train to the last step; False if the run was asked to stop before, and has saved its state.
+
+    Args:
+        run: the run.
+        validate: called every --validation_steps.
+    """
+    args, accelerator, progress = run.args, run.accelerator, run.progress
+    source, statistics, every = batches(run), Statistics(run), run.args.checkpointing_steps
+    with tqdm(
+        total=run.max_steps, initial=progress.step, desc="Training", disable=not accelerator.is_local_main_process
+    ) as bar:
+        while progress.step < run.max_steps:
+            shared = step(run, source, statistics)
+            bar.update()
+            last = progress.step == run.max_steps
+            if progress.step % LOGGING_STEPS == 0 or last or shared.stop:
+                numbers = statistics.take()
+                bar.set_postfix(loss=f"{numbers.get('loss', math.nan):.3f}", lr=f"{numbers['lr']:.1e}")
+                accelerator.log(numbers, step=progress.step)
+            if shared.stop or (every and (progress.step % every == 0 or last)):
+                run.checkpoints.save(progress.step)
+            if shared.stop:
+                return False
+            if progress.step % args.validation_steps == 0 and not last:
+                validate(run)
+    return True

@@ -1,0 +1,269 @@
+"""What the parts of a training run share: the chain, the network and its average, the optimizer, the data's order."""
+
+import argparse
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import DistributedType
+from checkpoints import Checkpoints
+from diffusers import UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from global_batches import GlobalBatches, Noise
+from image_data import ImageData, Images
+from publish import PATHS, Publisher
+from stopping import Stop, ignore_signals
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ddpm_vlb import (
+    DDPMVLBPipeline,
+    DDPMVLBScheduler,
+    ImportanceTimesteps,
+    LossSecondMomentTimesteps,
+    LowDiscrepancyTimesteps,
+    ReverseProcess,
+    UniformTimesteps,
+    beta_start_for_levels,
+    covariance_eigenvalues,
+)
+
+TimestepSampler = UniformTimesteps | ImportanceTimesteps | LossSecondMomentTimesteps
+
+
+def build_scheduler(args: argparse.Namespace, levels: int) -> DDPMVLBScheduler:
+    """The chain to train; its first noise matches the bin width of data with few levels."""
+    beta_start = args.ddpm_beta_start or max(1e-4, beta_start_for_levels(levels))
+    return DDPMVLBScheduler(
+        num_train_timesteps=args.ddpm_num_steps,
+        beta_schedule=args.ddpm_beta_schedule,
+        beta_start=beta_start,
+        beta_end=args.ddpm_beta_end,
+        rescale_betas_zero_snr=args.rescale_betas_zero_snr,
+        prediction_type=args.prediction_type,
+        variance_type=args.variance_type,
+        timestep_spacing=args.timestep_spacing,
+        levels=levels,
+    )
+
+
+def build_unet(args: argparse.Namespace, data: ImageData) -> UNet2DModel:
+    """The network: the mean's channels, and as many again for a learned variance."""
+    out_channels = data.channels * (2 if args.variance_type.startswith("learned") else 1)
+    if args.model_config_name_or_path is not None:
+        config = UNet2DModel.load_config(args.model_config_name_or_path)
+        unet = UNet2DModel.from_config(config)
+        if (unet.config.in_channels, unet.config.out_channels) != (data.channels, out_channels):
+            raise ValueError(
+                f"The model config has {unet.config.in_channels} input and {unet.config.out_channels} output "
+                f"channels, but this data and variance type need {data.channels} and {out_channels}."
+            )
+        return unet
+    depth = len(args.block_out_channels)
+    factor = 2 ** (depth - 1)
+    if any(side % factor for side in data.size):
+        raise ValueError(
+            f"A U-Net of {depth} levels needs image sides that {factor} divides, but they are {data.size}. Give fewer "
+            "--block_out_channels, or a fitting --resolution."
+        )
+    for level in args.attention_levels:
+        if level >= depth:
+            raise ValueError(f"--attention_levels {level} is not below the {depth} levels of --block_out_channels.")
+    if any(width % args.norm_num_groups for width in args.block_out_channels):
+        raise ValueError(f"--norm_num_groups {args.norm_num_groups} must divide all of {args.block_out_channels}.")
+    attention = [level in args.attention_levels for level in range(depth)]
+    return UNet2DModel(
+        sample_size=data.size[0] if data.size[0] == data.size[1] else data.size,
+        in_channels=data.channels,
+        out_channels=out_channels,
+        block_out_channels=tuple(args.block_out_channels),
+        layers_per_block=args.layers_per_block,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        norm_num_groups=args.norm_num_groups,
+        add_attention=any(attention),
+        dropout=args.dropout,
+    )
+
+
+def build_sampler(args: argparse.Namespace, reverse: ReverseProcess, train: Images) -> TimestepSampler:
+    """The timestep sampler of --timestep_sampler; it draws the whole global batch, on every process alike."""
+    steps = len(reverse.forward)
+    if args.timestep_sampler == "gaussian":
+        x_0 = torch.cat(list(train.batches(256, limit=2048)))
+        eigenvalues = covariance_eigenvalues(x_0)
+        alphas_cumprod = reverse.forward.log_alphas_cumprod.exp()
+        return ImportanceTimesteps.from_gaussian_model(alphas_cumprod, eigenvalues, 0.1)
+    kinds = {
+        "uniform": UniformTimesteps,
+        "low_discrepancy": LowDiscrepancyTimesteps,
+        "loss_second_moment": LossSecondMomentTimesteps,
+    }
+    return kinds[args.timestep_sampler](steps)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; a collective then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class ShardedEMAModel(EMAModel):
+    """Diffusers' average, of parameters that may be sharded; its saved state is whole either way."""
+
+    shadow_params: list[Tensor]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; all processes must call it."""
+        state = super().state_dict()
+        return {**state, "shadow_params": [full(tensor).cpu() for tensor in state["shadow_params"]]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint, whatever the number of processes that wrote it."""
+        own: list[Tensor] = self.shadow_params
+        super().load_state_dict(state_dict)
+        self.shadow_params = [
+            distribute_tensor(saved.to(old.device), old.device_mesh, old.placements)
+            if isinstance(old, DTensor)
+            else saved.to(old.device)
+            for saved, old in zip(self.shadow_params, own, strict=True)
+        ]
+
+
+class Progress:
+    """The optimizer steps done, the seconds spent on them, and the skipped ones; kept in checkpoints."""
+
+    def __init__(self) -> None:
+        self.step, self.seconds = 0, 0.0
+        self.skipped = self.skipped_in_a_row = 0
+
+    def state_dict(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """From a checkpoint."""
+        vars(self).update(state_dict)
+
+
+class Run:
+    """What the parts of a training run share."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, data: ImageData, folder: Path):
+        self.args, self.accelerator, self.data, self.folder = args, accelerator, data, folder
+        self.publisher: Publisher | None = None
+        self.stop = Stop()
+        self.scheduler = build_scheduler(args, data.levels)
+        self.reverse = self.scheduler.reverse_process(accelerator.device)
+        self.sampler = build_sampler(args, self.reverse, data.train)
+        unet = build_unet(args, data)
+        if args.channels_last:
+            unet = unet.to(memory_format=torch.channels_last)
+        self.network_config = unet.config
+        self.batches = GlobalBatches(
+            len(data.train),
+            args.train_batch_size,
+            args.gradient_accumulation_steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+            args.seed,
+        )
+        self.noise = Noise(accelerator.device, args.seed)
+        epochs = args.num_epochs
+        self.max_steps = args.max_train_steps or (1000 if epochs is None else self.batches.steps(epochs))
+        # Not prepared by Accelerate, which would shard it anew: each process reads its part of the global batch.
+        self.loader = torch.utils.data.DataLoader(
+            data.train,
+            batch_sampler=self.batches,
+            num_workers=args.dataloader_num_workers,
+            collate_fn=torch.stack,
+            pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # else it would draw from, and so move, the global one
+        )
+        optimizer = torch.optim.AdamW(
+            unet.parameters(),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+        )
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=self.max_steps
+        )
+        self.unet, self.optimizer, self.lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+        self.ema = ShardedEMAModel(
+            self.unet.parameters(),
+            decay=args.ema_max_decay,
+            use_ema_warmup=True,
+            inv_gamma=args.ema_inv_gamma,
+            power=args.ema_power,
+            foreach=accelerator.distributed_type != DistributedType.FSDP,  # DTensors know no _foreach_copy_
+        )
+        self.progress = Progress()
+        self.term_weights: dict[str, float] = {}
+        stateful: list[Any] = [self.progress] + ([self.ema] if args.use_ema else [])
+        if isinstance(self.sampler, LossSecondMomentTimesteps):
+            stateful.append(self.sampler)
+        accelerator.register_for_checkpointing(*stateful)
+        self.checkpoints = Checkpoints(accelerator, folder, args.checkpoints_total_limit, *self._identity())
+
+    def _identity(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a resumed run must have in common with its checkpoint, and the options that may differ."""
+        args, accelerator = self.args, self.accelerator
+        size = "a global batch (processes x --gradient_accumulation_steps x --train_batch_size) of"
+        fixed = {
+            size: self.batches.global_batch_size,
+            "--seed": args.seed,
+            "--ddpm_num_steps": args.ddpm_num_steps,
+            "--timestep_sampler": args.timestep_sampler,
+            "--use_ema": args.use_ema,
+            "the network": {k: v for k, v in self.network_config.items() if not k.startswith("_")},
+            "training images": {k: self.data.record[k] for k in ("num_images", "size", "levels", "test_fingerprint")},
+        }
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its optimizer's shards fit no other number
+            fixed["--num_processes"] = accelerator.num_processes
+        said_elsewhere = {"train_batch_size", "gradient_accumulation_steps", "resume_from_checkpoint"}
+        kept = {k: v for k, v in vars(args).items() if f"--{k}" not in fixed and k not in said_elsewhere}
+        return fixed, {k: v for k, v in kept.items() if k not in PATHS and not k.startswith("hub_")}
+
+    def averaged_network(self) -> UNet2DModel:
+        """A plain network of its own with the averaged weights, to score and to save; all processes must call it."""
+        names = [_plain_name(name) for name, _ in self.unet.named_parameters()]
+        values = self.ema.shadow_params if self.args.use_ema else list(self.unet.parameters())
+        whole = [full(value.detach()).to(torch.float32, copy=True) for value in values]
+        state = dict(zip(names, whole, strict=True))
+        state.update({_plain_name(name): full(buffer).clone() for name, buffer in self.unet.named_buffers()})
+        with init_empty_weights():
+            network = UNet2DModel.from_config(self.network_config)
+        network.load_state_dict(state, assign=True)
+        return network.eval().requires_grad_(False)
+
+    def pipeline(self, network: UNet2DModel) -> DDPMVLBPipeline:
+        """The pipeline of a network."""
+        pipeline = DDPMVLBPipeline(unet=network, scheduler=self.scheduler)
+        pipeline.set_progress_bar_config(desc="Sampling", leave=False)
+        return pipeline
+
+    def record(self) -> dict[str, Any]:
+        """What metrics.json says of the training."""
+        packages = ("ddpm-vlb", "torch", "diffusers", "accelerate", "datasets")
+        return {
+            "train": {
+                "seconds": self.progress.seconds,
+                "steps": self.progress.step,
+                "skipped_steps": self.progress.skipped,
+                "num_processes": self.accelerator.num_processes,
+                "device": str(self.accelerator.device),
+            },
+            "data": self.data.record,
+            "options": vars(self.args),
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+        }
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put before it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))

@@ -1,0 +1,146 @@
+"""The same global batch is the same training, however it is spread over processes and micro batches."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from global_batches import GlobalBatches, Noise, seed_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_train import ROOT, few  # noqa: F401
+
+OBJECTIVES = ("simple", "hybrid", "vlb")
+SAMPLERS = ("uniform", "low_discrepancy", "loss_second_moment", "gaussian")
+COMBINATIONS = [f"{objective}-{sampler}" for objective in OBJECTIVES for sampler in SAMPLERS]
+# The warm-up is the default one. Adam's very first step is lr x sign(gradient), which turns the rounding of a gradient
+# near zero into a whole step: without a warm-up single biases differ by up to 2e-4.
+NETWORK = (
+    "--block_out_channels 8 8 --norm_num_groups 4 --ddpm_num_steps 20 --ddpm_num_inference_steps 4 "
+    "--max_train_steps 20 --checkpointing_steps 20 --validation_steps 100 --random_flip"
+)
+LAYOUTS = {"one": (1, 16, 1), "accumulated": (1, 8, 2), "two": (2, 8, 1), "four": (2, 4, 2)}  # processes, batch, micro
+
+
+def launch_worker(processes: int, runs: list[str]) -> None:
+    """Train every run after the other, on that many CPU processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    several += f"--dynamo_backend no --main_process_port {port}"
+    command = [sys.executable, *(several.split() if processes == 2 else ()), "tests/training_worker.py"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, json.dumps(runs)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, few):  # noqa: F811
+    """The weights after 20 steps of every combination in every layout."""
+    folder = tmp_path_factory.mktemp("equivalence")
+    for layout, (processes, batch, micro) in LAYOUTS.items():
+        runs = []
+        for combination in COMBINATIONS:
+            objective, sampler = combination.split("-")
+            options = f"{NETWORK} --objective {objective} --timestep_sampler {sampler} --train_batch_size {batch}"
+            options += f" --gradient_accumulation_steps {micro} --output_dir {folder / layout / combination}"
+            runs.append(f"{options} {' '.join(few)}")
+        launch_worker(processes, runs)
+
+    def weights(layout: str, combination: str) -> dict[str, torch.Tensor]:
+        return safetensors.torch.load_file(folder / layout / combination / "checkpoint-20" / "model.safetensors")
+
+    return weights
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of a tensor, in the 2-norm."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / a[name].norm()) for name in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["accumulated", "two", "four"])
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_a_global_batch_is_one_step_however_it_is_spread(trained, combination, layout):
+    """One process, micro batches, two processes, and both: the same parameters after 20 steps, to 1e-5."""
+    assert difference(trained("one", combination), trained(layout, combination)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_what_differs_is_seen(trained, objective):
+    """Another sampler's t, with the same weights, images and noise, is further away by orders of magnitude."""
+    a, b = (trained("one", f"{objective}-{sampler}") for sampler in ("uniform", "low_discrepancy"))
+    assert difference(a, b) > 1e-3
+
+
+# --- where it comes from
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    num_images=st.integers(1, 50),
+    batch_size=st.integers(1, 5),
+    accumulation=st.integers(1, 3),
+    world_size=st.integers(1, 4),
+    first_step=st.integers(0, 7),
+)
+def test_the_processes_share_one_endless_row(num_images, batch_size, accumulation, world_size, first_step):
+    """Together they take what one process with the whole batch takes, from any step on; every epoch is whole."""
+    size = batch_size * accumulation * world_size
+    steps = 3
+    row = GlobalBatches(num_images, size, 1, 0, 1, seed=3)
+    expected = [row.image(position) for position in range(first_step * size, (first_step + steps) * size)]
+    found = torch.full((steps * size,), -1)
+    for rank in range(world_size):
+        own = GlobalBatches(num_images, batch_size, accumulation, rank, world_size, seed=3)
+        own.first_step = first_step
+        stream = iter(own)
+        for step in range(steps):
+            for micro_step in range(accumulation):
+                rows = own.rows(micro_step)
+                found[step * size + rows.start : step * size + rows.stop] = torch.tensor(next(stream))
+    assert found.tolist() == expected
+    for epoch in range(3):
+        whole = [row.image(position) for position in range(epoch * num_images, (epoch + 1) * num_images)]
+        assert sorted(whole) == list(range(num_images))
+
+
+@given(batch_size=st.integers(1, 4), accumulation=st.integers(1, 3), world_size=st.integers(1, 4))
+def test_what_is_gathered_comes_back_in_order(batch_size, accumulation, world_size):
+    """Each process's values, micro batch after micro batch, take the places of their rows."""
+    size = batch_size * accumulation * world_size
+    values = torch.arange(2 * size).reshape(size, 2)
+    parts = []
+    for rank in range(world_size):
+        own = GlobalBatches(9, batch_size, accumulation, rank, world_size, seed=0)
+        parts.append(torch.cat([values[own.rows(micro_step)] for micro_step in range(accumulation)]))
+    assert torch.equal(own.in_order(torch.stack(parts)), values)
+
+
+def test_noise_belongs_to_the_image():
+    """It is the same whichever batch its row lies in, and differs between rows, steps and seeds."""
+    noise = Noise(torch.device("cpu"), seed=1)
+    like = torch.empty(8, 3, 4, 4)
+    whole = noise.draw(like, 5, slice(0, 8))
+    assert torch.equal(noise.draw(like[:3], 5, slice(2, 5)), whole[2:5])
+    others = [noise.draw(like, 6, slice(0, 8)), Noise(torch.device("cpu"), seed=2).draw(like, 5, slice(0, 8))]
+    rows = torch.cat([whole, *others]).flatten(1)
+    assert len({tuple(row.tolist()) for row in rows}) == 24
+    assert len({seed_of(1, step, "noise", row) for step in range(50) for row in range(50)}) == 2500
+
+
+@pytest.mark.parametrize(
+    "num_images, size, epochs, steps", [(154, 22, 2, 14), (154, 44, 2, 7), (10, 64, 1, 1), (65, 64, 1, 2)]
+)
+def test_epochs_in_steps(num_images, size, epochs, steps):
+    """As many as show every image that often."""
+    assert GlobalBatches(num_images, size, 1, 0, 1, seed=0).steps(epochs) == steps
