@@ -276,6 +276,8 @@ def _crc32(path: Path) -> int:
 
 def _to_disk(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

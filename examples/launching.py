@@ -82,7 +82,7 @@ def check_sharding(accelerator: Accelerator) -> None:
                 f"({accelerator.device.type}): the network would not be sharded. {name} needs GPUs; on the CPU launch "
                 "without it."
             )
-    if accelerator.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
+    if accelerator.distributed_type == DistributedType.FSDP and getattr(state.fsdp_plugin, "fsdp_version", 1) != 2:
         raise SystemExit("FSDP 1 flattens the parameters, which the average needs one by one: set fsdp_version: 2.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
         raise SystemExit("ZeRO 3 leaves no process the parameters that it averages: set zero_stage: 2, or take FSDP.")

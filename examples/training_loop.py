@@ -24,15 +24,16 @@ def random_flip(x_0: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored.to(x_0.device)[:, None, None, None], x_0.flip(-1), x_0)
 
 
-def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> dict[str, tuple[float, Tensor]]:
-    """The terms of --objective by name: the weight of each in the loss, and its values (B,)."""
-    args = run.args
-    if args.objective == "vlb":
-        return {"vlb": (1.0, vlb_loss(run.reverse, output, diffused))}
-    simple = {"simple": (1.0, simple_loss(run.reverse, output, diffused, args.snr_gamma))}
-    if args.objective == "simple":
-        return simple
-    return simple | {"vlb": (args.vlb_weight, vlb_loss(run.reverse, output, diffused, freeze_mean=True))}
+def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
+    """The terms of --objective, (B, terms), in the order of `run.term_weights`."""
+    values = []
+    for name in run.term_weights:
+        if name == "simple":
+            values.append(simple_loss(run.reverse, output, diffused, run.args.snr_gamma))
+        else:
+            frozen = run.args.objective == "hybrid"
+            values.append(vlb_loss(run.reverse, output, diffused, freeze_mean=frozen))
+    return torch.stack(values, dim=1)
 
 
 class Drawn(NamedTuple):
@@ -61,12 +62,12 @@ def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:
         x_0 = random_flip(x_0, mirrored)
     diffused = run.reverse.forward.diffuse(x_0, t, run.noise.draw(x_0, run.progress.step, rows))
     torch.manual_seed(seed_of(run.args.seed, run.progress.step, "dropout", rows.start))
-    output = run.unet(diffused.x_t, run.reverse.forward.timesteps[t]).sample
+    output = run.unet(diffused.x_t.to(run.input_dtype), run.reverse.forward.timesteps[t]).sample
     terms = loss_terms(run, output, diffused)
-    run.term_weights = {name: weight for name, (weight, _) in terms.items()}
-    loss = torch.stack([weight * values for weight, values in terms.values()]).sum(0)
+    weighted = [weight * values for weight, values in zip(run.term_weights.values(), terms.unbind(1), strict=True)]
+    loss = torch.stack(weighted).sum(0)
     run.accelerator.backward((weights * loss).mean())
-    return torch.stack([values.detach() for _, values in terms.values()], dim=1)
+    return terms.detach()
 
 
 class Shared(NamedTuple):

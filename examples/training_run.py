@@ -105,6 +105,13 @@ def build_sampler(args: argparse.Namespace, reverse: ReverseProcess, train: Imag
     return kinds[args.timestep_sampler](steps)
 
 
+def term_weights(args: argparse.Namespace) -> dict[str, float]:
+    """The terms of --objective by name, and the weight of each in the loss."""
+    if args.objective == "hybrid":
+        return {"simple": 1.0, "vlb": args.vlb_weight}
+    return {args.objective: 1.0}
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; a collective then."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -194,6 +201,7 @@ class Run:
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=self.max_steps
         )
         self.unet, self.optimizer, self.lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+        self.input_dtype = next(self.unet.parameters()).dtype  # half under DeepSpeed, which keeps masters of its own
         self.ema = ShardedEMAModel(
             self.unet.parameters(),
             decay=args.ema_max_decay,
@@ -203,7 +211,7 @@ class Run:
             foreach=accelerator.distributed_type != DistributedType.FSDP,  # DTensors know no _foreach_copy_
         )
         self.progress = Progress()
-        self.term_weights: dict[str, float] = {}
+        self.term_weights = term_weights(args)
         stateful: list[Any] = [self.progress] + ([self.ema] if args.use_ema else [])
         if isinstance(self.sampler, LossSecondMomentTimesteps):
             stateful.append(self.sampler)

@@ -61,9 +61,9 @@ def test_the_noise_of_the_first_steps_survives_half_precision(tmp_path, few, onl
     seen = []
     vlb_loss = training_loop.vlb_loss
 
-    def watched(reverse, output, diffused):
+    def watched(reverse, output, diffused, **options):
         seen.append((reverse, diffused))
-        return vlb_loss(reverse, output, diffused)
+        return vlb_loss(reverse, output, diffused, **options)
 
     monkeypatch.setattr(training_loop, "vlb_loss", watched)
     options = "--max_train_steps 2 --mixed_precision bf16 --ddpm_num_steps 4000 --ddpm_beta_schedule squaredcos_cap_v2"

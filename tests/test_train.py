@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -521,13 +522,49 @@ def test_data_record(base):
 
 
 def test_tensorboard_logs(base):
-    """Loss, gradient norm and learning rate of the last step, validation scores, and a grid of samples."""
+    """Losses by term and quartile of t, gradient norm, learning rate, speed, validation scores, a grid of samples."""
     values, images = scalars(base[0])
     names = {"loss", "grad_norm", "lr", "validation_bits_per_dim", "validation_se"}
+    names |= {"loss_vlb", "loss_kl", "loss_decoder", "loss_q0", "loss_vlb_q0", "images_per_second", "skipped_steps"}
+    assert values["skipped_steps"].value == 0 and values["images_per_second"].value > 0
+    assert 0 <= values["data_wait_fraction"].value < 1
+    assert values["loss_kl"].value + values["loss_decoder"].value == pytest.approx(values["loss"].value, rel=1e-5)
     assert names <= values.keys() and all(math.isfinite(values[name].value) for name in names)
     assert values["loss"].step == 3 and values["validation_se"].step == 2
     assert values["grad_norm"].value > 0 and values["validation_se"].value > 0
     assert any(tag.startswith("samples") for tag in images)
+
+
+@pytest.mark.parametrize("weights", [{"simple": 1.0, "vlb": 0.1}, {"vlb": 1.0}, {"simple": 1.0}])
+def test_what_the_tracker_is_told(weights):
+    """Means under the importance weights, conditional means by quartile of t, and the rates, of all steps since."""
+    numbers = torch.Generator().manual_seed(0)
+    forward = range(8)
+    run = SimpleNamespace(
+        term_weights=weights,
+        reverse=SimpleNamespace(forward=forward),
+        lr_scheduler=SimpleNamespace(get_last_lr=lambda: [0.5]),
+        progress=SimpleNamespace(skipped=2),
+    )
+    statistics = training_loop.Statistics(run)
+    t = torch.tensor([[0, 0, 1, 2], [7, 6, 3, 0]])  # none in the third quartile
+    draws, values = torch.rand(2, 4, generator=numbers), torch.rand(2, 4, len(weights), generator=numbers).double()
+    for i in range(2):
+        drawn = training_loop.Drawn(t[i], draws[i], t[i] > 9)
+        statistics.add(drawn, training_loop.Shared(values[i], 3.0 + i, False), seconds=2.0, waited=0.5)
+    told = statistics.take()
+    flat, w, v = t.flatten(), draws.flatten().double(), values.reshape(8, -1)
+    columns = {f"loss_{name}": v[:, i] for i, name in enumerate(weights)}
+    columns["loss"] = sum(weight * columns[f"loss_{name}"] for name, weight in weights.items())
+    expected = {name: float((w * column).sum() / 8) for name, column in columns.items()}
+    for q, rows in {0: flat <= 1, 1: (flat == 2) | (flat == 3), 3: flat >= 6}.items():
+        expected |= {f"{name}_q{q}": float(column[rows].sum() / rows.sum()) for name, column in columns.items()}
+    if "vlb" in weights:
+        expected["loss_decoder"] = float((w * columns["loss_vlb"])[flat == 0].sum() / 8)
+        expected["loss_kl"] = float((w * columns["loss_vlb"])[flat > 0].sum() / 8)
+    expected |= {"grad_norm": 4.0, "lr": 0.5, "images_per_second": 2.0, "data_wait_fraction": 0.25, "skipped_steps": 2}
+    assert told == pytest.approx(expected)
+    assert statistics.values == [] and statistics.seconds == 0
 
 
 def test_no_logs_without_a_tracker(few_base):
@@ -650,9 +687,9 @@ def test_every_batch_has_noise_of_its_own(tmp_path, few, only_train, monkeypatch
     drawn = []
     vlb_loss = training_loop.vlb_loss
 
-    def record(reverse, model_output, diffused):
+    def record(reverse, model_output, diffused, **options):
         drawn.append(diffused)
-        return vlb_loss(reverse, model_output, diffused)
+        return vlb_loss(reverse, model_output, diffused, **options)
 
     monkeypatch.setattr(training_loop, "vlb_loss", record)
     run = only_train(tmp_path, "--max_train_steps 4 --gradient_accumulation_steps 2 --train_batch_size 32", *few)
