@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -41,23 +42,30 @@ def launch_worker(processes: int, runs: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def train_in(folder: Path, layout: str, combinations: list[str], data: tuple[str, ...]) -> None:
+    """Train every combination for 20 steps in a layout."""
+    processes, batch, micro = LAYOUTS[layout]
+    runs = []
+    for combination in combinations:
+        objective, sampler = combination.split("-")
+        options = f"{NETWORK} --objective {objective} --timestep_sampler {sampler} --train_batch_size {batch}"
+        options += f" --gradient_accumulation_steps {micro} --output_dir {folder / layout / combination}"
+        runs.append(f"{options} {' '.join(data)}")
+    launch_worker(processes, runs)
+
+
+def weights(folder: Path, layout: str, combination: str) -> dict[str, torch.Tensor]:
+    """Those of the last checkpoint."""
+    return safetensors.torch.load_file(folder / layout / combination / "checkpoint-20" / "model.safetensors")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, few):  # noqa: F811
-    """The weights after 20 steps of every combination in every layout."""
+    """The folder with every combination in every layout."""
     folder = tmp_path_factory.mktemp("equivalence")
-    for layout, (processes, batch, micro) in LAYOUTS.items():
-        runs = []
-        for combination in COMBINATIONS:
-            objective, sampler = combination.split("-")
-            options = f"{NETWORK} --objective {objective} --timestep_sampler {sampler} --train_batch_size {batch}"
-            options += f" --gradient_accumulation_steps {micro} --output_dir {folder / layout / combination}"
-            runs.append(f"{options} {' '.join(few)}")
-        launch_worker(processes, runs)
-
-    def weights(layout: str, combination: str) -> dict[str, torch.Tensor]:
-        return safetensors.torch.load_file(folder / layout / combination / "checkpoint-20" / "model.safetensors")
-
-    return weights
+    for layout in LAYOUTS:
+        train_in(folder, layout, COMBINATIONS, few)
+    return folder
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -66,19 +74,27 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[name] - b[name]).norm() / a[name].norm()) for name in a)
 
 
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, few):  # noqa: F811
+    """The sampler with a history to share, on both terms of the hybrid loss; the slow tests take every combination."""
+    combination = "hybrid-loss_second_moment"
+    for layout in ("one", "four"):
+        train_in(tmp_path, layout, [combination], few)
+    assert difference(weights(tmp_path, "one", combination), weights(tmp_path, "four", combination)) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["accumulated", "two", "four"])
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_a_global_batch_is_one_step_however_it_is_spread(trained, combination, layout):
     """One process, micro batches, two processes, and both: the same parameters after 20 steps, to 1e-5."""
-    assert difference(trained("one", combination), trained(layout, combination)) < 1e-5
+    assert difference(weights(trained, "one", combination), weights(trained, layout, combination)) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_what_differs_is_seen(trained, objective):
     """Another sampler's t, with the same weights, images and noise, is further away by orders of magnitude."""
-    a, b = (trained("one", f"{objective}-{sampler}") for sampler in ("uniform", "low_discrepancy"))
+    a, b = (weights(trained, "one", f"{objective}-{sampler}") for sampler in ("uniform", "low_discrepancy"))
     assert difference(a, b) > 1e-3
 
 
