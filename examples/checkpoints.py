@@ -62,7 +62,7 @@ class Checkpoints:
         """
         found = self._agreed(lambda: self._find(name), f"--resume_from_checkpoint {name}")
         if found is None:
-            self._agreed(self._begin_anew)
+            self.run = self._agreed(self._begin_anew)
             if name is not None:
                 self.accelerator.print(f"No checkpoint in {self.folder}: starting anew.")
             return
@@ -78,6 +78,8 @@ class Checkpoints:
         except Exception as failure:  # whatever torch, safetensors or pickle raise
             error = f"{type(failure).__name__}: {failure}"
         self._raise_any(error, f"--resume_from_checkpoint {name}: {path} cannot be loaded")
+        # Accelerate counts micro batches, of which this run's steps may have another number.
+        self.accelerator.step = manifest["step"] * self.accelerator.gradient_accumulation_steps
         self._agreed(self._adopt)
 
     def save(self, step: int) -> None:
@@ -193,12 +195,13 @@ class Checkpoints:
             if before != value:
                 raise ValueError(f"{path} is of a run with {key} {before}, but this one has {value}")
 
-    def _begin_anew(self) -> None:
+    def _begin_anew(self) -> str:
         self.run = uuid.uuid4().hex
         others = [path.name for path, _ in _finished(self.folder)]
         if others:
             print(f"{self.folder} holds {', '.join(others)} of an earlier run, which `latest` will not take any more.")
         self._adopt()
+        return self.run
 
     def _adopt(self) -> None:
         write_json({"run": self.run}, self.folder / RUN_FILE)

@@ -15,7 +15,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
-from stopping import end
+from stopping import end, refused
 
 
 def prepare_output_dir(args: argparse.Namespace) -> Path:
@@ -41,16 +41,20 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
     Raises:
         SystemExit: what was asked for cannot be had here.
     """
-    accelerator = Accelerator(
-        cpu=args.cpu,
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.logger == "none" else args.logger,
-        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / args.logging_dir)),
-        dynamo_backend="inductor" if args.compile else None,
-        step_scheduler_with_optimizer=False,  # else it steps once for each process
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=args.ddp_timeout))],
-    )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION", "1") != "2":
+        # Before Accelerate's own settings of FSDP 1, which fail without a GPU.
+        raise SystemExit("FSDP 1 flattens the parameters, which the average needs one by one: set fsdp_version: 2.")
+    with refused(ImportError):  # DeepSpeed, or a tracker
+        accelerator = Accelerator(
+            cpu=args.cpu,
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.logger == "none" else args.logger,
+            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / args.logging_dir)),
+            dynamo_backend="inductor" if args.compile else None,
+            step_scheduler_with_optimizer=False,  # else it steps once for each process
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=args.ddp_timeout))],
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise SystemExit("--mixed_precision fp16 needs a GPU: on the CPU choose bf16 or no.")
     check_sharding(accelerator)
@@ -82,8 +86,6 @@ def check_sharding(accelerator: Accelerator) -> None:
                 f"({accelerator.device.type}): the network would not be sharded. {name} needs GPUs; on the CPU launch "
                 "without it."
             )
-    if accelerator.distributed_type == DistributedType.FSDP and getattr(state.fsdp_plugin, "fsdp_version", 1) != 2:
-        raise SystemExit("FSDP 1 flattens the parameters, which the average needs one by one: set fsdp_version: 2.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
         raise SystemExit("ZeRO 3 leaves no process the parameters that it averages: set zero_stage: 2, or take FSDP.")
 

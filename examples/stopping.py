@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 REPEATS = 2.0  # seconds within which a launcher may pass on what the terminal has sent already
 
@@ -58,19 +58,21 @@ class Stop:
         return self.reason is not None
 
 
-def ignore_signals(worker_id: int) -> None:
-    """For the data loader's workers: a signal to the whole process group must not kill them in the last step.
+def own_process_group(worker_id: int) -> None:
+    """For the data loader's workers: what is sent to the whole group must not kill them in the last step.
 
     Args:
         worker_id: not used.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def end(accelerator: Accelerator, message: str) -> NoReturn:
-    """End all processes with exit code 1 and one message; all of them must come here."""
-    raise SystemExit(message if accelerator.is_main_process else 1)
+    """End all processes with exit code 1 and one message on each machine; all of them must come here."""
+    with contextlib.suppress(Exception):
+        PartialState().destroy_process_group()  # left open, it may abort the interpreter's exit
+    raise SystemExit(message if accelerator.is_local_main_process else 1)
 
 
 def lost_contact(error: BaseException) -> bool:

@@ -213,6 +213,7 @@ def train_and_finish(run: Run) -> dict[str, Any] | None:
     args, accelerator = run.args, run.accelerator
     with run.stop, clear_faults(run.folder, run.checkpoints.advice):
         run.checkpoints.begin(args.resume_from_checkpoint)
+        run.take_options()
         # A resumed run writes some steps again: TensorBoard drops the first time's.
         again = {"purge_step": run.progress.step + 1} if run.progress.step and args.logger == "tensorboard" else {}
         options = {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}

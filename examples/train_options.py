@@ -138,7 +138,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "--checkpointing_steps",
         type=not_negative_int,
         default=500,
-        help="Save the state every so many steps, and after the last; 0: only when stopped.",
+        help="Save the state every so many steps, and after the last; 0: only that.",
     )
     output.add_argument("--checkpoints_total_limit", type=positive_int, help="Keep only the last so many.")
     output.add_argument("--resume_from_checkpoint", help="A checkpoint folder's name, or `latest`.")

@@ -203,10 +203,11 @@ def next_batch(run: Run, source: Iterator[Tensor]) -> Tensor:
     try:
         return next(source)
     except Exception as error:  # whatever the files, the decoders and the workers raise
-        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # A worker's exception comes as the text of its traceback, the name and the message last.
+        said = ([line for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
+        said = said.strip().removeprefix("ValueError: ").rstrip(".")
         raise SystemExit(
-            f"Step {run.progress.step + 1}: the training data cannot be read: {said[-1].strip()} "
-            f"{run.checkpoints.advice()}."
+            f"Step {run.progress.step + 1}: the training data cannot be read. {said}. {run.checkpoints.advice()}."
         ) from error
 
 
@@ -261,7 +262,7 @@ def train(run: Run, validate: Callable[[Run], object]) -> bool:
                 numbers = statistics.take()
                 bar.set_postfix(loss=f"{numbers.get('loss', math.nan):.3f}", lr=f"{numbers['lr']:.1e}")
                 accelerator.log(numbers, step=progress.step)
-            if shared.stop or (every and (progress.step % every == 0 or last)):
+            if shared.stop or last or (every and progress.step % every == 0):
                 run.checkpoints.save(progress.step)
             if shared.stop:
                 return False

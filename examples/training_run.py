@@ -13,9 +13,9 @@ from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from global_batches import GlobalBatches, Noise
-from image_data import ImageData, Images
+from image_data import ImageData, Images, fingerprint
 from publish import PATHS, Publisher
-from stopping import Stop, ignore_signals
+from stopping import Stop, own_process_group
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -128,9 +128,10 @@ class ShardedEMAModel(EMAModel):
         return {**state, "shadow_params": [full(tensor).cpu() for tensor in state["shadow_params"]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From a checkpoint, whatever the number of processes that wrote it."""
+        """From a checkpoint, whatever the number of processes that wrote it; the decay stays this run's."""
         own: list[Tensor] = self.shadow_params
-        super().load_state_dict(state_dict)
+        kept = {name: getattr(self, name) for name in ("decay", "inv_gamma", "power")}
+        super().load_state_dict({**state_dict, **kept})
         self.shadow_params = [
             distribute_tensor(saved.to(old.device), old.device_mesh, old.placements)
             if isinstance(old, DTensor)
@@ -187,7 +188,7 @@ class Run:
             num_workers=args.dataloader_num_workers,
             collate_fn=torch.stack,
             pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=ignore_signals,
+            worker_init_fn=own_process_group,
             generator=torch.Generator(),  # else it would draw from, and so move, the global one
         )
         optimizer = torch.optim.AdamW(
@@ -229,13 +230,29 @@ class Run:
             "--timestep_sampler": args.timestep_sampler,
             "--use_ema": args.use_ema,
             "the network": {k: v for k, v in self.network_config.items() if not k.startswith("_")},
-            "training images": {k: self.data.record[k] for k in ("num_images", "size", "levels", "test_fingerprint")},
+            "training images": {
+                **{k: self.data.record[k] for k in ("num_images", "size", "levels", "test_fingerprint")},
+                "train_fingerprint": fingerprint(self.data.train),
+            },
         }
         if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its optimizer's shards fit no other number
             fixed["--num_processes"] = accelerator.num_processes
         said_elsewhere = {"train_batch_size", "gradient_accumulation_steps", "resume_from_checkpoint"}
         kept = {k: v for k, v in vars(args).items() if f"--{k}" not in fixed and k not in said_elsewhere}
         return fixed, {k: v for k, v in kept.items() if k not in PATHS and not k.startswith("hub_")}
+
+    def take_options(self) -> None:
+        """Give the optimizer and its schedule this run's options, where a checkpoint has brought others."""
+        args, schedule = self.args, self.lr_scheduler.scheduler
+        schedule.base_lrs = [args.learning_rate for _ in schedule.base_lrs]
+        for group, factor in zip(self.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group.update(
+                initial_lr=args.learning_rate,
+                lr=args.learning_rate * factor(schedule.last_epoch),
+                betas=(args.adam_beta1, args.adam_beta2),
+                weight_decay=args.adam_weight_decay,
+                eps=args.adam_epsilon,
+            )
 
     def averaged_network(self) -> UNet2DModel:
         """A plain network of its own with the averaged weights, to score and to save; all processes must call it."""
