@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+_ODD = 0x9E3779B97F4A7C15  # any odd number makes the rows' seeds differ; this one in all of their bits
+
 
 def seed_of(*key: int | str) -> int:
     """A seed that depends on the key (seed, step, ...) alone, so that a resumed run repeats its draws."""
@@ -97,7 +99,8 @@ class Noise:
             rows: the images' places in the global batch.
         """
         noise = torch.empty_like(like)
-        for image, row in zip(noise, range(rows.start, rows.stop), strict=True):
-            self.generator.manual_seed(seed_of(self.seed, step, "noise", row))
+        first = seed_of(self.seed, step, "noise")
+        for image, row in zip(noise.unbind(), range(rows.start, rows.stop), strict=True):
+            self.generator.manual_seed((first + row * _ODD) % 2**64)
             image.normal_(generator=self.generator)
         return noise

@@ -61,7 +61,8 @@ def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:
     if run.args.random_flip:
         x_0 = random_flip(x_0, mirrored)
     diffused = run.reverse.forward.diffuse(x_0, t, run.noise.draw(x_0, run.progress.step, rows))
-    torch.manual_seed(seed_of(run.args.seed, run.progress.step, "dropout", rows.start))
+    if run.has_dropout:  # which draws from the global generator
+        torch.manual_seed(seed_of(run.args.seed, run.progress.step, "dropout", rows.start))
     output = run.unet(diffused.x_t.to(run.input_dtype), run.reverse.forward.timesteps[t]).sample
     terms = loss_terms(run, output, diffused)
     weighted = [weight * values for weight, values in zip(run.term_weights.values(), terms.unbind(1), strict=True)]

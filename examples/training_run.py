@@ -170,6 +170,7 @@ class Run:
         if args.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
         self.network_config = unet.config
+        self.has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())
         self.batches = GlobalBatches(
             len(data.train),
             args.train_batch_size,
@@ -197,6 +198,8 @@ class Run:
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
             eps=args.adam_epsilon,
+            fused=accelerator.device.type in ("cpu", "cuda")
+            and accelerator.distributed_type != DistributedType.DEEPSPEED,
         )
         lr_scheduler = get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=self.max_steps

@@ -151,7 +151,7 @@ def test_noise_belongs_to_the_image():
     others = [noise.draw(like, 6, slice(0, 8)), Noise(torch.device("cpu"), seed=2).draw(like, 5, slice(0, 8))]
     rows = torch.cat([whole, *others]).flatten(1)
     assert len({tuple(row.tolist()) for row in rows}) == 24
-    assert len({seed_of(1, step, "noise", row) for step in range(50) for row in range(50)}) == 2500
+    assert len({seed_of(1, step, "noise") for step in range(2500)}) == 2500
 
 
 @pytest.mark.parametrize(

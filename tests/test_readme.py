@@ -11,6 +11,7 @@ import evaluate
 import publish
 import pytest
 import train_options
+from accelerate.commands.config.config_args import load_config_from_file
 from hub_server import HubServer
 
 ROOT = Path(__file__).parents[1]
@@ -145,3 +146,21 @@ def test_evaluation_commands_parse():
 def test_relative_links_lead_somewhere(path):
     """Files that a document points to are there."""
     assert [link for link in LINK.findall(path.read_text()) if not (path.parent / link).exists()] == []
+
+
+def test_every_fault_has_its_test():
+    """The tests that docs/reliability.md names are there."""
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text()))
+    written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 15 and [name for name in named if f"def {name}(" not in written] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_reads_the_shipped_configs(path):
+    """Each by `accelerate launch --config_file`, as what its name says."""
+    config = load_config_from_file(str(path))
+    kind = {"fsdp.yaml": "FSDP", "deepspeed_zero2.yaml": "DEEPSPEED", "two_machines.yaml": "MULTI_GPU"}[path.name]
+    assert str(config.distributed_type).endswith(kind)
+    assert config.num_machines == (2 if path.name == "two_machines.yaml" else 1)
+    assert kind != "FSDP" or config.fsdp_config["fsdp_version"] == 2
+    assert kind != "DEEPSPEED" or config.deepspeed_config["zero_stage"] == 2
