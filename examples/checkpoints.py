@@ -23,6 +23,7 @@ from stopping import end
 
 MANIFEST = "checkpoint.json"
 RUN_FILE = ".run.json"
+KEYS = {"step", "run", "fixed", "free", "files"}
 _PREFIX = "checkpoint-"
 
 
@@ -80,6 +81,7 @@ class Checkpoints:
         self._raise_any(error, f"--resume_from_checkpoint {name}: {path} cannot be loaded")
         # Accelerate counts micro batches, of which this run's steps may have another number.
         self.accelerator.step = manifest["step"] * self.accelerator.gradient_accumulation_steps
+        self._agreed(lambda: self._leave_later(manifest["step"]))
         self._agreed(self._adopt)
 
     def save(self, step: int) -> None:
@@ -155,8 +157,9 @@ class Checkpoints:
 
     def _find(self, name: str | None) -> tuple[str, dict[str, Any]] | None:
         """The checkpoint to load and what it says of itself."""
-        for left in self.folder.glob(f".{_PREFIX}*"):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for pattern in (f".{_PREFIX}*", ".pipeline-*"):
+            for left in self.folder.glob(pattern):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
         if name is None:
             return None
         finished = _finished(self.folder)
@@ -203,12 +206,21 @@ class Checkpoints:
         self._adopt()
         return self.run
 
+    def _leave_later(self, step: int) -> None:
+        """Rename the checkpoints of the branch that a run leaves by going back to an earlier one."""
+        for later in self.own():
+            number = int(later.name.removeprefix(_PREFIX))
+            if number > step:
+                aside = self.folder / f"superseded-{number}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(later, aside)
+
     def _adopt(self) -> None:
         write_json({"run": self.run}, self.folder / RUN_FILE)
 
     def _complete(self, aside: Path, path: Path, step: int) -> None:
         """Write the manifest, bring all to the disk and rename."""
-        files = {str(file.relative_to(aside)): file for file in sorted(aside.rglob("*")) if file.is_file()}
+        files = {file.relative_to(aside).as_posix(): file for file in sorted(aside.rglob("*")) if file.is_file()}
         manifest = {
             "step": step,
             "run": self.run,
@@ -253,7 +265,7 @@ def _finished(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
     ordered = sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
     manifests = [(path, _read(path / MANIFEST)) for path in ordered]
-    return [(path, manifest) for path, manifest in manifests if manifest]
+    return [(path, manifest) for path, manifest in manifests if KEYS <= manifest.keys()]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -281,7 +293,7 @@ def _to_disk(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     if os.name == "nt" and path.is_dir():  # Windows opens no folders
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     accelerator = make_accelerator(args, folder)
     check_shared(accelerator, folder)
     set_seed(args.seed)
-    with refused(ValueError, FileNotFoundError):
+    with refused(ValueError, FileNotFoundError), clear_faults(folder, lambda: "Nothing has been trained yet"):
         with accelerator.main_process_first():
             data = load_image_data(
                 args.dataset_name,

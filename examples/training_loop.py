@@ -88,7 +88,7 @@ def share(run: Run, parts: list[Tensor], norm: Tensor) -> Shared:
     """Gather a step's values in the order of its global batch; the one point of a step that waits for the device."""
     values = torch.cat(parts)
     own = torch.stack([full(norm).detach().to(values), torch.tensor(float(run.stop.asked())).to(values)])
-    gathered = run.accelerator.gather(torch.cat([values.flatten(), own])[None]).double().cpu()
+    gathered = run.accelerator.gather(torch.cat([values.flatten(), own])[None]).cpu().double()
     in_order = run.batches.in_order(gathered[:, :-2].unflatten(1, values.shape))
     return Shared(in_order, float(gathered[:, -2].max()), bool(gathered[:, -1].any()))
 
@@ -104,16 +104,17 @@ def gradient_norm(run: Run) -> Tensor:
 def update(run: Run, drawn: Drawn, shared: Shared) -> None:
     """Take the step, or skip it where it is not finite."""
     progress, accelerator = run.progress, run.accelerator
-    if isinstance(run.sampler, LossSecondMomentTimesteps):
-        weights = torch.tensor(list(run.term_weights.values()), dtype=torch.float64)
-        run.sampler.update(drawn.t, shared.values @ weights)
-    # A gradient scaler skips by itself, and must learn that it has to.
-    if shared.finite or accelerator.scaler is not None:
+    if shared.finite:
         run.optimizer.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()  # it has seen in the clipping whether its scale is too large
     run.optimizer.zero_grad()
     run.lr_scheduler.step()
     if shared.finite:
         progress.skipped_in_a_row = 0
+        if isinstance(run.sampler, LossSecondMomentTimesteps):
+            weights = torch.tensor(list(run.term_weights.values()), dtype=torch.float64)
+            run.sampler.update(drawn.t, shared.values @ weights)
         if run.args.use_ema:
             run.ema.step(run.unet.parameters())
         run.checkpoints.proven()
@@ -122,7 +123,8 @@ def update(run: Run, drawn: Drawn, shared: Shared) -> None:
     progress.skipped_in_a_row += 1
     first = progress.step - progress.skipped_in_a_row + 1
     said = f"Step {progress.step + 1} is not finite: {offenders(run, drawn, shared)}."
-    by_itself = accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision != "fp16"
+    overflow = accelerator.mixed_precision == "fp16" and not math.isfinite(shared.norm)
+    by_itself = accelerator.distributed_type == DistributedType.DEEPSPEED and not overflow
     limit = 1 if by_itself else run.args.max_skipped_steps  # DeepSpeed has taken the step by now
     if progress.skipped_in_a_row < limit:
         if accelerator.is_main_process:
@@ -164,21 +166,36 @@ class Statistics:
         """Begin anew."""
         self.values: list[Tensor] = []
         self.drawn: list[Drawn] = []
+        self.images = 0
         self.seconds = self.waited = 0.0
 
     def add(self, drawn: Drawn, shared: Shared, seconds: float, waited: float) -> None:
         """Take in a step, and how long it took and waited for data."""
-        self.values.append(shared.values)
-        self.drawn.append(drawn)
+        self.images += len(drawn.t)
+        if shared.finite:
+            self.values.append(shared.values)
+            self.drawn.append(drawn)
         self.seconds, self.waited, self.norm = self.seconds + seconds, self.waited + waited, shared.norm
 
     def take(self) -> dict[str, float]:
-        """The numbers since the last time, those that are finite."""
+        """The numbers since the last time, those that are finite; of the losses, those of steps that were taken."""
+        run = self.run
+        numbers = self._losses() if self.values else {}
+        numbers |= {
+            "grad_norm": self.norm,
+            "lr": run.lr_scheduler.get_last_lr()[0],
+            "images_per_second": self.images / self.seconds,
+            "data_wait_fraction": self.waited / self.seconds,
+            "skipped_steps": run.progress.skipped,
+        }
+        self.clear()
+        return {name: number for name, number in numbers.items() if math.isfinite(number)}
+
+    def _losses(self) -> dict[str, float]:
         run = self.run
         values = torch.cat(self.values)
         t, weights = (torch.cat([getattr(drawn, name) for drawn in self.drawn]) for name in ("t", "weights"))
-        term_weights = torch.tensor(list(run.term_weights.values()), dtype=torch.float64)
-        named = {"loss": values @ term_weights}
+        named = {"loss": values @ torch.tensor(list(run.term_weights.values()), dtype=torch.float64)}
         named |= {f"loss_{name}": values[:, i] for i, name in enumerate(run.term_weights)}
         numbers = {name: float((weights * value).mean()) for name, value in named.items()}
         if "vlb" in run.term_weights:
@@ -188,15 +205,7 @@ class Statistics:
         for name, value in named.items():
             for q in range(QUARTILES):
                 numbers[f"{name}_q{q}"] = float(value[quartile == q].mean())  # NaN where none was drawn
-        numbers |= {
-            "grad_norm": self.norm,
-            "lr": run.lr_scheduler.get_last_lr()[0],
-            "images_per_second": len(t) / self.seconds,
-            "data_wait_fraction": self.waited / self.seconds,
-            "skipped_steps": run.progress.skipped,
-        }
-        self.clear()
-        return {name: number for name, number in numbers.items() if math.isfinite(number)}
+        return numbers
 
 
 def next_batch(run: Run, source: Iterator[Tensor]) -> Tensor:
@@ -261,7 +270,7 @@ def train(run: Run, validate: Callable[[Run], object]) -> bool:
             last = progress.step == run.max_steps
             if progress.step % LOGGING_STEPS == 0 or last or shared.stop:
                 numbers = statistics.take()
-                bar.set_postfix(loss=f"{numbers.get('loss', math.nan):.3f}", lr=f"{numbers['lr']:.1e}")
+                bar.set_postfix({name: f"{numbers[name]:.3g}" for name in ("loss", "lr") if name in numbers})
                 accelerator.log(numbers, step=progress.step)
             if shared.stop or last or (every and progress.step % every == 0):
                 run.checkpoints.save(progress.step)

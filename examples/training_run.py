@@ -31,6 +31,11 @@ from ddpm_vlb import (
     covariance_eigenvalues,
 )
 
+# Options that say what the network's output means.
+CHAIN = (
+    *("ddpm_num_steps", "ddpm_beta_schedule", "ddpm_beta_start", "ddpm_beta_end", "rescale_betas_zero_snr"),
+    *("prediction_type", "variance_type"),
+)
 TimestepSampler = UniformTimesteps | ImportanceTimesteps | LossSecondMomentTimesteps
 
 
@@ -214,6 +219,8 @@ class Run:
             power=args.ema_power,
             foreach=accelerator.distributed_type != DistributedType.FSDP,  # DTensors know no _foreach_copy_
         )
+        # Half under DeepSpeed, where small updates would vanish.
+        self.ema.shadow_params = [value.float() for value in self.ema.shadow_params]
         self.progress = Progress()
         self.term_weights = term_weights(args)
         stateful: list[Any] = [self.progress] + ([self.ema] if args.use_ema else [])
@@ -229,7 +236,7 @@ class Run:
         fixed = {
             size: self.batches.global_batch_size,
             "--seed": args.seed,
-            "--ddpm_num_steps": args.ddpm_num_steps,
+            **{f"--{name}": getattr(args, name) for name in CHAIN},
             "--timestep_sampler": args.timestep_sampler,
             "--use_ema": args.use_ema,
             "the network": {k: v for k, v in self.network_config.items() if not k.startswith("_")},
@@ -238,7 +245,9 @@ class Run:
                 "train_fingerprint": fingerprint(self.data.train),
             },
         }
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its optimizer's shards fit no other number
+        kind = accelerator.distributed_type
+        fixed["sharding by"] = kind.value if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else "nothing"
+        if kind == DistributedType.DEEPSPEED:  # its optimizer's shards fit no other number
             fixed["--num_processes"] = accelerator.num_processes
         said_elsewhere = {"train_batch_size", "gradient_accumulation_steps", "resume_from_checkpoint"}
         kept = {k: v for k, v in vars(args).items() if f"--{k}" not in fixed and k not in said_elsewhere}

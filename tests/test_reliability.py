@@ -373,7 +373,15 @@ def begin(run):
 # Resuming
 
 
-@pytest.mark.parametrize("options", ["", HARD, f"{HARD} --gradient_accumulation_steps 2", f"{HARD} --no-use_ema"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        HARD,
+        pytest.param(f"{HARD} --gradient_accumulation_steps 2", marks=pytest.mark.slow),
+        pytest.param(f"{HARD} --no-use_ema", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_exactly(tmp_path, few, options):
     """30 steps are 13, SIGKILL, and the rest from checkpoint-10: weights, average, optimizer, history."""
     options = f"{EVERY} --max_train_steps {STEPS} {options}", *few
@@ -582,7 +590,7 @@ def test_a_damaged_file_is_named(finished, straight, begin, damage):
         path.write_bytes(whole)
     check_same(finished / "checkpoint-25", straight / "checkpoint-25")
     assert begin(finished, "checkpoint-25").progress.step == 25
-    shutil.rmtree(finished / "checkpoint-30")
+    assert (finished / "superseded-30").is_dir()
     assert begin(finished).progress.step == 25
 
 
@@ -649,7 +657,9 @@ def test_a_bad_step_is_skipped(tmp_path, few, kind):
 # Going on with other options
 
 
-@pytest.mark.parametrize("layout", ["4 2", "2 4", "1 8"])
+@pytest.mark.parametrize(
+    "layout", ["4 2", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("2 4", "1 8"))]
+)
 def test_another_layout_of_the_same_global_batch_goes_on(tmp_path, few, layout):
     """The weights agree to 1e-5 of each tensor's norm, with the default warm-up."""
     ran(tmp_path / "a", f"{EVERY} --lr_warmup_steps 100", *few)
@@ -729,7 +739,7 @@ def test_an_earlier_run_can_be_taken_up_by_name(finished, few, begin):
     """And `latest` is that run's from then on."""
     ran(finished, EVERY, *few, hooks=[functools.partial(after_step, 3, die)], code=KILLED)
     assert begin(finished, "checkpoint-20").progress.step == 20
-    assert begin(finished).progress.step == 30
+    assert begin(finished).progress.step == 20
 
 
 # Signals
@@ -872,7 +882,9 @@ def test_a_data_set_that_is_gone(tmp_path, own_pictures, kind):
 # TensorBoard
 
 
-@pytest.mark.parametrize("step", [14, 19, 22])
+@pytest.mark.parametrize(
+    "step", [pytest.param(14, marks=pytest.mark.slow), 19, pytest.param(22, marks=pytest.mark.slow)]
+)
 def test_the_log_of_a_killed_run_has_each_step_once(tmp_path, few, step):
     """Killed and resumed, it holds what a straight run's holds, but for the speed."""
     options = "--logger tensorboard", *few, EVERY

@@ -236,7 +236,7 @@ def test_a_sharded_checkpoint_is_not_for_one_process(tmp_path, few):  # noqa: F8
     """It is refused in one message; nothing of it is taken."""
     options = [*RUN, *few, *"--max_train_steps 2 --checkpointing_steps 2".split()]
     launch("SHARDED_STATE_DICT", tmp_path, options)
-    with pytest.raises(SystemExit, match="checkpoint-2 cannot be loaded"):
+    with pytest.raises(SystemExit, match="checkpoint-2 is of a run with sharding by FSDP, but this one has nothing"):
         train_alone(tmp_path, [*options, "--resume_from_checkpoint", "latest"])
 
 

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 import train
 import training_loop
+import training_run
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
@@ -841,6 +842,52 @@ def test_a_network_that_breaks_in_its_last_step_is_not_scored(tmp_path, few):
     assert not (tmp_path / "metrics.json").exists()
 
 
+def test_a_loss_that_is_not_finite_is_skipped_with_a_gradient_scaler(tmp_path, few, only_train, monkeypatch):
+    """Also where the gradient is finite, which alone is what the scaler looks at: weights and average stay."""
+    accelerator_of, loss_terms, update = train.make_accelerator, training_loop.loss_terms, training_loop.update
+    moved = []
+
+    def scaled(*args):
+        accelerator = accelerator_of(*args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        # As under fp16, which needs a GPU.
+        accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
+        return accelerator
+
+    def broken(run, output, diffused):
+        bad = torch.inf if run.progress.step == 2 else 0.0
+        return loss_terms(run, output, diffused) + bad
+
+    def watched(run, drawn, shared):
+        before = [value.detach().clone() for value in (*run.unet.parameters(), *run.ema.shadow_params)]
+        update(run, drawn, shared)
+        after = (*run.unet.parameters(), *run.ema.shadow_params)
+        assert math.isfinite(shared.norm)
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, after)))
+
+    monkeypatch.setattr(train, "make_accelerator", scaled)
+    monkeypatch.setattr(training_loop, "loss_terms", broken)
+    monkeypatch.setattr(training_loop, "update", watched)
+    run = only_train(tmp_path, "--max_train_steps 5 --lr_scheduler constant", *few)
+    assert moved == [True, True, False, True, True] and run.progress.skipped == 1
+
+
+def test_the_average_of_half_precision_weights_moves(tmp_path, few, only_train, monkeypatch):
+    """It is in float32 also where the weights are not, as under DeepSpeed: a bf16 one would stand still."""
+    build = training_run.build_unet
+    monkeypatch.setattr(training_run, "build_unet", lambda *args: build(*args).to(torch.bfloat16))
+    run = only_train(tmp_path, "--max_train_steps 1", *few)
+    assert {value.dtype for value in run.ema.shadow_params} == {torch.float32}
+    assert {value.dtype for value in weights(tmp_path).values()} == {torch.float32}
+    run.ema.get_decay = lambda step: 0.9999
+    before = [value.clone() for value in run.ema.shadow_params]
+    moved = [parameter.detach() + 1 for parameter in run.unet.parameters()]
+    for value in moved:
+        value.requires_grad_()
+    run.ema.step(moved)
+    assert all((after > value).any() for after, value in zip(run.ema.shadow_params, before))
+
+
 # Checkpoints
 
 
@@ -910,6 +957,17 @@ def test_the_newest_checkpoints_are_kept(tmp_path, few, only_train):
     tiny(tmp_path, options, *few)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
     assert same_weights(weights(tmp_path), checkpoint_weights(tmp_path, 5))
+
+
+def test_going_back_leaves_the_later_checkpoints_aside(tmp_path, few, only_train):
+    """Taken up by name, an earlier checkpoint begins a branch: `latest` and the limit know of no later ones."""
+    only_train(tmp_path, "--max_train_steps 12 --checkpointing_steps 4", *few)
+    options = "--max_train_steps 8 --checkpointing_steps 3 --checkpoints_total_limit 1"
+    only_train(tmp_path, f"{options} --resume_from_checkpoint checkpoint-4 --learning_rate 1e-3", *few)
+    assert {path.name for path in tmp_path.glob("superseded-*")} == {"superseded-8", "superseded-12"}
+    assert "checkpoint-8" in {path.name for path in tmp_path.glob("checkpoint-*")}
+    run = only_train(tmp_path, f"{options} --resume_from_checkpoint latest --learning_rate 1e-3", *few)
+    assert run.checkpoints.resumed_from == "checkpoint-8"
 
 
 def test_the_seconds_of_a_resumed_run_count_from_its_start(tmp_path, few, no_pictures):
