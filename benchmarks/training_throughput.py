@@ -4,9 +4,9 @@ python benchmarks/training_throughput.py
 
 The second loop does what diffusers' train_unconditional.py does with the same network, batch, data and average: a
 shuffled data loader prepared by Accelerate, `add_noise`, the mean squared error, clipping, AdamW, the learning rate's
-schedule, EMA, and the loss read after every step. train.py's own AdamW is the fused one and its average a `foreach` one,
-which diffusers' script does not ask for. Both loops take turns in blocks of steps in one process. Then train.py itself,
-launched with one and with two processes of one thread each: the same global batch.
+schedule, EMA, and the loss read after every step. train.py takes the fused AdamW and a `foreach` average, for which
+diffusers' script does not ask. Both loops take turns in blocks of steps in one process. Then train.py itself, launched
+with one and with two processes of one thread each: the same global batch.
 """
 
 import os
