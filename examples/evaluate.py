@@ -26,9 +26,11 @@ from typing import Any
 import pyarrow
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from launching import prepare_output_dir
 from reporting import describe, plot_per_image, plot_vlb_terms, score, write_json
 from scoring import PartialScores, fingerprint_of, run_sweep, shared
 from scoring_data import NetworkShape, ScoringData, load_scoring_data
+from stopping import leave
 from torch import Tensor
 from train_options import HelpFormatter, not_negative_int, positive_float, positive_int
 
@@ -480,13 +482,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
     run = Evaluation(args, accelerator)
     folder = run.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test-{accelerator.process_index}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"--output_dir {folder} cannot be written: {error}") from error
+    prepare_output_dir(folder)
     known = broadcast_object_list([finished(folder, run.key) if accelerator.is_main_process else None])[0]
     if known is not None:
         if accelerator.is_main_process:
@@ -507,7 +503,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     accelerator.wait_for_everyone()
     if accelerator.is_local_main_process:
         shutil.rmtree(store.folder, ignore_errors=True)
-    accelerator.end_training()
+    leave(accelerator)
     return metrics if accelerator.is_main_process else None
 
 

@@ -18,17 +18,22 @@ from accelerate.utils import (
 from stopping import end, refused
 
 
-def prepare_output_dir(args: argparse.Namespace) -> Path:
-    """Make the output folder and make sure that it can be written, before hours are spent."""
-    folder = Path(args.output_dir)
+def prepare_output_dir(folder: Path) -> None:
+    """Make the output folder and make sure that it can be written, before hours are spent.
+
+    Args:
+        folder: of --output_dir.
+
+    Raises:
+        OSError: it cannot.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write_test-{uuid.uuid4().hex}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise SystemExit(f"--output_dir {args.output_dir} cannot be written: {error}") from error
-    return folder
+        raise OSError(f"--output_dir {folder} cannot be written: {error}") from error
 
 
 def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:

@@ -16,9 +16,10 @@ from types import FrameType
 from typing import NoReturn
 
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 
 REPEATS = 2.0  # seconds within which a launcher may pass on what the terminal has sent already
+PAUSE = 0.5
 
 
 class Stop:
@@ -68,10 +69,19 @@ def own_process_group(worker_id: int) -> None:
         os.setpgrp()
 
 
+def leave(accelerator: Accelerator) -> None:
+    """Close the trackers and the process group; all processes must come here."""
+    if accelerator.num_processes > 1:
+        # Gloo's thread gives back the last collective's tensors, for which it needs the interpreter, under a lock that
+        # the group's end takes while it holds the interpreter: one that comes too soon hangs for ever.
+        time.sleep(PAUSE)
+    accelerator.end_training()
+
+
 def end(accelerator: Accelerator, message: str) -> NoReturn:
     """End all processes with exit code 1 and one message on each machine; all of them must come here."""
-    with contextlib.suppress(Exception):
-        PartialState().destroy_process_group()  # left open, it may abort the interpreter's exit
+    with contextlib.suppress(Exception):  # a tracker's, which cannot write, say
+        leave(accelerator)
     raise SystemExit(message if accelerator.is_local_main_process else 1)
 
 

@@ -24,7 +24,7 @@ from launching import check_shared, make_accelerator, prepare_output_dir
 from publish import describe_folder, open_publisher, repair_command, stage_result
 from reporting import baselines, describe, plot_samples, plot_vlb_terms, score, write_json
 from scoring import Stopped, pilot_positions, run_sweep, shared
-from stopping import clear_faults, refused
+from stopping import clear_faults, leave, refused
 from torch import Tensor
 from tqdm.auto import tqdm
 from train_options import parse_args
@@ -168,7 +168,7 @@ def finish(run: Run) -> dict[str, Any] | None:
     estimate = evaluate(run, network, data.test, args.num_test_images, args.calls_per_image, "Scoring test images")
     run.checkpoints.proven()
     accelerator.wait_for_everyone()
-    accelerator.end_training()  # what follows would run into the other processes' time limit
+    leave(accelerator)  # what follows would run into the other processes' time limit
     if not accelerator.is_main_process:
         return None
     generated = sample(run, network, args.eval_batch_size, args.ddpm_num_inference_steps)
@@ -214,10 +214,10 @@ def train_and_finish(run: Run) -> dict[str, Any] | None:
     with run.stop, clear_faults(run.folder, run.checkpoints.advice):
         run.checkpoints.begin(args.resume_from_checkpoint)
         run.take_options()
-        # A resumed run writes some steps again: TensorBoard drops the first time's.
-        again = {"purge_step": run.progress.step + 1} if run.progress.step and args.logger == "tensorboard" else {}
+        # What the folder holds of later steps is of a run that was killed, or of an earlier one.
+        purge = {"tensorboard": {"purge_step": run.progress.step + 1}}
         options = {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}
-        accelerator.init_trackers("train", config=options, init_kwargs={args.logger: again})
+        accelerator.init_trackers("train", config=options, init_kwargs=purge)
         accelerator.print(
             f"{run.batches.global_batch_size} images a step: {accelerator.num_processes} process(es) x "
             f"{args.gradient_accumulation_steps} x {args.train_batch_size}."
@@ -229,18 +229,20 @@ def train_and_finish(run: Run) -> dict[str, Any] | None:
             pass  # while scoring: the last step is in a checkpoint already
         accelerator.print(f"Stopped at step {run.progress.step} by {run.stop.reason or 'another process'}.")
         accelerator.print(f"{run.checkpoints.advice()}.")
-        accelerator.end_training()
+        leave(accelerator)
     return None
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Train, score and save. Returns the metrics (on the main process, of a run that came to its end)."""
     args = parse_args(argv, str(__doc__))
-    folder = prepare_output_dir(args)
+    folder = Path(args.output_dir)
+    with refused(OSError):
+        prepare_output_dir(folder)
     accelerator = make_accelerator(args, folder)
     check_shared(accelerator, folder)
     set_seed(args.seed)
-    with refused(ValueError, FileNotFoundError), clear_faults(folder, lambda: "Nothing has been trained yet"):
+    with refused(ValueError, OSError), clear_faults(folder, lambda: "Nothing has been trained yet"):
         with accelerator.main_process_first():
             data = load_image_data(
                 args.dataset_name,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from global_batches import GlobalBatches, Noise, seed_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import ROOT, few  # noqa: F401
+from test_train import ROOT, few, free_port  # noqa: F401
 
 OBJECTIVES = ("simple", "hybrid", "vlb")
 SAMPLERS = ("uniform", "low_discrepancy", "loss_second_moment", "gaussian")
@@ -29,9 +28,7 @@ LAYOUTS = {"one": (1, 16, 1), "accumulated": (1, 8, 2), "two": (2, 8, 1), "four"
 
 def launch_worker(processes: int, runs: list[str]) -> None:
     """Train every run after the other, on that many CPU processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     several = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     several += f"--dynamo_backend no --main_process_port {port}"
     command = [sys.executable, *(several.split() if processes == 2 else ()), "tests/training_worker.py"]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import psutil
 import pytest
 from network_namespaces import INTERFACE, two_hosts, why_not
 from test_equivalence import difference
-from test_train import ROOT, TINY, check_metrics, few, same_weights, weights  # noqa: F401
+from test_train import ROOT, TINY, check_metrics, few, free_port, same_weights, weights  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -38,9 +37,7 @@ class Machines:
 
     def start(self, *options):
         """Launch a run, with the options of each machine, or with those that both share."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         environment["GLOO_SOCKET_IFNAME"] = INTERFACE if self.hosts else "lo"
         launchers = []

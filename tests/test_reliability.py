@@ -14,7 +14,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from checkpoints import Checkpoints
 from image_data import load_image_data
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import TINY, launch_two, reset_accelerate
+from test_train import TINY, free_port, launch_two, reset_accelerate
 
 ROOT = Path(__file__).parents[1]
 KILLED = -signal.SIGKILL
@@ -679,7 +678,9 @@ def test_another_layout_of_the_same_global_batch_goes_on(tmp_path, few, layout):
         ("--ddpm_num_steps 10", "--ddpm_num_steps 20, but this one has 10"),
         ("--timestep_sampler uniform", "--timestep_sampler gaussian, but this one has uniform"),
         ("--no-use_ema", "--use_ema True, but this one has False"),
-        ("--block_out_channels 8 16", r"the network .*\[8, 8\].*but this one has .*\[8, 16\]"),
+        ("--block_out_channels 8 16", r"the network \{'block_out_channels': \[8, 8\]\}, but this one has .*\[8, 16\]"),
+        ("--prediction_type sample", "--prediction_type epsilon, but this one has sample"),
+        ("--ddpm_beta_end 0.03", "--ddpm_beta_end 0.02, but this one has 0.03"),
         ("fewer", "training images .*'train': 154.*but this one has .*'train': 120"),
         ("others", "training images .*fingerprint.*but this one has .*fingerprint"),
         ("other training images", "training images .*but this one has"),
@@ -886,7 +887,7 @@ def test_a_data_set_that_is_gone(tmp_path, own_pictures, kind):
     "step", [pytest.param(14, marks=pytest.mark.slow), 19, pytest.param(22, marks=pytest.mark.slow)]
 )
 def test_the_log_of_a_killed_run_has_each_step_once(tmp_path, few, step):
-    """Killed and resumed, it holds what a straight run's holds, but for the speed."""
+    """Killed and resumed, it has a straight run's steps, and its loss where no mean is cut by the resume."""
     options = "--logger tensorboard", *few, EVERY
     logger = "--logger tensorboard"
     ran(tmp_path / "straight", *options, logger)
@@ -898,6 +899,7 @@ def test_the_log_of_a_killed_run_has_each_step_once(tmp_path, few, step):
         logs.append([(event.step, event.value) for event in events.Scalars("loss")])
     assert [step for step, _ in logs[0]] == [10, 20, 30]
     assert [step for step, _ in logs[1]] == [10, 20, 30]
+    assert logs[1][-1] == logs[0][-1]
 
 
 # Commands
@@ -984,11 +986,10 @@ def test_the_launcher_alone_is_killed(tmp_path, few):
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_is_stopped(tmp_path, few):
-    """Both end, after the same step, with a checkpoint."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@pytest.mark.parametrize("attempt", range(12))  # an exit that may hang does not hang every time
+def test_one_of_two_processes_is_stopped(tmp_path, few, attempt):
+    """Both end, after the same step, with a checkpoint, and within the time that saving takes."""
+    port = free_port()
     folder, log = tmp_path / "run", tmp_path / "log"
     start = [*LAUNCH, *f"--multi_gpu --num_processes 2 --main_process_port {port}".split()]
     options = arguments(folder, LONG.replace("--cpu ", ""), *few)
@@ -1000,7 +1001,7 @@ def test_one_of_two_processes_is_stopped(tmp_path, few):
         ]
         assert len(ranks) == 2
         os.kill(int(ranks[1]), signal.SIGTERM)
-        assert process.wait(120) == 0, log.read_text()[-3000:]
+        assert process.wait(25) == 0, log.read_text()[-3000:]
     said = re.search(r"Stopped at step (\d+) by (SIGTERM|another process)", log.read_text())
     assert (folder / f"checkpoint-{said[1]}" / "random_states_1.pkl").exists()
 

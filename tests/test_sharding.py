@@ -8,7 +8,6 @@ import importlib.util
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from diffusers import UNet2DModel
 from test_equivalence import difference as difference_of
-from test_train import ROOT, TINY, few, reset_accelerate, same_weights, weights  # noqa: F401
+from test_train import ROOT, TINY, few, free_port, reset_accelerate, same_weights, weights  # noqa: F401
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
 
@@ -111,9 +110,7 @@ def work(kind, options):
 
 def launch(kind, folder, options, code=0):
     """Run the worker on two CPU processes; returns what it printed, and its errors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     launcher = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
     launcher += f"--main_process_port {port} tests/test_sharding.py {kind}"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher.split(), *options]
@@ -191,9 +188,7 @@ def test_deepspeed_on_the_cpu_is_refused(tmp_path, monkeypatch, one_process):
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_launched_fsdp_on_the_cpu_is_refused(tmp_path, few, version):  # noqa: F811
     """With the flags of `accelerate launch`, on two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     launcher = f"--use_fsdp --fsdp_version {version} --num_processes 2 --num_machines 1 --mixed_precision no "
     launcher += f"--dynamo_backend no --main_process_port {port} examples/train.py --output_dir {tmp_path / 'run'}"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher.split(), *TINY, *few]
