@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import shutil
-import time
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -50,7 +49,6 @@ class Checkpoints:
         self.fixed, self.free = json.loads(json.dumps(fixed)), json.loads(json.dumps(free))
         self.run = ""
         self._unproven = True
-        self.resumed_from: str | None = None
 
     def begin(self, name: str | None) -> None:
         """Load a checkpoint, or begin a new run; `latest` with none there begins anew, as in diffusers' scripts.
@@ -68,7 +66,7 @@ class Checkpoints:
                 self.accelerator.print(f"No checkpoint in {self.folder}: starting anew.")
             return
         path, manifest = self.folder / found[0], found[1]
-        self.run, self.resumed_from = manifest["run"], path.name
+        self.run = manifest["run"]
         self.accelerator.print(f"Resuming from {path}.")
         for key, value in self.free.items():
             if key in manifest["free"] and manifest["free"][key] != value:
@@ -81,7 +79,8 @@ class Checkpoints:
         self._raise_any(error, f"--resume_from_checkpoint {name}: {path} cannot be loaded")
         # Accelerate counts micro batches, of which this run's steps may have another number.
         self.accelerator.step = manifest["step"] * self.accelerator.gradient_accumulation_steps
-        self._agreed(lambda: self._leave_later(manifest["step"]))
+        # Those of the branch that a run leaves by going back to an earlier one.
+        self._agreed(lambda: self._rename_from(manifest["step"] + 1, "superseded"))
         self._agreed(self._adopt)
 
     def save(self, step: int) -> None:
@@ -132,28 +131,18 @@ class Checkpoints:
             step: the first of them.
         """
         if self.accelerator.is_main_process:
-            for path in self.own():
-                number = path.name.removeprefix(_PREFIX)
-                if int(number) >= step:
-                    aside = self.folder / f"diverged-{number}"
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.replace(path, aside)
+            self._rename_from(step, "diverged")
 
     def own(self) -> list[Path]:
         """The finished checkpoints of this run, oldest first."""
         return [path for path, manifest in _finished(self.folder) if manifest.get("run") == self.run]
 
-    def last(self) -> str | None:
-        """The name of the last one."""
-        own = self.own()
-        return own[-1].name if own else None
-
     def advice(self) -> str:
         """What to do after a fault."""
-        last = self.last()
-        if last is None:
-            return "There is no checkpoint yet"
-        return f"The last checkpoint, {last}, is whole: go on with --resume_from_checkpoint latest"
+        own = self.own()
+        if not own:
+            return "There is no checkpoint to go on from"
+        return f"The last checkpoint, {own[-1].name}, is whole: go on with --resume_from_checkpoint latest"
 
     def _find(self, name: str | None) -> tuple[str, dict[str, Any]] | None:
         """The checkpoint to load and what it says of itself."""
@@ -195,6 +184,9 @@ class Checkpoints:
                 )
         for key, value in self.fixed.items():
             before = manifest["fixed"].get(key)
+            if isinstance(before, dict) and isinstance(value, dict):  # say what differs, not all
+                differing = [name for name in before | value if before.get(name) != value.get(name)]
+                before, value = ({name: side.get(name) for name in differing} for side in (before, value))
             if before != value:
                 raise ValueError(f"{path} is of a run with {key} {before}, but this one has {value}")
 
@@ -206,14 +198,12 @@ class Checkpoints:
         self._adopt()
         return self.run
 
-    def _leave_later(self, step: int) -> None:
-        """Rename the checkpoints of the branch that a run leaves by going back to an earlier one."""
-        for later in self.own():
-            number = int(later.name.removeprefix(_PREFIX))
-            if number > step:
-                aside = self.folder / f"superseded-{number}"
+    def _rename_from(self, step: int, kind: str) -> None:
+        for path in self.own():
+            if _step(path) >= step:
+                aside = self.folder / f"{kind}-{_step(path)}"
                 shutil.rmtree(aside, ignore_errors=True)
-                os.replace(later, aside)
+                os.replace(path, aside)
 
     def _adopt(self) -> None:
         write_json({"run": self.run}, self.folder / RUN_FILE)
@@ -224,8 +214,6 @@ class Checkpoints:
         manifest = {
             "step": step,
             "run": self.run,
-            "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "num_processes": self.accelerator.num_processes,
             "fixed": self.fixed,
             "free": self.free,
             "files": {name: [file.stat().st_size, _crc32(file)] for name, file in files.items()},
@@ -260,11 +248,14 @@ class Checkpoints:
             end(self.accelerator, f"{what}: {' '.join(errors[0].split())[:500]}")
 
 
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
+
+
 def _finished(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Checkpoints with a manifest, and that, by their steps."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    ordered = sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
-    manifests = [(path, _read(path / MANIFEST)) for path in ordered]
+    manifests = [(path, _read(path / MANIFEST)) for path in sorted(found, key=_step)]
     return [(path, manifest) for path, manifest in manifests if KEYS <= manifest.keys()]
 
 

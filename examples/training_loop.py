@@ -36,6 +36,12 @@ def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
     return torch.stack(values, dim=1)
 
 
+def weighted_sum(run: Run, terms: Tensor) -> Tensor:
+    """The loss (B,) of its terms (B, terms)."""
+    parts = [weight * values for weight, values in zip(run.term_weights.values(), terms.unbind(1), strict=True)]
+    return torch.stack(parts).sum(0)
+
+
 class Drawn(NamedTuple):
     """What an optimizer step draws for its global batch of G images, alike on all processes."""
 
@@ -65,9 +71,7 @@ def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:
         torch.manual_seed(seed_of(run.args.seed, run.progress.step, "dropout", rows.start))
     output = run.unet(diffused.x_t.to(run.input_dtype), run.reverse.forward.timesteps[t]).sample
     terms = loss_terms(run, output, diffused)
-    weighted = [weight * values for weight, values in zip(run.term_weights.values(), terms.unbind(1), strict=True)]
-    loss = torch.stack(weighted).sum(0)
-    run.accelerator.backward((weights * loss).mean())
+    run.accelerator.backward((weights * weighted_sum(run, terms)).mean())
     return terms.detach()
 
 
@@ -113,8 +117,7 @@ def update(run: Run, drawn: Drawn, shared: Shared) -> None:
     if shared.finite:
         progress.skipped_in_a_row = 0
         if isinstance(run.sampler, LossSecondMomentTimesteps):
-            weights = torch.tensor(list(run.term_weights.values()), dtype=torch.float64)
-            run.sampler.update(drawn.t, shared.values @ weights)
+            run.sampler.update(drawn.t, weighted_sum(run, shared.values))
         if run.args.use_ema:
             run.ema.step(run.unet.parameters())
         run.checkpoints.proven()
@@ -195,7 +198,7 @@ class Statistics:
         run = self.run
         values = torch.cat(self.values)
         t, weights = (torch.cat([getattr(drawn, name) for drawn in self.drawn]) for name in ("t", "weights"))
-        named = {"loss": values @ torch.tensor(list(run.term_weights.values()), dtype=torch.float64)}
+        named = {"loss": weighted_sum(run, values)}
         named |= {f"loss_{name}": values[:, i] for i, name in enumerate(run.term_weights)}
         numbers = {name: float((weights * value).mean()) for name, value in named.items()}
         if "vlb" in run.term_weights:

@@ -110,6 +110,34 @@ def build_sampler(args: argparse.Namespace, reverse: ReverseProcess, train: Imag
     return kinds[args.timestep_sampler](steps)
 
 
+def build_loader(
+    args: argparse.Namespace, train: Images, batches: GlobalBatches, device: torch.device
+) -> torch.utils.data.DataLoader:
+    """This process's micro batches; not prepared by Accelerate, which would shard them anew."""
+    return torch.utils.data.DataLoader(
+        train,
+        batch_sampler=batches,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=torch.stack,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=own_process_group,
+        generator=torch.Generator(),  # else it would draw from, and so move, the global one
+    )
+
+
+def build_optimizer(args: argparse.Namespace, unet: UNet2DModel, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """AdamW, fused where that can be."""
+    by_engine = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return torch.optim.AdamW(
+        unet.parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        fused=accelerator.device.type in ("cpu", "cuda") and not by_engine,
+    )
+
+
 def term_weights(args: argparse.Namespace) -> dict[str, float]:
     """The terms of --objective by name, and the weight of each in the loss."""
     if args.objective == "hybrid":
@@ -187,25 +215,8 @@ class Run:
         self.noise = Noise(accelerator.device, args.seed)
         epochs = args.num_epochs
         self.max_steps = args.max_train_steps or (1000 if epochs is None else self.batches.steps(epochs))
-        # Not prepared by Accelerate, which would shard it anew: each process reads its part of the global batch.
-        self.loader = torch.utils.data.DataLoader(
-            data.train,
-            batch_sampler=self.batches,
-            num_workers=args.dataloader_num_workers,
-            collate_fn=torch.stack,
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=own_process_group,
-            generator=torch.Generator(),  # else it would draw from, and so move, the global one
-        )
-        optimizer = torch.optim.AdamW(
-            unet.parameters(),
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            eps=args.adam_epsilon,
-            fused=accelerator.device.type in ("cpu", "cuda")
-            and accelerator.distributed_type != DistributedType.DEEPSPEED,
-        )
+        self.loader = build_loader(args, data.train, self.batches, accelerator.device)
+        optimizer = build_optimizer(args, unet, accelerator)
         lr_scheduler = get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=self.max_steps
         )
