@@ -2,10 +2,10 @@
 
 python benchmarks/training_throughput.py
 
-The second loop does what diffusers' train_unconditional.py does with the same network, batch, data and average: a
+The other loop does what diffusers' train_unconditional.py does with the same network, batch, data and average: a
 shuffled data loader prepared by Accelerate, `add_noise`, the mean squared error, clipping, AdamW, the learning rate's
-schedule, EMA, and the loss read after every step. train.py takes the fused AdamW and a `foreach` average, for which
-diffusers' script does not ask. Both loops take turns in blocks of steps in one process. Then train.py itself, launched
+schedule, EMA, and the loss read after every step; once as it is there, and once with the fused AdamW and the `foreach`
+average that train.py takes. The loops take turns in blocks of steps in one process. Then train.py itself, launched
 with one and with two processes of one thread each: the same global batch.
 """
 
@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -31,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from image_data import Images, load_image_data
+from image_data import load_image_data
 from launching import make_accelerator
 from train_options import parse_args
 from training_loop import Statistics, batches, step
@@ -41,20 +40,21 @@ BLOCK, BLOCKS, BATCH = 10, 40, 64
 HYBRID = ["--objective", "hybrid", "--logger", "none", "--cpu", "--max_train_steps", "100000"]
 
 
-def stock_loop(accelerator: Accelerator, unet: UNet2DModel, images: Images, workers: int) -> Iterator[None]:
+def stock_loop(run: Run, workers: int, fused: bool) -> Iterator[None]:
     """Diffusers' loop, a step at a time."""
+    accelerator, unet = run.accelerator, UNet2DModel.from_config(run.network_config)
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-6, eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-6, eps=1e-8, fused=fused
+    )
     loader = torch.utils.data.DataLoader(
-        images, batch_size=BATCH, shuffle=True, num_workers=workers, collate_fn=torch.stack
+        run.data.train, BATCH, shuffle=True, drop_last=True, num_workers=workers, collate_fn=torch.stack
     )
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=100000)
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
-    ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=fused)
     while True:
         for clean in loader:
-            if len(clean) < BATCH:
-                continue  # ours has whole batches only
             noise = torch.randn(clean.shape, device=clean.device)
             t = torch.randint(0, 1000, (len(clean),), device=clean.device)
             noisy = noise_scheduler.add_noise(clean, noise, t)
@@ -83,15 +83,14 @@ def our_loop(run: Run, waits: list[float]) -> Iterator[None]:
 
 
 def compare(workers: int) -> None:
-    """Print the two loops' rates, their ratio in blocks side by side, and how long ours waits for data."""
+    """Print the loops' rates, the ratios in blocks side by side, and how long ours waits for data."""
     with tempfile.TemporaryDirectory() as folder:
         args = parse_args([*HYBRID, "--dataloader_num_workers", str(workers), "--output_dir", folder], "")
         accelerator = make_accelerator(args, Path(folder))
         torch.manual_seed(0)
-        data, waits = load_image_data(), list[float]()
-        run = Run(args, accelerator, data, Path(folder))
-        stock = UNet2DModel.from_config(run.network_config)
-        loops = {"diffusers": stock_loop(accelerator, stock, data.train, workers), "train.py": our_loop(run, waits)}
+        run, waits = Run(args, accelerator, load_image_data(), Path(folder)), list[float]()
+        loops = {"ours": our_loop(run, waits)}
+        loops |= {name: stock_loop(run, workers, name == "fused") for name in ("as it is", "fused")}
         seconds: dict[str, list[float]] = {name: [] for name in loops}
         order = list(loops)
         for block in range(BLOCKS + 1):
@@ -102,15 +101,13 @@ def compare(workers: int) -> None:
                     next(loops[name])
                 if block:  # the first warms up
                     seconds[name].append(time.perf_counter() - started)
-    rates = {name: BLOCK * BATCH / statistics.median(values) for name, values in seconds.items()}
-    ratios = sorted(a / b for a, b in zip(seconds["diffusers"], seconds["train.py"]))
-    middle = statistics.median(ratios)
-    spread = statistics.stdev(ratios) / len(ratios) ** 0.5 * 1.25  # of a median of normal draws
-    print(
-        f"| {workers} | {rates['diffusers']:.0f} | {rates['train.py']:.0f} | {middle:.3f} +- {spread:.3f} | "
-        f"{statistics.median(waits[1:]):.2%} |",
-        flush=True,
-    )
+    cells = [f"{BLOCK * BATCH / statistics.median(seconds['ours']):.0f}"]
+    for name in ("as it is", "fused"):
+        ratios = [stock / ours for stock, ours in zip(seconds[name], seconds["ours"])]
+        error = 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5  # of the median of normal draws
+        rate = BLOCK * BATCH / statistics.median(seconds[name])
+        cells.append(f"{rate:.0f} | {statistics.median(ratios):.3f} +- {error:.3f}")
+    print(f"| {workers} | {' | '.join(cells)} | {statistics.median(waits[1:]):.1%} |", flush=True)
 
 
 def launched(processes: int) -> None:
@@ -139,11 +136,9 @@ def main() -> None:
     """Print the tables."""
     torch.set_num_threads(1)
     print(describe())
-    print(f"\nDigits, batches of {BATCH}, the default network with two output channels; medians of {BLOCKS} blocks.\n")
-    print(
-        "| data loader's workers | diffusers' loop, images/s | train.py, hybrid, images/s | ratio | waits for data |"
-    )
-    print("| --- | --- | --- | --- | --- |")
+    print(f"\nDigits, batches of {BATCH}, the default network; images/s, medians of {BLOCKS} blocks.\n")
+    print("| workers | train.py | diffusers' | ratio | diffusers', fused | ratio | train.py waits for data |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for workers in (0, 1):
         compare(workers)
     print("\n| processes, one thread each | steps/s at a global batch of 64 | range |")
