@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from launching import prepare_output_dir
@@ -46,7 +47,7 @@ from ddpm_vlb import (
     fit_pilot,
 )
 from ddpm_vlb.estimation import ESTIMATORS, SECOND_DRAWS
-from ddpm_vlb.respacing import TIMESTEP_SPACINGS, spaced_timesteps
+from ddpm_vlb.respacing import ALL_SPACINGS
 from ddpm_vlb.scores import Scores
 
 HUB_HINT = "Is the name right, can the Hub be reached (HF_ENDPOINT), and may you read it (HF_TOKEN)?"
@@ -106,7 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
     chain.add_argument("--num_inference_steps", type=positive_int, help="Score the chain of so many steps.")
     chain.add_argument("--timesteps", type=not_negative_int, nargs="+", help="Score the chain of these timesteps.")
     chain.add_argument(
-        "--timestep_spacing", choices=TIMESTEP_SPACINGS, help="Of --num_inference_steps; default: the checkpoint's."
+        "--timestep_spacing",
+        choices=ALL_SPACINGS,
+        help="Of --num_inference_steps; default: the stored path of so many steps, else the checkpoint's spacing.",
     )
     chain.add_argument(
         "--clip_sample", action=switch, help="Which number comes first (both are printed); default: the checkpoint's."
@@ -154,17 +157,17 @@ def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
     return pipeline
 
 
-def chain_timesteps(args: argparse.Namespace, scheduler: DDPMVLBScheduler) -> list[int] | None:
-    """The timesteps of the chain to score, None for the training chain."""
-    if args.timesteps is not None:
-        if len(set(args.timesteps)) < len(args.timesteps) or max(args.timesteps) >= len(scheduler):
-            raise ValueError(f"--timesteps must be different steps in 0 .. {len(scheduler) - 1}: {args.timesteps}.")
-        return sorted(args.timesteps)
-    if args.num_inference_steps is None:
-        return None
-    spacing = args.timestep_spacing or scheduler.config.timestep_spacing
-    offset = scheduler.config.steps_offset
-    return spaced_timesteps(spacing, args.num_inference_steps, len(scheduler), offset)[::-1]
+def chain(args: argparse.Namespace, scheduler: DDPMVLBScheduler, device: torch.device) -> ReverseProcess:
+    """The reverse process of the chain to score, the training chain unless another is asked for."""
+    steps = args.timesteps
+    if steps is not None and (len(set(steps)) < len(steps) or max(steps) >= len(scheduler)):
+        raise ValueError(f"--timesteps must be different steps in 0 .. {len(scheduler) - 1}: {steps}.")
+    return scheduler.reverse_process(
+        device,
+        timesteps=steps,
+        num_inference_steps=args.num_inference_steps,
+        timestep_spacing=args.timestep_spacing,
+    )
 
 
 def network_shape(pipeline: DDPMVLBPipeline, args: argparse.Namespace) -> NetworkShape:
@@ -231,8 +234,7 @@ class Evaluation:
         self.weights = fingerprint_of(self.unet)
         self.network = json.loads(self.unet.to_json_string())
         self.dims = self.batch([0])[0].numel()
-        steps = chain_timesteps(args, self.pipeline.scheduler)
-        reverse = self.pipeline.scheduler.reverse_process(accelerator.device, timesteps=steps)
+        reverse = chain(args, self.pipeline.scheduler, accelerator.device)
         reverse = dataclasses.replace(reverse, levels=self.data.levels)
         clipped = reverse.clip_sample or reverse.thresholding
         first = clipped if args.clip_sample is None else args.clip_sample
@@ -284,6 +286,7 @@ class Evaluation:
                 self.clips,
                 reverse.forward.timesteps.tolist(),
                 reverse.forward.betas.tolist(),
+                *variances_of(reverse),
             ],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -337,6 +340,13 @@ class Evaluation:
         """Score the images at `positions`."""
         unit = 1 / math.log(2) if self.discrete else 1.0
         return run_sweep(self.accelerator, scorer, self.batch, positions, sweep, store, what, unit)
+
+
+def variances_of(reverse: ReverseProcess) -> list[Any]:
+    """What says the variances of a process beside its type."""
+    m, first = reverse.x_0_mse, reverse.decoder_log_variance
+    errors = None if m is None else hashlib.sha256(m.double().cpu().numpy().tobytes()).hexdigest()
+    return [errors, None if first is None else torch.as_tensor(first).tolist(), reverse.decoder_slope]
 
 
 def _with_clipping(reverse: ReverseProcess, clip: bool) -> ReverseProcess:

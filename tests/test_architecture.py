@@ -35,6 +35,8 @@ ORDER = (
     "scores",
     "estimation",
     "respacing",
+    "optimal_paths",
+    "step_statistics",
     "scheduling_ddpm_vlb",
     "model_card",
     "pipeline_ddpm_vlb",
@@ -48,6 +50,7 @@ SIBLINGS = {
     "timestep_samplers": {"gaussian_model"},
     "scores": set(),
     "respacing": {"forward_process"},
+    "optimal_paths": {"forward_process"},
     "model_card": set(),
 }
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__")
@@ -100,7 +103,14 @@ def test_the_mathematics_needs_torch_only(name):
 def test_the_front_door_needs_few_packages(name):
     """Scheduler, card and pipeline add what the installation asks for, and nothing else."""
     _, packages = imports(name)
-    assert packages <= set(sys.stdlib_module_names) | {"torch", "diffusers", "huggingface_hub", "numpy", "PIL"}
+    assert packages <= set(sys.stdlib_module_names) | {
+        "torch",
+        "diffusers",
+        "huggingface_hub",
+        "safetensors",
+        "numpy",
+        "PIL",
+    }
 
 
 def test_the_checker_sees_imports(tmp_path, monkeypatch):

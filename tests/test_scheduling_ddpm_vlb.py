@@ -1069,7 +1069,7 @@ def test_reverse_process_of_fewer_timesteps(kind):
 def test_reverse_process_refuses(timesteps):
     """Repeated timesteps, none, and ones outside the chain are refused; so is half precision."""
     ours = DDPMVLBScheduler(num_train_timesteps=30)
-    with pytest.raises(ValueError, match="indices"):
+    with pytest.raises(ValueError, match="timesteps"):
         ours.reverse_process(timesteps=timesteps)
     with pytest.raises(ValueError, match="dtype"):
         ours.reverse_process(dtype=torch.float16)

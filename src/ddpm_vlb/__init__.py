@@ -7,13 +7,15 @@ from .forward_process import Diffused, ForwardProcess
 from .gaussian_model import GaussianModel, covariance_eigenvalues, gaussian_model_terms
 from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vlb_loss, vlb_term
 from .model_card import model_card
+from .optimal_paths import optimal_paths
 from .pilot import ControlVariate, Pilot, fit_pilot
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
-from .respacing import spaced_timesteps
+from .respacing import SquaredErrors, StoredPath, spaced_timesteps
 from .reverse_process import Prediction, ReverseProcess
 from .schedules import beta_start_for_levels, make_betas, rescale_betas_zero_snr
 from .scheduling_ddpm_vlb import DDPMVLBScheduler
 from .scores import VLBEstimate, VLBScores, estimate_from_scores, merge_scores
+from .step_statistics import StepStatistics, collect_statistics, spread_knots, step_costs
 from .timestep_samplers import (
     ImportanceTimesteps,
     LossSecondMomentTimesteps,
@@ -37,6 +39,9 @@ __all__ = [
     "Pilot",
     "Prediction",
     "ReverseProcess",
+    "SquaredErrors",
+    "StepStatistics",
+    "StoredPath",
     "UniformTimesteps",
     "VLBEstimate",
     "VLBEstimator",
@@ -44,6 +49,7 @@ __all__ = [
     "VLBTerms",
     "beta_start_for_levels",
     "check_data",
+    "collect_statistics",
     "covariance_eigenvalues",
     "estimate_from_scores",
     "estimate_vlb",
@@ -55,10 +61,13 @@ __all__ = [
     "merge_scores",
     "model_card",
     "nats_to_bits_per_dim",
+    "optimal_paths",
     "prior_kl",
     "rescale_betas_zero_snr",
     "simple_loss",
     "spaced_timesteps",
+    "spread_knots",
+    "step_costs",
     "vlb_loss",
     "vlb_term",
 ]

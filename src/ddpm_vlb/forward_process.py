@@ -9,8 +9,11 @@ alphabar_s, beta_{t|s} = 1 - alpha_{t|s}:
    ct = sqrt(alpha_{t|s}) (1 - alphabar_s) / (1 - alphabar_t),
    betatilde = beta_{t|s} (1 - alphabar_s) / (1 - alphabar_t)
 
-Sources: Ho et al. 2020 (DDPM), eq. 2, 4, 6, 7; Kingma et al. 2021 (VDM), appendix A, for any s < t. In code `t` is
-0-based: code t = paper t - 1, and code s = -1 stands for the data x_0.
+4. DDIM's posterior, eta in [0, 1]: lambda^2 = eta^2 betatilde, ct = sqrt((1 - alphabar_s - lambda^2) /
+   (1 - alphabar_t)), c0 = sqrt(alphabar_s) - sqrt(alphabar_t) ct; the marginals stay, and eta = 1 is equation 3
+
+Sources: Ho et al. 2020 (DDPM), eq. 2, 4, 6, 7; Kingma et al. 2021 (VDM), appendix A, for any s < t; Song et al. 2021
+(DDIM), eq. 7 and 16. In code `t` is 0-based: code t = paper t - 1, and code s = -1 stands for the data x_0.
 """
 
 from collections.abc import Sequence
@@ -73,6 +76,35 @@ def check_timesteps(t: Tensor, num_steps: int) -> None:
     low, high = int(t.min()), int(t.max())
     if low < 0 or high >= num_steps:
         raise IndexError(f"`t` must lie in 0 .. {num_steps - 1}, but it reaches from {low} to {high}.")
+
+
+class Posterior(NamedTuple):
+    """c0, ct and the variance of q(x_s | x_t, x_0), equations 3 and 4."""
+
+    x_0: Tensor
+    x_t: Tensor
+    variance: Tensor
+
+
+def posterior_coefficients(log_abar_t: Tensor, log_abar_s: Tensor, eta: float = 1.0) -> Posterior:
+    """The coefficients of q(x_s | x_t, x_0) between any two noise levels, in float64.
+
+    Args:
+        log_abar_t: log alphabar at t, float64, any shape.
+        log_abar_s: log alphabar at s < t, broadcastable to it; 0 is the data.
+        eta: DDIM's, in [0, 1].
+
+    Source: Kingma et al. 2021, appendix A.2; Song et al. 2021, eq. 7.
+    """
+    log_alpha = log_abar_t - log_abar_s
+    beta, noise_s, noise_t = (-torch.expm1(value) for value in (log_alpha, log_abar_s, log_abar_t))
+    variance = beta * noise_s / noise_t
+    root_s = (0.5 * log_abar_s).exp()
+    if eta == 1:  # without the differences below
+        return Posterior(root_s * beta / noise_t, (0.5 * log_alpha).exp() * noise_s / noise_t, variance)
+    variance = eta**2 * variance
+    coef_x_t = ((noise_s - variance) / noise_t).sqrt()
+    return Posterior(root_s - (0.5 * log_abar_t).exp() * coef_x_t, coef_x_t, variance)
 
 
 @dataclass(frozen=True, eq=False)

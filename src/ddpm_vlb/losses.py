@@ -190,9 +190,11 @@ def _term(
     c: Coefficients,
 ) -> Tensor:
     """L_{t-1} or L_0 in nats (equations 3 and 4) from the error of x_0_hat, or of the mean output."""
+    if reverse.eta == 0:
+        raise ValueError("`eta=0` draws no noise: its steps are points, which have no bound. Score `eta` above 0.")
     first = diffused.t == 0
     # The first step's rows take the decoder instead; their KL is kept at 0, lest an overflow make its gradient NaN.
-    keep = (~first).to(error.dtype).reshape(c.ratio_offset.shape)
+    keep = (~first).to(error.dtype).reshape(c.posterior_log_variance.shape)
     ratio = keep * c.ratio_offset
     if variance_output is not None:
         ratio = torch.addcmul(ratio, variance_output, keep * c.variance_slope)

@@ -243,6 +243,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
+        timestep_spacing: str | None = None,
+        eta: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
@@ -259,6 +261,9 @@ class DDPMVLBPipeline(DiffusionPipeline):
             generator: source of the noise, or a list with one for each image.
             num_inference_steps: K; the whole training chain when neither this nor `timesteps` is given.
             timesteps: the steps to visit, strictly descending, in place of a number.
+            timestep_spacing: of `num_inference_steps`: "leading", "linspace", "trailing", "quadratic" or "optimal",
+                the stored path. None takes the stored path where there is one, else what the configuration says.
+            eta: of DDIM, from 0 (no noise) to 1 (DDPM); None is the scheduler's default, 1 for ours.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (B, C, H, W: x_0
                 as it is, not clamped, for a VAE to decode).
             return_dict: return an `ImagePipelineOutput`, or a tuple.
@@ -282,10 +287,14 @@ class DDPMVLBPipeline(DiffusionPipeline):
         shape = (batch_size, self.unet.config.in_channels, *spatial)
         # The chain runs in float32 whatever the network's precision: in half the last steps' noise would be lost.
         image = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        self._set_timesteps(num_inference_steps, timesteps, device)
+        self._set_timesteps(num_inference_steps, timesteps, timestep_spacing, eta, device)
         image = image * self.scheduler.init_noise_sigma
         accepts = inspect.signature(self.scheduler.step).parameters
         options: dict[str, Any] = {"generator": generator} if "generator" in accepts else {}
+        if eta is not None and not isinstance(self.scheduler, DDPMVLBScheduler):
+            if "eta" not in accepts:
+                raise ValueError(f"{type(self.scheduler).__name__} takes no `eta`: leave it out.")
+            options["eta"] = eta
         steps = self.scheduler.timesteps
         if self.scheduler.config.get("rescale_betas_zero_snr") and self.scheduler.alphas_cumprod[-1] > 1e-6:
             logger.warning(
@@ -381,15 +390,28 @@ class DDPMVLBPipeline(DiffusionPipeline):
             raise ValueError("Pass only one of `num_inference_steps` and `timesteps`.")
 
     def _set_timesteps(
-        self, num_inference_steps: int | None, timesteps: Sequence[int] | None, device: torch.device
+        self,
+        num_inference_steps: int | None,
+        timesteps: Sequence[int] | None,
+        timestep_spacing: str | None,
+        eta: float | None,
+        device: torch.device,
     ) -> None:
+        scheduler = self.scheduler
+        options: dict[str, Any] = {}
+        if isinstance(scheduler, DDPMVLBScheduler):
+            options = {"timestep_spacing": timestep_spacing, "eta": 1.0 if eta is None else eta}
+        elif timestep_spacing is not None:
+            raise ValueError(
+                f"{type(scheduler).__name__} takes no `timestep_spacing` here: it is in its configuration."
+            )
         if timesteps is None:
-            num = self.scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
-            self.scheduler.set_timesteps(num, device=device)
-        elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+            num = scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
+            scheduler.set_timesteps(num, device=device, **options)
+        elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(timesteps=list(timesteps), device=device, **options)
         else:
-            raise ValueError(f"{type(self.scheduler).__name__} takes no `timesteps`: pass `num_inference_steps`.")
+            raise ValueError(f"{type(scheduler).__name__} takes no `timesteps`: pass `num_inference_steps`.")
 
     def _predict(
         self, image: Tensor, timestep: Any, labels: Tensor | None, null_labels: Tensor | None, guidance_scale: float

@@ -7,11 +7,16 @@ The network's mean output o is epsilon, x_0 or v; each is an affine map of x_0 g
 2. p(x_{t-1} | x_t) = N(c0 x_0_hat + ct x_t, sigma_t^2), the posterior q(x_{t-1} | x_t, x_0) with x_0_hat for x_0
 3. log sigma_t^2 = log betatilde_t + u :  fixed_small: u = 0;  fixed_large: u = log beta_t/betatilde_t;
    learned_range: u = (v + 1)/2 log beta_t/betatilde_t;  learned: log sigma_t^2 = v, the variance output itself
+4. where the expected squared error m_t of x_0_hat is known, over all dimensions or of each, the optimal variance is
+   sigma_t^2 = betatilde_t + c0^2 m_t
+5. with DDIM's eta < 1, c0, ct and betatilde_t are those of its posterior
 
 Sources: Ho et al. 2020, eq. 7 and 11; Nichol & Dhariwal 2021, eq. 15 (learned_range); Salimans & Ho 2022, appendix D
-(v_prediction); Saharia et al. 2022, section 2.3 (dynamic thresholding).
+(v_prediction); Saharia et al. 2022, section 2.3 (dynamic thresholding); Bao et al. 2022a (Analytic-DPM), theorem 1,
+and 2022b, section 4 (equation 4); Song et al. 2021 (DDIM), eq. 7.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -20,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .distributions import DiagonalGaussian, promote_half
-from .forward_process import Diffused, ForwardProcess, gather
+from .forward_process import Diffused, ForwardProcess, Posterior, gather, posterior_coefficients
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -75,9 +80,17 @@ class ReverseProcess:
         thresholding: clamp each image at a quantile of |x_0_hat| and rescale it to +- 1, instead of clipping.
         dynamic_thresholding_ratio: that quantile, in [0, 1].
         sample_max_value: the largest value at which thresholding clamps, positive.
+        x_0_mse: m_t of equation 4 at each step, positive, (T,) or, for each dimension, (T, C, *). Its variance takes
+            the place of `variance_type`'s, which then only says what the output's channels are. At the first step,
+            where betatilde_t is 0, it is m_t.
+        eta: of DDIM, in [0, 1]; below 1 a fixed or learned variance is DDIM's eta^2 betatilde_t. 0 draws no noise, and
+            has no bound.
+        decoder_log_variance: log sigma^2 of the first step in place of the above, a number or (C, *).
+        decoder_slope: the variance output times this is added to it.
 
     Raises:
-        ValueError: an unknown name, an impossible number, or epsilon-prediction on a chain with zero-terminal SNR.
+        ValueError: an unknown name, an impossible number, a wrong shape, or epsilon-prediction on a chain with
+            zero-terminal SNR.
 
     Source: the module's list.
     """
@@ -91,7 +104,12 @@ class ReverseProcess:
     thresholding: bool = False
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
+    x_0_mse: Tensor | None = None
+    eta: float = 1.0
+    decoder_log_variance: float | Tensor | None = None
+    decoder_slope: float = 0.0
     _table: Tensor = field(init=False, repr=False)
+    _log_variance: Tensor | None = field(init=False, repr=False, default=None)
     _rows: dict[tuple[int, torch.dtype], Coefficients] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,10 +133,42 @@ class ReverseProcess:
                 "`prediction_type='epsilon'` cannot work with zero-terminal SNR: at the last step x_t is the noise "
                 "itself and says nothing of x_0. Use `prediction_type='v_prediction'` or 'sample'."
             )
-        object.__setattr__(self, "_table", torch.stack(self._columns(), dim=1))
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"`eta` must lie in [0, 1], from DDIM to DDPM, but got {self.eta!r:.80}.")
+        self._check_variances()
+        means, small, (log_variance, ratio, slope) = self._means(), self._small(), self._variances()
+        if self.decoder_log_variance is not None:
+            log_variance = self._with_decoder(log_variance)
+            slope = torch.cat([torch.full_like(slope[:1], self.decoder_slope), slope[1:]])
+        if log_variance.ndim > 1:  # the table's rows are scalars
+            object.__setattr__(self, "_log_variance", log_variance)
+            log_variance = torch.zeros_like(slope)
+        object.__setattr__(self, "_table", torch.stack([*means, small, log_variance, ratio, slope], dim=1))
 
-    def _columns(self) -> list[Tensor]:
-        """One table for each field of `Coefficients`, from the forward process's finished tables."""
+    def _check_variances(self) -> None:
+        steps, m = len(self.forward), self.x_0_mse
+        if m is not None:
+            if not isinstance(m, Tensor) or m.ndim == 0 or len(m) != steps or not m.is_floating_point():
+                raise ValueError(
+                    f"`x_0_mse` must be a floating point tensor with a row for each of the {steps} steps, (T,) or "
+                    f"(T, C, *), but got {tuple(m.shape) if isinstance(m, Tensor) else m!r:.80}."
+                )
+            good = (m.isfinite() & (m > 0)).reshape(steps, -1).all(1)
+            if not bool(good.all()):
+                raise ValueError(
+                    f"`x_0_mse` must be positive and finite, but is not at step {int(good.int().argmin())}."
+                )
+        first = self.decoder_log_variance
+        if first is not None and not bool(torch.as_tensor(first).isfinite().all()):
+            raise ValueError("`decoder_log_variance` must be finite, but is not.")
+
+    def _posterior(self) -> Posterior:
+        """Equation 3 of the forward process with our eta, in float64 from the root, cast once."""
+        root = self.forward.log_alphas_cumprod.cpu()
+        return posterior_coefficients(root, torch.cat([root.new_zeros(1), root[:-1]]), self.eta)
+
+    def _means(self) -> list[Tensor]:
+        """The first four tables of `Coefficients`, from the forward process's finished ones."""
         q = self.forward
         zero, one = torch.zeros_like(q.betas), torch.ones_like(q.betas)
         x_0 = {
@@ -126,16 +176,48 @@ class ReverseProcess:
             "sample": (zero, one),
             "v_prediction": (q.sqrt_alphas_cumprod, -q.sqrt_one_minus_alphas_cumprod),
         }[self.prediction_type]
-        small, span = q.posterior_log_variance, q.log_variance_range
+        if self.eta < 1:
+            posterior = self._posterior()
+            return [*x_0, _cast(posterior.x_0, q.betas), _cast(posterior.x_t, q.betas)]
+        return [*x_0, q.posterior_mean_coef_x_0, q.posterior_mean_coef_x_t]
+
+    def _small(self) -> Tensor:
+        """log betatilde_t, of DDIM's posterior with its eta; the first step's stays the borrowed one."""
+        small = self.forward.posterior_log_variance
+        if self.eta == 1:
+            return small
+        scaled = small + (2 * math.log(self.eta) if self.eta > 0 else -math.inf)
+        return torch.cat([small[:1], scaled[1:]])
+
+    def _variances(self) -> tuple[Tensor, Tensor, Tensor]:
+        """log sigma^2 and u at v = 0, and their slope in v."""
+        q = self.forward
+        zero, one, small = torch.zeros_like(q.betas), torch.ones_like(q.betas), self._small()
+        if self.x_0_mse is not None and self.eta > 0:
+            posterior, m = self._posterior(), self.x_0_mse.cpu().double()
+            beside = (-1, *[1] * (m.ndim - 1))
+            log_variance = (posterior.variance.reshape(beside) + posterior.x_0.square().reshape(beside) * m).log()
+            log_variance = _cast(log_variance, q.betas)
+            return log_variance, zero if m.ndim > 1 else log_variance - small, zero
+        span = q.log_variance_range
         # The first step of fixed_large borrows the second's betatilde as fixed_small does, which is u = 0.
         large = torch.cat([zero[:1], span[1:]])
-        variance = {
+        log_variance, ratio, slope = {
             "fixed_small": (small, zero, zero),
             "fixed_large": (small + large, large, zero),
             "learned": (zero, -small, one),
             "learned_range": (small + 0.5 * span, 0.5 * span, 0.5 * span),
         }[self.variance_type.removesuffix("_log")]
-        return [*x_0, q.posterior_mean_coef_x_0, q.posterior_mean_coef_x_t, small, *variance]
+        if self.eta == 1:
+            return log_variance, ratio, slope
+        return torch.cat([log_variance[:1], small[1:]]), zero, torch.cat([slope[:1], zero[1:]])
+
+    def _with_decoder(self, log_variance: Tensor) -> Tensor:
+        """The log variances with the decoder's own in the first step."""
+        first = _cast(torch.as_tensor(self.decoder_log_variance), log_variance)
+        if first.ndim and log_variance.ndim == 1:
+            log_variance = log_variance.reshape(-1, *[1] * first.ndim).expand(-1, *first.shape)
+        return torch.cat([first.expand(log_variance.shape[1:])[None], log_variance[1:]])
 
     @property
     def learns_variance(self) -> bool:
@@ -146,9 +228,28 @@ class ReverseProcess:
         """The same process on the tables of `forward.to(device, dtype)`; arguments and errors as there."""
         return replace(self, forward=self.forward.to(device, dtype))
 
-    def respace(self, indices: Sequence[int] | Tensor) -> "ReverseProcess":
-        """The reverse process of the shorter chain `forward.respace(indices)`; arguments and errors as there."""
-        return replace(self, forward=self.forward.respace(indices))
+    def respace(self, indices: Sequence[int] | Tensor, decoder_shift: float | None = None) -> "ReverseProcess":
+        """The reverse process of the shorter chain `forward.respace(indices)`.
+
+        Args:
+            indices: the chain indices to keep, as there.
+            decoder_shift: give the first step the log variance that this chain has there, plus this, instead of the
+                shorter chain's own.
+
+        Raises:
+            ValueError: as `forward.respace`.
+        """
+        forward = self.forward.respace(indices)
+        chosen = torch.as_tensor(indices, device="cpu")
+        m = None if self.x_0_mse is None else self.x_0_mse[chosen.to(self.x_0_mse.device)]
+        first, slope = self.decoder_log_variance, self.decoder_slope
+        if decoder_shift is not None:
+            row = Coefficients(*self._table[int(chosen[0])].unbind())
+            own = row.log_variance_offset if self._log_variance is None else self._log_variance[int(chosen[0])]
+            first, slope = own.double().cpu() + decoder_shift, float(row.variance_slope)
+        elif int(chosen[0]) > 0:
+            first, slope = None, 0.0
+        return replace(self, forward=forward, x_0_mse=m, decoder_log_variance=first, decoder_slope=slope)
 
     def coefficients(self, t: Tensor | int, x_t: Tensor) -> Coefficients:
         """The coefficients at the steps `t`, in one look-up.
@@ -167,9 +268,21 @@ class ReverseProcess:
             if key not in self._rows:  # a sampler comes back to the same few steps: eight views each time are slow
                 with torch.inference_mode(False):
                     row = self._table[t].to(torch.promote_types(x_t.dtype, torch.float32))
-                    self._rows[key] = Coefficients(*row.unbind())
+                    self._rows[key] = self._with_dimensions(Coefficients(*row.unbind()), t, x_t)
             return self._rows[key]
-        return Coefficients(*gather(self._table, t, x_t).unbind(t.ndim))
+        return self._with_dimensions(Coefficients(*gather(self._table, t, x_t).unbind(t.ndim)), t, x_t)
+
+    def _with_dimensions(self, c: Coefficients, t: Tensor | int, x_t: Tensor) -> Coefficients:
+        """The coefficients with what differs between dimensions."""
+        if self._log_variance is None:
+            return c
+        if x_t.shape[1:] != self._log_variance.shape[1:]:
+            raise ValueError(
+                f"The variances of this process are for data of shape {tuple(self._log_variance.shape[1:])}, but got "
+                f"{tuple(x_t.shape[1:])}."
+            )
+        log_variance = self._log_variance[t].to(c.posterior_log_variance.dtype)
+        return c._replace(log_variance_offset=log_variance, ratio_offset=log_variance - c.posterior_log_variance)
 
     def split(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split the network's output into its mean half and, where it has one, its variance half, in float32 or more.
@@ -257,3 +370,8 @@ class ReverseProcess:
         signal = gather(self.forward.sqrt_alphas_cumprod, diffused.t, diffused.x_t)
         sigma = gather(self.forward.sqrt_one_minus_alphas_cumprod, diffused.t, diffused.x_t)
         return signal * diffused.noise - sigma * diffused.x_0
+
+
+def _cast(value: Tensor, like: Tensor) -> Tensor:
+    """The value in the other's precision, cast before it is moved: MPS has no float64."""
+    return value.to(like.dtype).to(like.device)

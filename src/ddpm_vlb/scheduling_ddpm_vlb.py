@@ -5,10 +5,12 @@ same p for training and evaluation. Names here are diffusers' (`original_samples
 """
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,24 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .distributions import promote_half
 from .forward_process import ForwardProcess, check_timesteps, gather
-from .respacing import TIMESTEP_SPACINGS, spaced_timesteps
+from .respacing import (
+    ALL_SPACINGS,
+    TIMESTEP_SPACINGS,
+    VARIANCES,
+    SquaredErrors,
+    StoredPath,
+    spaced_timesteps,
+    stored_errors,
+    stored_paths,
+)
 from .reverse_process import VARIANCE_TYPES, ReverseProcess
 from .schedules import check_betas, make_betas
 from .schedules import rescale_betas_zero_snr as rescaled_to_zero_snr
@@ -32,7 +47,13 @@ logger = logging.get_logger(SchedulerMixin.__module__)  # what `diffusers.utils.
 # Set while a pipeline saves us that writes stock's names into its index.
 _INDEX_IS_OURS: ContextVar[bool] = ContextVar("_INDEX_IS_OURS", default=False)
 # Keys that stock schedulers do not know are written only where they differ from these defaults.
-_OWN_DEFAULTS: dict[str, Any] = {"levels": 256}
+_OWN_DEFAULTS: dict[str, Any] = {
+    "levels": 256,
+    "reverse_variance": "network",
+    "optimal_steps": None,
+    "x_0_mse": None,
+}
+_DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # 100 000 betas take 3 MB.
 _MAX_CONFIG_BYTES = 8_000_000
@@ -128,13 +149,19 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: "leading", "linspace" or "trailing".
         steps_offset: added to the steps of the "leading" spacing.
         rescale_betas_zero_snr: rescale to zero-terminal SNR.
-        levels: number of levels of the data on [-1, 1]; None for continuous data. Not known to stock schedulers, and
-            saved only where it is not 256.
+        levels: number of levels of the data on [-1, 1]; None for continuous data. This and the rest are not known to
+            stock schedulers, and saved only where they are not at these defaults.
+        reverse_variance: "network" (what `variance_type` says), or the optimal variance in its place, with one value
+            for each step, "analytic", or for each step and dimension, "per_pixel".
+        optimal_steps: paths of few steps, each a dict as of `StoredPath.to_config`; see `set_timesteps`.
+        x_0_mse: the errors that the optimal variances come from: `timesteps`, `mean`, and the name of the file beside
+            the configuration with those of each pixel, `per_pixel`, or None. `store_few_steps` makes these entries.
 
     Raises:
-        ValueError: an unknown name, a value of the wrong type, betas that are no schedule, or an impossible number.
+        ValueError: an unknown name, a value of the wrong type, betas that are no schedule, an impossible number, or
+            paths or errors of another chain.
 
-    Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, section 4.
+    Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, section 4; Watson et al. 2021; Bao et al. 2022.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -159,12 +186,17 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         levels: int | None = 256,
+        reverse_variance: str = "network",
+        optimal_steps: Sequence[dict[str, Any]] | None = None,
+        x_0_mse: dict[str, Any] | None = None,
     ):
         _check_types(self.config)
-        if timestep_spacing not in TIMESTEP_SPACINGS:
-            raise ValueError(
-                f"`timestep_spacing` must be one of {list(TIMESTEP_SPACINGS)}, but got {timestep_spacing!r:.80}."
-            )
+        for name, value, choices in (
+            ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
+            ("reverse_variance", reverse_variance, VARIANCES),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {list(choices)}, but got {value!r:.80}.")
         if trained_betas is not None:
             betas = check_betas(trained_betas)
             # Stock takes T from the betas' number too; a config that contradicts itself would break its spacings.
@@ -196,6 +228,9 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         self._blind = len(betas) - 1 if last_is_blind and len(betas) > 1 else None
         seen = self._forward if self._blind is None else self._forward.respace(list(range(self._blind)))
         self._training = self._reverse_of(seen)
+        self._paths = stored_paths(optimal_steps, len(seen) - 1)
+        self._errors, self._errors_file = stored_errors(x_0_mse)
+        self._check_errors()
         self.variance_type = variance_type
         self.betas = betas.float()
         self.alphas = (1 - betas).float()
@@ -207,7 +242,10 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         self._forwards: dict[torch.device, ForwardProcess] = {}
         self._chain = self._training
         self._index: dict[int, int] = {}
-        self._visit(seen.timesteps.flip(0).tolist(), None)
+        self._visited: tuple[Any, ...] = ()
+        # The errors of each pixel come later, if at all: this chain's variances are looked up when they are needed.
+        self._whole = StoredPath(tuple(seen.timesteps.flip(0).tolist()), reverse_variance)
+        self._visit(replace(self._whole, variance="network"), None)
         self.timesteps = torch.arange(len(betas)).flip(0)
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -243,7 +281,116 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
                 "`DDPMVLBPipeline.from_pipe(pipeline)` instead, or put a stock scheduler into the pipeline first: "
                 "`pipeline.register_modules(scheduler=DDPMScheduler.from_config(pipeline.scheduler.config))`."
             )
+        if self._errors is not None and self._errors.per_pixel is not None:
+            assert self._errors_file is not None
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            tensors = {"timesteps": self._errors.timesteps, "x_0_mse": self._errors.per_pixel.contiguous()}
+            save_file(tensors, Path(save_directory, self._errors_file))
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As diffusers', and the file with the errors of each pixel, where the configuration names one.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a Hub repository.
+            subfolder: where the configuration lies in it.
+            return_unused_kwargs: return what was not used beside the scheduler.
+            kwargs: those of `SchedulerMixin.from_pretrained`.
+
+        Raises:
+            OSError, ValueError: as `SchedulerMixin.from_pretrained`; a file that does not fit the configuration.
+        """
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
+        )
+        scheduler = loaded[0] if return_unused_kwargs else loaded
+        if scheduler._errors_file is not None:
+            where = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if name in kwargs}
+            scheduler._load_errors(str(pretrained_model_name_or_path), subfolder, where)
+        return loaded
+
+    def _load_errors(self, root: str, subfolder: str | None, where: dict[str, Any]) -> None:
+        """Read the errors of each pixel; without the file the scheduler works until they are asked for."""
+        assert self._errors is not None and self._errors_file is not None
+        path = Path(root, subfolder or "", self._errors_file)
+        try:
+            if not Path(root).is_dir():
+                path = Path(hf_hub_download(root, self._errors_file, subfolder=subfolder, **where))
+            tensors = load_file(path)
+        except (FileNotFoundError, EntryNotFoundError):
+            logger.warning(f"{path} is missing: the variances of each pixel cannot be used until it is there.")
+            return
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+        if (
+            set(tensors) != {"timesteps", "x_0_mse"}
+            or tensors["timesteps"].tolist() != self._errors.timesteps.tolist()
+        ):
+            raise ValueError(f"{path} does not belong to this configuration: its timesteps are others.")
+        self._errors = replace(self._errors, per_pixel=tensors["x_0_mse"])
+        self._check_errors()
+
+    def store_few_steps(
+        self,
+        paths: Sequence[StoredPath] = (),
+        errors: SquaredErrors | None = None,
+        reverse_variance: str = "network",
+    ) -> None:
+        """Put paths and variances into the configuration, in place of those that are in it.
+
+        Args:
+            paths: of different numbers of steps; `set_timesteps` takes them where their number is asked for.
+            errors: what optimal variances come from.
+            reverse_variance: of the chains without a stored path, "network", "analytic" or "per_pixel".
+
+        Raises:
+            ValueError: paths of another chain, or variances without the errors that they need.
+        """
+        entry = file = None
+        if errors is not None:
+            if errors.per_pixel is not None:
+                content = errors.per_pixel.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                file = f"x_0_mse-{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
+            steps, mean = errors.timesteps.tolist(), errors.mean.double().tolist()
+            entry = {"timesteps": steps, "mean": mean, "per_pixel": file}
+        new = {
+            "optimal_steps": [path.to_config() for path in sorted(paths, key=lambda own: len(own.timesteps))] or None,
+            "x_0_mse": entry,
+            "reverse_variance": reverse_variance,
+        }
+        other = type(self).from_config({**self.config, **new})  # checks it all before anything is changed
+        if errors is not None:
+            other._errors = replace(errors, mean=errors.mean.double())
+            other._check_errors()
+        for kind in {reverse_variance, *(path.variance for path in paths)}:
+            other._rows(kind, [0])
+        self.__dict__.update(other.__dict__)
+
+    @property
+    def errors(self) -> SquaredErrors | None:
+        """The errors that optimal variances come from, if they are known."""
+        return self._errors
+
+    @property
+    def optimal_paths(self) -> dict[int, StoredPath]:
+        """The stored paths by their number of steps."""
+        return dict(self._paths)
+
+    def _check_errors(self) -> None:
+        if self._errors is not None and int(self._errors.timesteps[-1]) >= len(self):
+            raise ValueError(
+                f"`x_0_mse` reaches to timestep {int(self._errors.timesteps[-1])}, but this chain has {len(self)}: it "
+                "was made for another chain. Make it anew with examples/optimize_timesteps.py."
+            )
+        if self._errors is not None and self._errors_file is None and self._errors.per_pixel is not None:
+            raise ValueError("`x_0_mse` names no file for the errors of each pixel.")
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -294,74 +441,148 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         timesteps: Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        timestep_spacing: str | None = None,
     ) -> ReverseProcess:
-        """The reverse process p of the training chain, for losses and bits/dim.
+        """The reverse process p of the training chain, or of the shorter one that `set_timesteps` would choose.
 
         Args:
             device: where its tables shall live; the CPU when None.
             dtype: torch.float32 or torch.float64.
-            timesteps: score the shorter chain that visits only these training timesteps (any order); None for all.
+            timesteps: score the shorter chain that visits only these training timesteps (any order).
+            num_inference_steps: score the chain of so many steps.
+            timestep_spacing: their spacing, as in `set_timesteps`.
 
         Raises:
-            ValueError: another dtype, timesteps that are repeated or leave the chain, or an epsilon-network on a chain
-                whose last step has no signal (zero-terminal SNR).
+            ValueError: another dtype, timesteps that are repeated or leave the chain, an epsilon-network on a chain
+                whose last step has no signal (zero-terminal SNR), or as `set_timesteps`.
         """
-        return self._visiting(None if timesteps is None else sorted(int(t) for t in timesteps)).to(device, dtype)
+        if timesteps is not None:
+            timesteps = sorted((int(t) for t in timesteps), reverse=True)
+        if timesteps is None and num_inference_steps is None and timestep_spacing is None:
+            return self._process(None).to(device, dtype)
+        path = self._path(num_inference_steps, timesteps, timestep_spacing)
+        return self._process(path, path is self._paths.get(len(path.timesteps))).to(device, dtype)
 
-    def _visiting(self, ascending: list[int] | None) -> ReverseProcess:
-        """The reverse process of the chain of these timesteps, or of all."""
+    def _path(
+        self, num_inference_steps: int | None, timesteps: Sequence[int] | None, timestep_spacing: str | None
+    ) -> StoredPath:
+        """The steps that are asked for; a stored path is returned as it is."""
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Pass exactly one of `num_inference_steps` and `timesteps`.")
+        if timestep_spacing not in (None, *ALL_SPACINGS):
+            raise ValueError(
+                f"`timestep_spacing` must be one of {list(ALL_SPACINGS)}, but got {timestep_spacing!r:.80}."
+            )
+        if timesteps is not None:
+            if timestep_spacing is not None:
+                raise ValueError(
+                    "`timestep_spacing` is for `num_inference_steps`: `timesteps` are the steps themselves."
+                )
+            return StoredPath(self._checked_steps(timesteps), self.config.get("reverse_variance", "network"))
+        assert num_inference_steps is not None
+        stored = self._paths.get(num_inference_steps) if type(num_inference_steps) is int else None
+        if stored is not None and timestep_spacing in (None, "optimal"):
+            return stored
+        if timestep_spacing == "optimal":
+            raise ValueError(
+                f"No path of {num_inference_steps} steps is stored; there are {sorted(self._paths) or 'none'}. Make "
+                "one with examples/optimize_timesteps.py, or take another `timestep_spacing`."
+            )
+        spacing, offset = timestep_spacing or self.config.timestep_spacing, self.config.steps_offset
+        chosen = spaced_timesteps(spacing, num_inference_steps, len(self), offset)
+        return StoredPath(tuple(chosen), self.config.get("reverse_variance", "network"))
+
+    def _checked_steps(self, timesteps: Sequence[int]) -> tuple[int, ...]:
+        chosen = tuple(int(t) for t in timesteps)
+        if any(given != t for given, t in zip(timesteps, chosen)):
+            raise ValueError(f"`timesteps` must be integers, but got {list(timesteps)[:8]}.")
+        if not chosen:
+            raise ValueError("`timesteps` must hold at least one step, but it is empty.")
+        if any(b >= a for a, b in zip(chosen, chosen[1:])):
+            raise ValueError("`timesteps` must be in descending order, each below the one before it.")
+        if chosen[0] >= len(self) or chosen[-1] < 0:
+            raise ValueError(
+                f"`timesteps` must start before {len(self)}, the length of the chain, and not go below 0."
+            )
+        return chosen
+
+    def _process(self, path: StoredPath | None, stored: bool = False, eta: float = 1.0) -> ReverseProcess:
+        """The reverse process of a path, or of the training chain."""
+        ascending = None if path is None else sorted(path.timesteps)
         if self._blind is not None and (ascending is None or self._blind in ascending):
             return self._reverse_of(self._forward)  # raises, and says why
-        if ascending is None or len(ascending) == len(self):
-            return self._training
-        return self._training.respace(ascending)
+        variance = self.config.get("reverse_variance", "network") if path is None else path.variance
+        shift = path.decoder_shift if path is not None and stored else None
+        process = self._training
+        if ascending is not None and (shift is not None or len(ascending) < len(process.forward)):
+            process = process.respace(ascending, shift if variance == "network" else None)
+        if variance != "network":
+            process = replace(process, x_0_mse=self._rows(variance, process.forward.timesteps))
+            if shift is not None:
+                process = process.respace(range(len(process.forward)), shift)
+        return process if eta == 1 else replace(process, eta=eta)
 
-    def _visit(self, descending: list[int], device: torch.device | str | None) -> None:
-        """Make `descending` the chain that `step` walks."""
-        if not self._index or descending[::-1] != self._chain.forward.timesteps.tolist():
-            self._chain = self._visiting(descending[::-1])
-            self._index = {timestep: len(descending) - 1 - i for i, timestep in enumerate(descending)}
+    def _rows(self, variance: str, timesteps: Sequence[int] | Tensor) -> Tensor | None:
+        """The errors at some timesteps that an optimal variance comes from."""
+        if variance == "network":
+            return None
+        if self._errors is None:
+            raise ValueError(
+                f"The variance {variance!r} needs `x_0_mse`, which this configuration does not have. "
+                "examples/optimize_timesteps.py makes it."
+            )
+        if variance == "per_pixel" and self._errors.per_pixel is None:
+            raise ValueError(
+                "The variance 'per_pixel' needs the errors of each pixel, from the file "
+                f"{self._errors_file or 'x_0_mse-*.safetensors'} beside the scheduler's configuration: it is missing, "
+                "or the scheduler was made from a configuration alone. Load it with `DDPMVLBScheduler.from_pretrained`"
+                " or `DDPMVLBPipeline.from_pretrained`, or take another `timestep_spacing`."
+            )
+        return self._errors.at(timesteps, variance)
+
+    def _visit(
+        self,
+        path: StoredPath,
+        device: torch.device | str | None,
+        stored: bool = False,
+        eta: float = 1.0,
+    ) -> None:
+        """Make a path the chain that `step` walks."""
+        if self._visited != (path, stored, eta):
+            self._chain = self._process(path, stored, eta)
+            last = len(path.timesteps) - 1
+            self._index = {timestep: last - i for i, timestep in enumerate(path.timesteps)}
             self._chains: dict[tuple[torch.device, torch.dtype], tuple[ReverseProcess, Tensor]] = {}
-        self.timesteps = torch.tensor(descending, dtype=torch.int64, device=device)
+            self._visited = (path, stored, eta)
+        self.timesteps = torch.tensor(path.timesteps, dtype=torch.int64, device=device)
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
         timesteps: Sequence[int] | None = None,
+        timestep_spacing: str | None = None,
+        eta: float = 1.0,
     ) -> None:
         """Choose the steps to visit; `step` then uses the coefficients of that chain.
 
         Args:
-            num_inference_steps: K, 1 .. T, spaced as `timestep_spacing` says.
+            num_inference_steps: K, 1 .. T.
             device: where `self.timesteps` shall live.
             timesteps: the steps themselves, strictly descending in 0 .. T - 1, in place of a number.
+            timestep_spacing: "leading", "linspace", "trailing", "quadratic", or "optimal", the stored path of K steps.
+                None takes the stored path where there is one, else what the configuration says.
+            eta: of DDIM, from 0 (no noise) to 1 (DDPM).
 
         Raises:
-            ValueError: both or none given, K outside 1 .. T, or timesteps not strictly descending in the chain.
+            ValueError: both or none given, K outside 1 .. T, timesteps not strictly descending in the chain, an
+                unknown spacing, no stored path, `eta` outside [0, 1], or variances that are not there.
         """
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("Pass exactly one of `num_inference_steps` and `timesteps`.")
-        total = len(self)
-        if timesteps is None:
-            assert num_inference_steps is not None
-            spacing, offset = self.config.timestep_spacing, self.config.steps_offset
-            chosen = spaced_timesteps(spacing, num_inference_steps, total, offset)
-        else:
-            chosen = [int(t) for t in timesteps]
-            if any(given != t for given, t in zip(timesteps, chosen)):
-                raise ValueError(f"`timesteps` must be integers, but got {list(timesteps)[:8]}.")
-            if not chosen:
-                raise ValueError("`timesteps` must hold at least one step, but it is empty.")
-            if any(b >= a for a, b in zip(chosen, chosen[1:])):
-                raise ValueError("`timesteps` must be in descending order, each below the one before it.")
-            if chosen[0] >= total or chosen[-1] < 0:
-                raise ValueError(
-                    f"`timesteps` must start before {total}, the length of the chain, and not go below 0."
-                )
-        self._visit(chosen, device)
+        path = self._path(num_inference_steps, timesteps, timestep_spacing)
+        self._visit(path, device, path is self._paths.get(len(path.timesteps)), eta)
         self.custom_timesteps = timesteps is not None
-        self.num_inference_steps = len(chosen)
+        self.num_inference_steps = len(path.timesteps)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return `sample` as it is: a DDPM does not scale the network's input.
@@ -423,7 +644,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             raise TypeError(f"`timestep` must be an integer, but got {timestep!r}.")
         index = self._index.get(int(timestep))
         if index is None and int(timestep) == self._blind:
-            self._visiting(None)
+            self._process(None)
         if index is None:
             raise ValueError(
                 f"`timestep` {int(timestep)} is not part of the current chain of {len(self._index)} steps. Take it "
@@ -439,6 +660,8 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
 
     def _chain_for(self, sample: Tensor) -> tuple[ReverseProcess, Tensor]:
         """The current chain with its tables where and in the precision that `sample` needs, and timestep -> index."""
+        if self.num_inference_steps is None and self._whole.variance != "network":
+            self._visit(self._whole, self.timesteps.device)
         key = sample.device, sample.dtype
         if key not in self._chains:
             lookup = torch.full((len(self),), -1)
@@ -499,7 +722,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         else:
             step = self._chain_index(timestep)
             p, x_0 = chain(model_output, sample, step)
-            previous = p.mean if step == 0 else p.sample(_draw(model_output, sample, generator))
+            previous = p.mean if step == 0 or chain.eta == 0 else p.sample(_draw(model_output, sample, generator))
         if sample.dtype != previous.dtype:
             previous, x_0 = previous.to(sample.dtype), x_0.to(sample.dtype)
         if not return_dict:
