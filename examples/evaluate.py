@@ -69,16 +69,12 @@ def _levels(text: str) -> int | None:
     return value
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options and their help texts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument("--model", required=True, help="Pipeline to score: a folder or a Hub name.")
-    parser.add_argument("--revision", help="Its branch, tag or commit on the Hub.")
-    parser.add_argument("--output_dir", help="Folder for the results; default: evaluation/ in the model's.")
-    parser.add_argument("--cache_dir", help="Where downloads are kept.")
+def add_data_options(data: Any) -> None:
+    """Options that say which images to score.
 
-    data = parser.add_argument_group("data")
+    Args:
+        data: a group of a parser's arguments.
+    """
     data.add_argument(
         "--dataset_name", help="Hub name, local folder or file; default: the model's data.json, else the digits."
     )
@@ -94,6 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="Levels of the data on [-1, 1], or none for continuous; default: what the checkpoint says.",
     )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options and their help texts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--model", required=True, help="Pipeline to score: a folder or a Hub name.")
+    parser.add_argument("--revision", help="Its branch, tag or commit on the Hub.")
+    parser.add_argument("--output_dir", help="Folder for the results; default: evaluation/ in the model's.")
+    parser.add_argument("--cache_dir", help="Where downloads are kept.")
+
+    add_data_options(parser.add_argument_group("data"))
 
     estimator = parser.add_argument_group("estimator")
     estimator.add_argument("--estimator", choices=ESTIMATORS, default="importance", help="full: T calls an image.")

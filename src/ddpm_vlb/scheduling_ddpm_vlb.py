@@ -379,6 +379,11 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         return self._errors
 
     @property
+    def errors_file(self) -> str | None:
+        """The name of the file with the errors of each pixel, beside the saved configuration; None without one."""
+        return self._errors_file
+
+    @property
     def optimal_paths(self) -> dict[int, StoredPath]:
         """The stored paths by their number of steps."""
         return dict(self._paths)
