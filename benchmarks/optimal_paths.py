@@ -1,6 +1,6 @@
 """Time and memory of the cost table of all transitions and the dynamic programme over it, for long chains.
 
-    python benchmarks/optimal_paths.py
+python benchmarks/optimal_paths.py
 """
 
 import resource
