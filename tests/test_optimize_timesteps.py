@@ -1,0 +1,381 @@
+"""examples/optimize_timesteps.py: its contract, on every kind of checkpoint, and what it leaves when it fails.
+
+Networks that have learned nothing on a chain of 20 steps; the numbers are compared with evaluate.py's, which scores
+the stored chain from the saved files with the same draws.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import optimize_timesteps
+import pytest
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline
+from hub_server import HubServer
+from test_evaluate import (  # noqa: F401
+    T,
+    home,
+    models,
+    network,
+    ours,
+    reset_accelerate,
+    run,
+    sets,
+    stock,
+    strict_json,
+)
+from test_train import free_port
+
+from ddpm_vlb import DDPMVLBPipeline, spaced_timesteps
+
+ROOT = Path(__file__).parents[1]
+FEW = "--num_knots 8 --num_fit_images 40".split()
+EVEN = ("leading", "linspace", "trailing", "quadratic")
+
+
+def optimize(*options):
+    """Optimize in this process, on the CPU; returns the content of few_steps.json."""
+    reset_accelerate()
+    return optimize_timesteps.main(["--cpu", *map(str, options)])
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+@pytest.fixture(scope="module")
+def base(home, models, sets):  # noqa: F811
+    """A finished run with a checkpoint of learned variance, into a folder of its own, and what was before."""
+    before = {path: path.read_bytes() for path in Path(models["range"]).rglob("*") if path.is_file()}
+    folder = home / "few"
+    options = ("--output_dir", folder, "--steps", 1, 3, 6, "--seed", 4, "--num_images", 11)
+    result = optimize("--model", models["range"], *sets["grey"].options, *FEW, *options)
+    return folder, result, before
+
+
+@pytest.fixture
+def optimized(models, sets, tmp_path):  # noqa: F811
+    """Optimize a copy of a checkpoint in place; returns its folder and the result."""
+
+    def done(model="small", data="grey", *options):
+        folder = tmp_path / "model"
+        shutil.copytree(models[model], folder)
+        return folder, optimize("--model", folder, *sets[data].options, *FEW, "--num_images", 6, *options)
+
+    return done
+
+
+def rows(result, **wanted):
+    """The rows with these values."""
+    return [row for row in result["rows"] if all(row[name] == value for name, value in wanted.items())]
+
+
+def test_every_option_has_a_help_text():
+    """And the help renders."""
+    parser = optimize_timesteps.build_parser()
+    page = parser.format_help()
+    for action in parser._actions:
+        assert action.help and action.help.strip() and action.option_strings[0] in page
+
+
+def test_the_table(base):
+    """A row for each K, path and variance, with the score of every image and its errors, in strict JSON."""
+    folder, result, _ = base
+    assert strict_json(folder / "few_steps.json") == json.loads(json.dumps(result))
+    variances = {"learned_range", "analytic", "per_pixel", "fixed_small", "fixed_large"}
+    found = {(row["num_inference_steps"], row["path"], row["variance"]) for row in result["rows"]}
+    assert found == {(k, p, v) for k in (1, 3, 6) for p in (*EVEN, "optimal") for v in variances}
+    assert len(result["rows"]) == len(found)
+    for row in result["rows"]:
+        assert len(row["timesteps"]) == row["num_inference_steps"] == row["network_calls_per_image"]
+        assert row["num_images"] == 11 and min(row["noise_se"], row["image_se"]) >= 0
+        if row["path"] in EVEN:
+            assert row["timesteps"] == spaced_timesteps(row["path"], row["num_inference_steps"], T)
+        else:
+            assert row["timesteps"][0] == T - 1
+    for steps in (1, 3, 6):
+        assert len(rows(result, num_inference_steps=steps, stored=True)) == 1
+    assert {row["variance"] for row in result["all_steps"]} == variances
+    assert (folder / "few_steps.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_model_stays_as_it_was(base, models):  # noqa: F811
+    """With --output_dir the whole pipeline goes there, and nothing of --model changes."""
+    folder, _, before = base
+    now = {path: path.read_bytes() for path in Path(models["range"]).rglob("*") if path.is_file()}
+    assert now == before
+    one, other = (DDPMVLBPipeline.from_pretrained(own).unet.state_dict() for own in (folder, models["range"]))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+@pytest.mark.parametrize("spacing", [None, "optimal", *EVEN])
+def test_evaluate_scores_exactly_these_chains(base, sets, tmp_path, monkeypatch, steps, spacing):  # noqa: F811
+    """evaluate.py on the saved files gives the number of the table, of the stored chain and of any other."""
+    import evaluate
+
+    for name in ("plot_vlb_terms", "plot_per_image"):
+        monkeypatch.setattr(evaluate, name, lambda *args, **options: None)
+    folder, result, _ = base
+    options = () if spacing is None else ("--timestep_spacing", spacing)
+    where = ("--model", folder, "--output_dir", tmp_path, *sets["grey"].options, "--num_images", 11)
+    metrics = run(*where, "--estimator", "full", "--seed", 5, "--num_inference_steps", steps, *options)
+    wanted = {"stored": True} if spacing in (None, "optimal") else {"path": spacing, "variance": "learned_range"}
+    (row,) = rows(result, num_inference_steps=steps, **wanted)
+    assert metrics["timesteps"][::-1] == row["timesteps"]
+    for name in ("bits_per_dim", "image_se", "prior", "kl", "decoder"):
+        assert metrics[name] == pytest.approx(row[name], rel=1e-6, abs=1e-9)
+
+
+def test_the_pipeline_takes_the_stored_chain(base):
+    """`num_inference_steps=3` walks the path of the table; 4, which is not stored, the configuration's spacing."""
+    folder, result, _ = base
+    (row,) = rows(result, num_inference_steps=3, stored=True)
+    pipeline = DDPMVLBPipeline.from_pretrained(folder)
+    pipeline(1, num_inference_steps=3)
+    assert pipeline.scheduler.timesteps.tolist() == row["timesteps"]
+    pipeline(1, num_inference_steps=4)
+    assert pipeline.scheduler.timesteps.tolist() == spaced_timesteps("leading", 4, T)
+
+
+def test_stock_samples_it_as_before(base, models):  # noqa: F811
+    """DiffusionPipeline of the optimized folder gives the images of the plain one."""
+    images = []
+    for folder in (base[0], models["range"]):
+        stock_pipeline = DiffusionPipeline.from_pretrained(folder)
+        assert type(stock_pipeline) is DDPMPipeline
+        generator = torch.Generator().manual_seed(0)
+        images.append(stock_pipeline(2, generator, num_inference_steps=5, output_type="np").images)
+    assert (images[0] == images[1]).all()
+
+
+def test_the_chosen_path_costs_least_in_training(base):
+    """Of the variances that can be stored; and the optimal path of each is not dearer than any even one there."""
+    _, result, _ = base
+    for steps in (3, 6):
+        for variance in ("learned_range", "analytic", "per_pixel", "fixed_small", "fixed_large"):
+            (best,) = rows(result, num_inference_steps=steps, variance=variance, path="optimal")
+            others = [row for row in rows(result, num_inference_steps=steps, variance=variance) if row is not best]
+            slack = 4 * max(row["noise_se"] for row in [best, *others])
+            assert best["bits_per_dim"] <= min(row["bits_per_dim"] for row in others) + slack
+
+
+@pytest.mark.parametrize(
+    "model, data, more",
+    [
+        ("small", "grey", "--variance auto"),
+        ("large", "grey", "--variance analytic"),
+        ("colour", "colour", "--variance per_pixel"),
+        ("classes", "labelled", "--reverse_variance per_pixel"),
+        ("latents", "latents", "--variance network"),
+    ],
+)
+def test_every_kind_of_checkpoint(optimized, model, data, more):
+    """Fixed variances of stock, colour, classes, latents in nats: in place, loadable, and sampled."""
+    folder, result = optimized(model, data, "--steps", 2, 4, *more.split())
+    pipeline = DDPMVLBPipeline.from_pretrained(folder)
+    paths = pipeline.scheduler.optimal_paths
+    assert sorted(paths) == [2, 4]
+    option, variance = more.split()
+    if option == "--reverse_variance":
+        assert pipeline.scheduler.config.reverse_variance == variance
+    elif variance != "auto":
+        assert {path.variance for path in paths.values()} == {variance}
+    labels = {"class_labels": 1} if model == "classes" else {}
+    for steps in (None, 4):
+        images = pipeline(2, num_inference_steps=steps, output_type="latent", **labels).images
+        assert bool(images.isfinite().all())
+    unit = "nats_per_dim" if model == "latents" else "bits_per_dim"
+    assert all(isinstance(row[unit], float) for row in result["rows"])
+    assert (result["unit"] == "bits/dim") == (model != "latents")
+
+
+def test_digits_by_default(models, tmp_path):  # noqa: F811
+    """Without a data set: the digits, fitted on their training split and scored on their test split."""
+    shutil.copytree(models["few levels"], tmp_path / "model")
+    result = optimize("--model", tmp_path / "model", "--steps", 2, *FEW, "--num_images", 4)
+    assert result["data"]["levels"] == 17 and result["data"]["split"] == "test" and result["fit_split"] == "train"
+
+
+def test_what_was_stored_before_is_replaced(optimized, sets):  # noqa: F811
+    """A second run takes the network's own variances again, and leaves no file of the first."""
+    folder, first = optimized("small", "grey", "--steps", 2, 4, "--reverse_variance", "per_pixel")
+    options = ("--num_images", 6, "--seed", 1, "--steps", 3)
+    second = optimize("--model", folder, *sets["grey"].options, *FEW, *options)
+    scheduler = DDPMVLBPipeline.from_pretrained(folder).scheduler
+    assert list(scheduler.optimal_paths) == [3] and "reverse_variance" not in scheduler.config
+    assert [path.name for path in (folder / "scheduler").glob("*.safetensors")] == [scheduler.errors_file]
+    assert not list(folder.glob(".scheduler-*"))
+    assert second["rows"] != first["rows"]
+
+
+class Killed(BaseException):
+    """In place of a signal that nothing survives."""
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_killed_while_it_is_stored(optimized, models, monkeypatch, at):  # noqa: F811
+    """At every rename in the folder: what loads is whole, the old or the new, and a further run completes it."""
+    folder, result = optimized("small", "grey", "--steps", 2, "--variance", "per_pixel")
+    pipeline = DDPMVLBPipeline.from_pretrained(folder)
+    old = pipeline.scheduler.optimal_paths
+    errors = pipeline.scheduler.errors
+    new = {2: type(old[2])((T - 1, 1), "per_pixel", 0.25)}
+    changed = type(errors)(errors.timesteps, errors.mean * 2, errors.per_pixel * 2)
+    pipeline.scheduler.store_few_steps(list(new.values()), changed)
+    renames, real = [], os.replace
+
+    def rename(source, target):
+        if len(renames) == at:
+            raise Killed
+        renames.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", rename)
+    if at < 2:
+        with pytest.raises(Killed):
+            optimize_timesteps.store_in_place(pipeline, folder)
+    else:
+        optimize_timesteps.store_in_place(pipeline, folder)
+    monkeypatch.undo()
+    found = DDPMVLBPipeline.from_pretrained(folder).scheduler
+    assert found.optimal_paths == (old if at < 2 else new)
+    assert torch.equal(found.errors.per_pixel, (errors if at < 2 else changed).per_pixel)
+    optimize_timesteps.store_in_place(pipeline, folder)
+    assert DDPMVLBPipeline.from_pretrained(folder).scheduler.optimal_paths == new
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--steps 21", "--steps 21 must lie in 1 .. 20"),
+        ("--steps 2 --num_fit_images 20 --variance per_pixel", "at least 32 training images, but there are 20"),
+        ("--steps 2 --num_fit_images 20 --reverse_variance per_pixel", "at least 32 training images"),
+        ("--steps 2 --split nothing", "no split 'nothing'"),
+        ("--steps 2 --output_dir {model}", "--output_dir is --model"),
+        ("--steps 2 --output_dir {used}", "holds something else already"),
+        ("--steps 2 --model nobody", "--model nobody is on the Hub: say with --output_dir"),
+        ("--steps 2 --model nobody --output_dir {new}", "no such folder, and it is no Hub name"),
+    ],
+)
+def test_bad_input_is_refused(models, sets, tmp_path, options, message):  # noqa: F811
+    """Before anything is computed or written."""
+    shutil.copytree(models["small"], tmp_path / "model")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    places = {"model": tmp_path / "model", "used": tmp_path / "used", "new": tmp_path / "new"}
+    where = ("--model", tmp_path / "model", *sets["grey"].options)
+    with pytest.raises((ValueError, OSError), match=message.replace(".", r"\.")):
+        optimize(*where, *FEW, *options.format(**places).split())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("options", ["--steps 0", "--steps -3", "--steps 2.5", "--steps", "--steps 2 --variance best"])
+def test_bad_options_are_refused(capsys, options):
+    """By the command line itself, naming the option."""
+    with pytest.raises(SystemExit) as stop:
+        optimize("--model", "M", *options.split())
+    assert (
+        stop.value.code == 2
+        and f"argument {options.split()[-2 if 'best' in options else 0]}" in capsys.readouterr().err
+    )
+
+
+def test_few_images_are_said(optimized, capsys):
+    """Below the first number no variances of each pixel, below the second a warning."""
+    _, result = optimized("small", "grey", "--steps", 2, "--num_fit_images", 20)
+    assert "per_pixel" not in {row["variance"] for row in result["rows"]} and result["pseudo_images"] is None
+    assert "Only 20 training images: no variances of each pixel below 32" in capsys.readouterr().out
+
+
+def test_a_network_that_breaks_leaves_the_model_alone(models, sets, tmp_path, monkeypatch):  # noqa: F811
+    """NaN from the network: the timestep and the image, and nothing written."""
+    shutil.copytree(models["small"], tmp_path / "model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    forward = optimize_timesteps.Optimization.model
+    monkeypatch.setattr(
+        optimize_timesteps.Optimization,
+        "model",
+        lambda self, x_t, t: forward(self, x_t, t) / (t != 19)[:, None, None, None],
+    )
+    with pytest.raises(FloatingPointError, match="index t=19, image 0"):
+        optimize("--model", tmp_path / "model", *sets["grey"].options, *FEW, "--steps", 2)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+HUB = """
+import sys
+import torch
+from huggingface_hub import HfApi
+from ddpm_vlb import DDPMVLBPipeline
+if sys.argv[1] == "up":
+    DDPMVLBPipeline.from_pretrained(sys.argv[2]).push_to_hub(sys.argv[3])
+    print(sorted(HfApi().list_repo_files(sys.argv[3])))
+else:
+    pipeline = DDPMVLBPipeline.from_pretrained(sys.argv[2])
+    images = pipeline(2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    scheduler = pipeline.scheduler
+    torch.save([images, scheduler.errors.per_pixel, scheduler.optimal_paths[3].timesteps], sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_from_the_hub_and_back(base, models, tmp_path):  # noqa: F811
+    """A Hub model is optimized into a folder; pushed, it gives the same images from the Hub, offline too."""
+    with HubServer() as server:
+        environment = server.environment(tmp_path / "home", OMP_NUM_THREADS="1")
+
+        def call(*arguments, **more):
+            command = [sys.executable, *map(str, arguments)]
+            return subprocess.run(
+                command,
+                env={**environment, **more},
+                cwd=tmp_path,
+                check=True,
+                timeout=120,
+                capture_output=True,
+                text=True,
+            ).stdout
+
+        call("-c", HUB, "up", models["range"], "tester/plain")
+        script = ROOT / "examples" / "optimize_timesteps.py"
+        options = (*FEW, "--num_images", 4, "--steps", 3, "--variance", "per_pixel")
+        out = call(script, "--model", "tester/plain", "--output_dir", tmp_path / "few", *options)
+        assert "per_pixel" in out and (tmp_path / "few" / "few_steps.json").is_file()
+        pushed = call("-c", HUB, "up", tmp_path / "few", "tester/few")
+        assert "x_0_mse-" in pushed
+        call("-c", HUB, "down", tmp_path / "few", tmp_path / "folder.pt")
+        call("-c", HUB, "down", "tester/few", tmp_path / "hub.pt")
+        call("-c", HUB, "down", "tester/few", tmp_path / "offline.pt", HF_HUB_OFFLINE="1")
+    folder, *others = (torch.load(tmp_path / f"{name}.pt") for name in ("folder", "hub", "offline"))
+    for other in others:
+        assert torch.equal(other[1], folder[1]) and other[2] == folder[2]
+        torch.testing.assert_close(other[0], folder[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same(models, sets, tmp_path):  # noqa: F811
+    """The same paths, and the same scores but for the order of sums."""
+    results = []
+    for processes in (1, 2):
+        multi = "--multi_gpu --num_processes 2 --num_machines 1" if processes == 2 else "--num_processes 1"
+        launch = f"{multi} --mixed_precision no --dynamo_backend no --main_process_port {free_port()}"
+        options = (*FEW, "--num_images", 9, "--steps", 2, 5, "--output_dir", tmp_path / str(processes), "--cpu")
+        arguments = ["--model", models["range"], *sets["grey"].options, *options]
+        command = ["accelerate", "launch", *launch.split(), ROOT / "examples" / "optimize_timesteps.py", *arguments]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        subprocess.run(list(map(str, command)), env=environment, check=True, timeout=300, capture_output=True)
+        results.append(json.loads((tmp_path / str(processes) / "few_steps.json").read_text()))
+    one, two = results
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    for first, second in zip(one["rows"], two["rows"], strict=True):
+        assert first["timesteps"] == second["timesteps"] and first["stored"] == second["stored"]
+        assert first["bits_per_dim"] == pytest.approx(second["bits_per_dim"], rel=1e-9)
