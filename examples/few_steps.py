@@ -199,6 +199,9 @@ def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
             if any(own[1] == variance for own in lines):
                 axis.axhline(row[value], color=colours[variance], linewidth=0.7)
         axis.set(xscale="log", xlabel="steps K")
+        numbers = sorted({row["num_inference_steps"] for row in few})
+        axis.set_xticks(numbers, labels=map(str, numbers), minor=False)
+        axis.set_xticks([], minor=True)
         low = min(row[value] for row in rows)
         axis.set_ylim(low - 0.1, min(max(row[value] for row in rows) + 0.2, low + 3))
         axis.grid(alpha=0.3)
