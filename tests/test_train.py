@@ -771,6 +771,42 @@ def test_bf16(few_base, tmp_path, few):
     assert not same_weights(half, weights(few_base[0]))
 
 
+def is_channels_last(tensor):
+    """None where the shape fits either order."""
+    if tensor.shape[1] == 1 or tensor.shape[2:].numel() == 1:
+        return None
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_channels_last(tmp_path, few, only_train):
+    """All that is convolved while it trains, and the weights; the result is nearly the same, and it is saved plain."""
+    options = "--max_train_steps 3 --checkpointing_steps 3 --lr_warmup_steps 100 --block_out_channels 8 16"
+    seen = {True: 0, False: 0, None: 0}
+
+    def look(module, inputs, output):
+        if type(module) is torch.nn.Conv2d:
+            if module.kernel_size == (1, 1):  # a shortcut, whose input diffusers makes contiguous
+                inputs = ()
+            for tensor in (*inputs, module.weight, output):
+                seen[is_channels_last(tensor)] += 1
+
+    only_train(tmp_path / "plain", options, *few)
+    hook = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        run = only_train(tmp_path / "last", f"{options} --channels_last", *few)
+    finally:
+        hook.remove()
+    assert seen[True] > 3 * 50 and seen[False] == 0
+    moments = [state["exp_avg"] for state in run.optimizer.state.values()]
+    assert {is_channels_last(value) for value in moments if value.dim() == 4} == {True, None}
+    plain, last = weights(tmp_path / "plain"), weights(tmp_path / "last")
+    far = max(float((last[name] - plain[name]).norm() / plain[name].norm()) for name in plain)
+    assert far < 1e-5
+    own = run.averaged_network().state_dict()
+    saved = DDPMVLBPipeline.from_pretrained(tmp_path / "last").unet.state_dict()
+    assert all(value.is_contiguous() and torch.equal(value, own[name]) for name, value in saved.items())
+
+
 def test_colour_images_that_are_not_square(tmp_path):
     """A folder of 8 x 12 colour pictures: 256 levels, six output channels, stock samples of the same shape."""
     pictures = write_images(tmp_path / "pictures", 24, [(8, 12)], "RGB")
