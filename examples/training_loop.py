@@ -98,11 +98,13 @@ def share(run: Run, parts: list[Tensor], norm: Tensor) -> Shared:
 
 
 def gradient_norm(run: Run) -> Tensor:
-    """Clip the gradient of all processes; returns its norm before that."""
+    """Clip the gradient of all processes; returns its norm before that, infinite where it is none."""
     norm = run.accelerator.clip_grad_norm_(run.unet.parameters(), run.args.max_grad_norm)
-    if norm is None:  # DeepSpeed clips by itself
-        norm = run.unet.get_global_grad_norm() or 0.0
-    return torch.as_tensor(norm)
+    if run.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return norm
+    # DeepSpeed clips by itself. Of a gradient that is not finite it tells, by its version, inf, -1, or the last norm.
+    norm = run.unet.get_global_grad_norm() or 0.0
+    return torch.as_tensor(math.inf if run.optimizer.step_was_skipped or norm < 0 else norm)
 
 
 def update(run: Run, drawn: Drawn, shared: Shared) -> None:
@@ -126,9 +128,9 @@ def update(run: Run, drawn: Drawn, shared: Shared) -> None:
     progress.skipped_in_a_row += 1
     first = progress.step - progress.skipped_in_a_row + 1
     said = f"Step {progress.step + 1} is not finite: {offenders(run, drawn, shared)}."
-    overflow = accelerator.mixed_precision == "fp16" and not math.isfinite(shared.norm)
-    by_itself = accelerator.distributed_type == DistributedType.DEEPSPEED and not overflow
-    limit = 1 if by_itself else run.args.max_skipped_steps  # DeepSpeed has taken the step by now
+    # DeepSpeed has by now taken the step, or skipped it for its gradient.
+    taken = accelerator.distributed_type == DistributedType.DEEPSPEED and not run.optimizer.step_was_skipped
+    limit = 1 if taken else run.args.max_skipped_steps
     if progress.skipped_in_a_row < limit:
         if accelerator.is_main_process:
             tqdm.write(f"{said} It is skipped: number {progress.skipped_in_a_row} in a row, of at most {limit}.")

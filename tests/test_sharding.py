@@ -4,7 +4,11 @@ On the CPU Accelerate never shards, and train.py says so. What follows that refu
 script, this file runs examples/train.py with an Accelerator that was told to shard over two CPU processes.
 """
 
+import dataclasses
 import importlib.util
+import inspect
+import json
+import math
 import os
 import re
 import shutil
@@ -18,14 +22,19 @@ import launching
 import pytest
 import torch
 import train
+import training_loop
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 from diffusers import UNet2DModel
+from image_data import load_image_data
 from test_equivalence import difference as difference_of
 from test_train import ROOT, TINY, few, free_port, reset_accelerate, same_weights, weights  # noqa: F401
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
+from training_run import full
+
+from ddpm_vlb import DDPMVLBPipeline, evaluate_vlb
 
 CHECKED = "what each process holds was checked"
 # With a warm-up, as in test_equivalence.py, and clipping in most steps.
@@ -34,6 +43,10 @@ LONG = "--max_train_steps 20 --checkpointing_steps 10 --validation_steps 15"
 ASKED = "^FSDP was asked for, but Accelerate runs .* on this device .*on the CPU launch without it"
 REFUSED = {"1": f"{ASKED}|^FSDP 1 flattens the parameters.*set fsdp_version: 2", "2": ASKED}
 FSDP_KINDS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
+ZERO = {"zero": "no", "zero-bf16": "bf16", "zero-fp16": "fp16"}
+HISTORY = "--timestep_sampler loss_second_moment --lr_scheduler constant"
+PLAIN = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+SHIPPED = f"--config_file {ROOT / 'examples' / 'configs' / 'deepspeed_zero2.yaml'}"
 
 
 # The worker
@@ -42,11 +55,15 @@ FSDP_KINDS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
 def shard(accelerator, kind):
     """Give an Accelerator on CPU processes the state that it has where it really shards."""
     state = accelerator.state
-    if kind == "zero":
+    if kind in ZERO:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        import deepspeed
+
         DeepSpeedPlugin.set_deepspeed_weakref = lambda self: None  # needs transformers
-        plugin = DeepSpeedPlugin(zero_stage=2)
-        plugin.set_mixed_precision("no")
+        plugin = DeepSpeedPlugin(zero_stage=2) if kind == "zero" else DeepSpeedPlugin()  # as the launcher says
+        plugin.set_mixed_precision(ZERO[kind])
+        plugin.deepspeed_config["fp16"].setdefault("initial_scale_power", 4)  # else the first steps overflow
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # slowly, but the CPU does
         plugin.select(_from_accelerator_state=True)
         state.deepspeed_plugins, accelerator.deepspeed_engine_wrapped = plugin, None
         distributed_type = DistributedType.DEEPSPEED
@@ -71,7 +88,8 @@ def check_shards(run):
 
 def check_after_training(run, kind):
     """The optimizer's states are cut too; without an average, what is saved is what Accelerate would gather."""
-    if kind == "zero":
+    if kind in ZERO:
+        assert run.accelerator.mixed_precision == ZERO[kind]
         assert type(run.optimizer.optimizer).__name__ == "DeepSpeedZeroOptimizer"
         held = sum(value.numel() for value in run.optimizer.optimizer.single_partition_of_fp32_groups)
         whole = sum(value.numel() for value in run.unet.parameters())
@@ -82,42 +100,85 @@ def check_after_training(run, kind):
     gathered, network = run.accelerator.get_state_dict(run.unet), run.averaged_network().state_dict()
     if run.accelerator.is_main_process and not run.args.use_ema:
         assert gathered.keys() == network.keys()
-        assert all(torch.equal(gathered[name].cpu(), network[name]) for name in network)
+        assert all(torch.equal(gathered[name].cpu().float(), network[name]) for name in network)
     print(f"process {run.accelerator.process_index}: {CHECKED}", flush=True)
+
+
+def spoil(what):
+    """Of the third step the gradient alone is not finite, or the loss alone."""
+
+    def broken(run, output, diffused, original=training_loop.loss_terms):
+        terms = original(run, output, diffused)
+        if run.progress.step != 2:
+            return terms
+        sums = output.float().flatten(1).sum(1)
+        extra = (sums - sums.detach()).sqrt() if what == "gradient" else torch.full_like(sums, torch.inf)
+        return terms + extra[:, None]
+
+    training_loop.loss_terms = broken
+
+
+def watch(seen):
+    """Note of each step whether the loss was finite, and whether weights, averages and history moved, by name."""
+    last = {}
+
+    def watched(run, drawn, shared, original=training_loop.update):
+        original(run, drawn, shared)
+        groups = {
+            "weights": list(run.unet.parameters()),
+            "average": run.ema.shadow_params,
+            "history": [value for value in run.sampler.state_dict().values() if isinstance(value, torch.Tensor)],
+        }
+        now = {name: [full(value.detach()).clone() for value in values] for name, values in groups.items()}
+        same = {name: all(map(torch.equal, last.get(name, values), values)) for name, values in now.items()}
+        last.update(now)
+        assert now["history"] and math.isfinite(shared.norm) != run.optimizer.step_was_skipped
+        seen.append("".join(name[0] for name in now if not same[name]) or "-")
+
+    training_loop.update = watched
 
 
 def work(kind, options):
     """Run train.py with an Accelerator that shards, and with checks on the way."""
     torch.set_num_threads(1)
+    seen = []
+    if os.environ["BAD_STEP"]:
+        spoil(os.environ["BAD_STEP"])
+        watch(seen)
 
     def make(**settings):
-        accelerator = Accelerator(**settings)
-        shard(accelerator, kind)
-        return accelerator
+        # On the CPU it would take half precision for its own business, not DeepSpeed's.
+        with patch_environment(ACCELERATE_USE_DEEPSPEED="false", ACCELERATE_MIXED_PRECISION="no"):
+            return Accelerator(**settings)
+
+    def checked_sharding(accelerator, original=launching.check_sharding):
+        shard(accelerator, kind)  # after fp16 was found to need a GPU, which is too much said
+        original(accelerator)
 
     def checked_train(run, validate, original=train.train):
-        if kind != "zero":
+        if kind not in ZERO:
             check_shards(run)
         return original(run, validate)
 
     def checked_finish(run, original=train.finish):
+        if seen:
+            print(f"moved {' '.join(seen[1:])}, skipped {run.progress.skipped}.", flush=True)
         check_after_training(run, kind)
         return original(run)
 
-    launching.Accelerator, train.train, train.finish = make, checked_train, checked_finish
+    launching.Accelerator, launching.check_sharding = make, checked_sharding
+    train.train, train.finish = checked_train, checked_finish
     train.main(options)
 
 
-def launch(kind, folder, options, code=0):
+def launch(kind, folder, options, code=0, launcher=PLAIN, bad=""):
     """Run the worker on two CPU processes; returns what it printed, and its errors."""
-    port = free_port()
-    launcher = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
-    launcher += f"--main_process_port {port} tests/test_sharding.py {kind}"
+    launcher += f" --main_process_port {free_port()} tests/test_sharding.py {kind}"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher.split(), *options]
     done = subprocess.run(
         [*command, "--output_dir", str(folder)],
         cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "BAD_STEP": bad},
         capture_output=True,
         text=True,
         timeout=600,
@@ -155,6 +216,9 @@ def difference(a, b):
     return difference_of(a, b)
 
 
+FSDP_OPTIONS = inspect.signature(FullyShardedDataParallelPlugin).parameters
+needs_fsdp2 = pytest.mark.skipif("fsdp_version" not in FSDP_OPTIONS, reason="needs Accelerate 1.6")
+
 # What is refused
 
 
@@ -185,6 +249,7 @@ def test_deepspeed_on_the_cpu_is_refused(tmp_path, monkeypatch, one_process):
 
 
 @pytest.mark.slow
+@needs_fsdp2
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_launched_fsdp_on_the_cpu_is_refused(tmp_path, few, version):  # noqa: F811
     """With the flags of `accelerate launch`, on two processes."""
@@ -202,6 +267,7 @@ def test_launched_fsdp_on_the_cpu_is_refused(tmp_path, few, version):  # noqa: F
 # FSDP 2
 
 
+@needs_fsdp2
 def test_fsdp_trains_what_one_process_does(tmp_path, few, alone):  # noqa: F811
     """A whole short run, with every parameter in two parts, ends in the same averaged weights."""
     options = "--max_train_steps 3 --checkpointing_steps 0"
@@ -211,6 +277,7 @@ def test_fsdp_trains_what_one_process_does(tmp_path, few, alone):  # noqa: F811
 
 
 @pytest.mark.slow
+@needs_fsdp2
 @pytest.mark.parametrize("more", ["--use_ema", "--no-use_ema --gradient_accumulation_steps 2"])
 @pytest.mark.parametrize("kind", FSDP_KINDS)
 def test_fsdp_checkpoints(tmp_path, few, alone, kind, more):  # noqa: F811
@@ -227,6 +294,7 @@ def test_fsdp_checkpoints(tmp_path, few, alone, kind, more):  # noqa: F811
 
 
 @pytest.mark.slow
+@needs_fsdp2
 def test_a_sharded_checkpoint_is_not_for_one_process(tmp_path, few):  # noqa: F811
     """It is refused in one message; nothing of it is taken."""
     options = [*RUN, *few, *"--max_train_steps 2 --checkpointing_steps 2".split()]
@@ -236,6 +304,7 @@ def test_a_sharded_checkpoint_is_not_for_one_process(tmp_path, few):  # noqa: F8
 
 
 @pytest.mark.slow
+@needs_fsdp2
 def test_fsdp_skips_steps_that_are_not_finite(tmp_path, few):  # noqa: F811
     """And ends both processes after so many."""
     options = "--max_train_steps 9 --learning_rate 1e20 --lr_warmup_steps 1 --max_skipped_steps 3"
@@ -267,12 +336,67 @@ def test_zero_checkpoints(tmp_path, few, alone, more):  # noqa: F811
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_zero_stops_at_a_step_that_is_not_finite(tmp_path, few):  # noqa: F811
-    """At the first one, since the engine has taken it by then."""
-    options = "--max_train_steps 9 --learning_rate 1e20 --lr_warmup_steps 1 --max_skipped_steps 3"
-    out, errors = launch("zero", tmp_path, [*RUN, *few, *options.split()], code=1)
+def test_zero_with_the_shipped_configuration(tmp_path, few):  # noqa: F811
+    """In bf16: the bound falls, a resumed run ends as the straight one, the pipeline is plain and has its score."""
+    options = [*TINY, *few, *"--lr_scheduler constant --num_test_images 18 --checkpointing_steps 30".split()]
+    begun, folder = tmp_path / "begun", tmp_path / "run"
+    launch("zero-bf16", begun, [*options, "--max_train_steps", "1"], launcher=SHIPPED)
+    launch("zero-bf16", folder, [*options, "--max_train_steps", "60"], launcher=SHIPPED)
+    straight = weights(folder)
+    before, after = (json.loads((run / "metrics.json").read_text())["test"] for run in (begun, folder))
+    errors = math.hypot(*(score[name] for score in (before, after) for name in ("noise_se", "image_se")))
+    assert before["bits_per_dim"] - after["bits_per_dim"] > 5 * errors
+    shutil.rmtree(folder / "checkpoint-60")
+    shutil.rmtree(folder / "unet")
+    again = [*options, "--max_train_steps", "60", "--resume_from_checkpoint", "latest"]
+    out, _ = launch("zero-bf16", folder, again, launcher=SHIPPED)
+    assert "checkpoint-30" in out.partition("Resuming from ")[2].partition("\n")[0]
+    assert same_weights(weights(folder), straight)
+    pipeline = DDPMVLBPipeline.from_pretrained(folder)
+    assert {value.dtype for value in straight.values()} == {torch.float32} and type(pipeline.unet) is UNet2DModel
+    images = torch.stack([load_image_data(few[1], cache_dir=few[3]).test[i] for i in range(18)])
+    reverse = dataclasses.replace(pipeline.scheduler.reverse_process(), clip_sample=False)
+    with torch.no_grad():
+        model = lambda x_t, timesteps: pipeline.unet(x_t, timesteps).sample  # noqa: E731
+        exact = evaluate_vlb(model, reverse, images).bits_per_dim.mean()
+    assert abs(float(exact) - after["bits_per_dim"]) < 5 * after["noise_se"]
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("kind", ZERO)
+def test_zero_skips_a_gradient_that_is_not_finite(tmp_path, few, kind):  # noqa: F811
+    """The engine does, and so do the average, the history, and the count."""
+    options = [
+        *TINY,
+        *few,
+        *"--max_train_steps 5 --timestep_sampler loss_second_moment --lr_scheduler constant".split(),
+    ]
+    launcher = PLAIN if kind == "zero" else f"{SHIPPED} --mixed_precision {ZERO[kind]}"
+    out, errors = launch(kind, tmp_path, options, launcher=launcher, bad="gradient")
+    assert "moved wah - wah wah, skipped 1." in out
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("kind", ["zero", "zero-bf16"])
+def test_zero_stops_at_a_loss_that_is_not_finite(tmp_path, few, kind):  # noqa: F811
+    """At the first one whose gradient is finite, since the engine has taken it by then."""
+    launcher = PLAIN if kind == "zero" else SHIPPED
+    options = [*TINY, *few, *HISTORY.split(), "--max_train_steps", "9"]
+    out, errors = launch(kind, tmp_path, options, code=1, launcher=launcher, bad="loss")
     assert "It is skipped" not in out + errors
     assert "The run has diverged: 1 in a row" in errors
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_zero_stops_after_many_steps_that_are_not_finite(tmp_path, few):  # noqa: F811
+    """As without it, where the gradients are what is not finite."""
+    options = "--max_train_steps 9 --learning_rate 1e20 --lr_warmup_steps 1 --max_skipped_steps 3"
+    out, errors = launch("zero", tmp_path, [*RUN, *few, *options.split()], code=1)
+    assert (out + errors).count("It is skipped") == 2
+    assert "The run has diverged: 3 in a row" in errors
 
 
 # torch.compile
