@@ -48,7 +48,9 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION", "1") != "2":
         # Before Accelerate's own settings of FSDP 1, which fail without a GPU.
-        raise SystemExit("FSDP 1 flattens the parameters, which the average needs one by one: set fsdp_version: 2.")
+        raise SystemExit(
+            "FSDP 1 flattens the parameters, which the average needs one by one: set fsdp_version: 2 (Accelerate 1.6)."
+        )
     with refused(ImportError):  # DeepSpeed, or a tracker
         accelerator = Accelerator(
             cpu=args.cpu,
