@@ -102,9 +102,9 @@ def gradient_norm(run: Run) -> Tensor:
     norm = run.accelerator.clip_grad_norm_(run.unet.parameters(), run.args.max_grad_norm)
     if run.accelerator.distributed_type != DistributedType.DEEPSPEED:
         return norm
-    # DeepSpeed clips by itself. Of a gradient that is not finite it tells, by its version, inf, -1, or the last norm.
+    # DeepSpeed clips by itself; up to 0.15 it tells the norm of the step before where it skips one.
     norm = run.unet.get_global_grad_norm() or 0.0
-    return torch.as_tensor(math.inf if run.optimizer.step_was_skipped or norm < 0 else norm)
+    return torch.as_tensor(math.inf if run.optimizer.step_was_skipped else norm)
 
 
 def update(run: Run, drawn: Drawn, shared: Shared) -> None:
