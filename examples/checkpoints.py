@@ -11,14 +11,16 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from reporting import write_json
-from stopping import end
+from stopping import end, lost_contact
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import StateDictType
 
 MANIFEST = "checkpoint.json"
 RUN_FILE = ".run.json"
@@ -35,6 +37,7 @@ class Checkpoints:
         limit: how many are kept; None keeps all.
         fixed: options that a resumed run must share, by name.
         free: options that may differ, which is then said.
+        prepare: what the state needs of all processes, called before any of them writes.
     """
 
     def __init__(
@@ -44,8 +47,9 @@ class Checkpoints:
         limit: int | None,
         fixed: dict[str, Any],
         free: dict[str, Any],
+        prepare: Callable[[], object] | None = None,
     ):
-        self.accelerator, self.folder, self.limit = accelerator, folder, limit
+        self.accelerator, self.folder, self.limit, self.prepare = accelerator, folder, limit, prepare
         self.fixed, self.free = json.loads(json.dumps(fixed)), json.loads(json.dumps(free))
         self.run = ""
         self._unproven = True
@@ -74,8 +78,8 @@ class Checkpoints:
         error = None
         try:
             self.accelerator.load_state(str(path))
-        except Exception as failure:  # whatever torch, safetensors or pickle raise
-            error = f"{type(failure).__name__}: {failure}"
+        except (Exception, CheckpointException) as failure:  # whatever torch, safetensors or pickle raise
+            error = _named(failure)
         self._raise_any(error, f"--resume_from_checkpoint {name}: {path} cannot be loaded")
         # Accelerate counts micro batches, of which this run's steps may have another number.
         self.accelerator.step = manifest["step"] * self.accelerator.gradient_accumulation_steps
@@ -101,18 +105,29 @@ class Checkpoints:
         what = f"{path} could not be written"
         try:
             self._agreed(make_room, what)
+            if self.prepare is not None:
+                self.prepare()  # not amid the writing: where that fails, the others would wait for this process
             error = None
             try:
                 self.accelerator.save_state(str(aside))
+            except CheckpointException as failure:  # no Exception; its text is the tracebacks of all processes
+                error = _named(next(iter(failure.failures.values()))[0])
             except Exception as failure:  # whatever torch, safetensors or the system raise
-                error = f"{type(failure).__name__}: {failure}"
+                if lost_contact(failure):
+                    raise
+                error = _named(failure)
+                if self._writes_between_collectives():
+                    raise SystemExit(f"{what}: {error}") from failure
             self._raise_any(error, what)
             self._agreed(lambda: self._complete(aside, path, step), what)
             self._unproven = True
         except SystemExit as failure:
             if self.accelerator.is_main_process:
                 shutil.rmtree(aside, ignore_errors=True)
-            end(self.accelerator, f"{failure.code}. {self.advice()}.")
+            message = f"{failure.code}. {self.advice()}."
+            if failure.__cause__ is not None:  # the others wait elsewhere, and will notice that this process is gone
+                raise SystemExit(message) from failure
+            end(self.accelerator, message)
 
     def proven(self) -> None:
         """Remove the oldest beyond the limit; called when the newest has shown to be good, by a finite loss."""
@@ -241,11 +256,22 @@ class Checkpoints:
             end(self.accelerator, outcome[1])
         return outcome[0]
 
+    def _writes_between_collectives(self) -> bool:
+        """Whether a process that fails while it saves may leave the others in a collective."""
+        kind, state = self.accelerator.distributed_type, self.accelerator.state
+        if kind == DistributedType.FSDP:
+            return state.fsdp_plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+        return kind == DistributedType.DEEPSPEED
+
     def _raise_any(self, error: str | None, what: str) -> None:
         """End all processes if one of them failed."""
         errors = [failure for failure in gather_object([error]) if failure is not None]
         if errors:
             end(self.accelerator, f"{what}: {' '.join(errors[0].split())[:500]}")
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _step(path: Path) -> int:

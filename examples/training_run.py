@@ -154,11 +154,18 @@ class ShardedEMAModel(EMAModel):
     """Diffusers' average, of parameters that may be sharded; its saved state is whole either way."""
 
     shadow_params: list[Tensor]
+    _whole: list[Tensor] | None = None
+
+    def gather(self) -> None:
+        """Make the whole average for the next `state_dict`; all processes must call it."""
+        self._whole = [full(tensor).cpu() for tensor in self.shadow_params]
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; all processes must call it."""
-        state = super().state_dict()
-        return {**state, "shadow_params": [full(tensor).cpu() for tensor in state["shadow_params"]]}
+        """For a checkpoint; without `gather` before it, a collective."""
+        if self._whole is None:
+            self.gather()
+        whole, self._whole = self._whole, None
+        return {**super().state_dict(), "shadow_params": whole}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a checkpoint, whatever the number of processes that wrote it; the decay stays this run's."""
@@ -238,7 +245,8 @@ class Run:
         if isinstance(self.sampler, LossSecondMomentTimesteps):
             stateful.append(self.sampler)
         accelerator.register_for_checkpointing(*stateful)
-        self.checkpoints = Checkpoints(accelerator, folder, args.checkpoints_total_limit, *self._identity())
+        prepare = self.ema.gather if args.use_ema else None
+        self.checkpoints = Checkpoints(accelerator, folder, args.checkpoints_total_limit, *self._identity(), prepare)
 
     def _identity(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a resumed run must have in common with its checkpoint, and the options that may differ."""

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import accelerate.accelerator
 import launching
 import pytest
 import torch
@@ -47,6 +49,7 @@ ZERO = {"zero": "no", "zero-bf16": "bf16", "zero-fp16": "fp16"}
 HISTORY = "--timestep_sampler loss_second_moment --lr_scheduler constant"
 PLAIN = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 SHIPPED = f"--config_file {ROOT / 'examples' / 'configs' / 'deepspeed_zero2.yaml'}"
+PARTS = {"weights": "save_fsdp_model", "optimizer": "save_fsdp_optimizer", "rest": "save_accelerator_state"}
 
 
 # The worker
@@ -138,6 +141,18 @@ def watch(seen):
     training_loop.update = watched
 
 
+def refuse_files(name, rank):
+    """From checkpoint-4 on the system lets one process write no file, once it comes to a part of the state."""
+    write = getattr(accelerate.accelerator, name)
+
+    def full(*args, **kwargs):
+        if PartialState().process_index == rank and any("checkpoint-4" in str(value) for value in args):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        return write(*args, **kwargs)
+
+    setattr(accelerate.accelerator, name, full)
+
+
 def work(kind, options):
     """Run train.py with an Accelerator that shards, and with checks on the way."""
     torch.set_num_threads(1)
@@ -145,6 +160,9 @@ def work(kind, options):
     if os.environ["BAD_STEP"]:
         spoil(os.environ["BAD_STEP"])
         watch(seen)
+    kind, *fault = kind.split(":")
+    if fault:
+        refuse_files(PARTS[fault[0]], int(fault[1]))
 
     def make(**settings):
         # On the CPU it would take half precision for its own business, not DeepSpeed's.
@@ -311,6 +329,28 @@ def test_fsdp_skips_steps_that_are_not_finite(tmp_path, few):  # noqa: F811
     out, errors = launch(FSDP_KINDS[0], tmp_path, [*RUN, *few, *options.split()], code=1)
     assert (out + errors).count("It is skipped") == 2
     assert "The run has diverged: 3 in a row" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, where, rank",
+    [
+        *((FSDP_KINDS[0], *fault) for fault in (("weights", 1), ("optimizer", 0), ("rest", 0), ("rest", 1))),
+        *((FSDP_KINDS[1], *fault) for fault in (("weights", 0), ("optimizer", 0), ("rest", 0), ("rest", 1))),
+    ],
+)
+def test_a_checkpoint_that_one_process_cannot_write(tmp_path, few, kind, where, rank):  # noqa: F811
+    """All end with its error, and the checkpoint before is whole."""
+    options = [*RUN, *few, *"--max_train_steps 4 --checkpointing_steps 2".split()]
+    _, errors = launch(f"{kind}:{where}:{rank}", tmp_path, options, code=1)
+    by_python = kind == FSDP_KINDS[0] and where != "rest"  # else by PyTorch, in words of its own
+    said = "OSError: .*File too large" if by_python else r"\w+Error: .*"
+    assert re.search(rf"checkpoint-4 could not be written: {said}.*checkpoint-2, is whole", errors), errors[-5000:]
+    assert errors.count("could not be written") == 1 and 'checkpoints.py", line' not in errors
+    assert kind == FSDP_KINDS[1] or "Another process" not in errors
+    assert not (tmp_path / "checkpoint-4").exists()
+    out, _ = launch(kind, tmp_path, [*options, "--resume_from_checkpoint", "latest"])
+    assert "checkpoint-2." in out and (tmp_path / "checkpoint-4").is_dir()
 
 
 # ZeRO 2
