@@ -17,7 +17,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from reporting import write_json
+from reporting import to_disk, write_json
 from stopping import end, lost_contact
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import StateDictType
@@ -235,12 +235,12 @@ class Checkpoints:
         }
         write_json(manifest, aside / MANIFEST)
         for entry in (*aside.rglob("*"), aside):
-            _to_disk(entry)
+            to_disk(entry)
         replaced = path.with_name(f".{path.name}.replaced")
         if path.exists():  # of an earlier run
             os.replace(path, replaced)
         os.replace(aside, path)
-        _to_disk(self.folder)
+        to_disk(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _agreed(self, action: Any, what: str = "--output_dir") -> Any:
@@ -304,14 +304,3 @@ def _crc32(path: Path) -> int:
     for chunk in _chunks(path):
         value = zlib.crc32(chunk, value)
     return value
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 import json
 import lzma
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,20 @@ def describe(scores: dict[str, Any], unit: str = "bits/dim") -> str:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write JSON aside and rename it, so that a reader never sees half a file."""
+    """Write JSON aside, bring it to the disk and rename it, so that nothing ever leaves half a file."""
     aside = path.with_name(path.name + ".partial")
     aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    to_disk(aside)
     aside.replace(path)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1101,6 +1101,24 @@ def test_json_is_never_half_written(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
+def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """And its name is before the writing returns."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def replaced(source, target):
+        done.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    reporting.write_json({"a": 1}, tmp_path / "a.json")
+    assert done == [str(tmp_path / "a.json.partial"), "replace", str(tmp_path)]
+
+
 # As commands
 
 
