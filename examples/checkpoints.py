@@ -21,11 +21,13 @@ from reporting import to_disk, write_json
 from stopping import end, lost_contact
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import StateDictType
+from tqdm.auto import tqdm
 
 MANIFEST = "checkpoint.json"
 RUN_FILE = ".run.json"
 KEYS = {"step", "run", "fixed", "free", "files"}
 _PREFIX = "checkpoint-"
+_BEGUN = ".begun"
 
 
 class Checkpoints:
@@ -96,11 +98,12 @@ class Checkpoints:
         Raises:
             SystemExit: it could not be written; the earlier checkpoints are as they were.
         """
-        path, aside = self.folder / f"{_PREFIX}{step}", self.folder / f".{_PREFIX}{step}.writing"
+        path = self.folder / f"{_PREFIX}{step}"
+        aside = self.folder / self._agreed(lambda: _hidden(path, "writing").name)
 
         def make_room() -> None:
-            shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
+            (aside / _BEGUN).touch()
 
         what = f"{path} could not be written"
         try:
@@ -133,10 +136,10 @@ class Checkpoints:
         """Remove the oldest beyond the limit; called when the newest has shown to be good, by a finite loss."""
         if self._unproven and self.limit is not None and self.accelerator.is_main_process:
             for old in self.own()[: -self.limit]:
-                # Renamed first: what is removed half is no checkpoint.
-                gone = old.with_name(f".{old.name}.removed")
-                os.replace(old, gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                try:
+                    _remove(old)
+                except OSError as error:  # a checkpoint too many ends no run
+                    tqdm.write(f"{old} could not be removed: {error}")
         self._unproven = False
 
     def set_aside(self, step: int) -> None:
@@ -161,9 +164,10 @@ class Checkpoints:
 
     def _find(self, name: str | None) -> tuple[str, dict[str, Any]] | None:
         """The checkpoint to load and what it says of itself."""
-        for pattern in (f".{_PREFIX}*", ".pipeline-*"):
+        for pattern in (f".{_PREFIX}*", ".pipeline-*", ".*.removed"):
             for left in self.folder.glob(pattern):  # by a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    _remove(left)
         if name is None:
             return None
         finished = _finished(self.folder)
@@ -217,7 +221,8 @@ class Checkpoints:
         for path in self.own():
             if _step(path) >= step:
                 aside = self.folder / f"{kind}-{_step(path)}"
-                shutil.rmtree(aside, ignore_errors=True)
+                if aside.exists():
+                    _remove(aside)
                 os.replace(path, aside)
 
     def _adopt(self) -> None:
@@ -225,6 +230,7 @@ class Checkpoints:
 
     def _complete(self, aside: Path, path: Path, step: int) -> None:
         """Write the manifest, bring all to the disk and rename."""
+        (aside / _BEGUN).unlink()  # not there where another process has removed the folder and this one made it anew
         files = {file.relative_to(aside).as_posix(): file for file in sorted(aside.rglob("*")) if file.is_file()}
         manifest = {
             "step": step,
@@ -236,7 +242,7 @@ class Checkpoints:
         write_json(manifest, aside / MANIFEST)
         for entry in (*aside.rglob("*"), aside):
             to_disk(entry)
-        replaced = path.with_name(f".{path.name}.replaced")
+        replaced = _hidden(path, "replaced")
         if path.exists():  # of an earlier run
             os.replace(path, replaced)
         os.replace(aside, path)
@@ -272,6 +278,20 @@ class Checkpoints:
 
 def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _hidden(path: Path, why: str) -> Path:
+    """A name beside a path that nothing has, nor another process on the same folder will take."""
+    return path.with_name(f".{path.name.lstrip('.')}.{uuid.uuid4().hex[:8]}.{why}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder that may be in use, so that it is whole or gone for whoever writes or reads it."""
+    gone = path
+    if not path.name.endswith(".removed"):  # else a removal that was cut short
+        gone = _hidden(path, "removed")
+        os.replace(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _step(path: Path) -> int:

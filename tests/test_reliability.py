@@ -539,7 +539,8 @@ def test_killed_while_a_checkpoint_of_an_earlier_run_is_replaced(tmp_path, strai
     other = tmp_path / "other" / "run" / "checkpoint-10"
     states = dead(tmp_path / "states", few, every, functools.partial(after_step, 9, functools.partial(copy, other)))
     changes = [line for line in (tmp_path / "states" / ".none").read_text().splitlines() if "os.rename" in line]
-    assert [line.split("/")[-1] for line in changes][1:3] == [".checkpoint-10.replaced", "checkpoint-10"]
+    targets = [line.split("/")[-1] for line in changes]
+    assert re.fullmatch(r"\.checkpoint-10\.\w+\.replaced", targets[1]) and targets[2] == "checkpoint-10"
     check_states(states, straight, begin)
 
 
@@ -549,12 +550,80 @@ def test_a_power_cut_finds_a_whole_checkpoint(tmp_path, few):
     seen = [line.split() for line in (tmp_path / ".none").read_text().splitlines()]
     last = {Path(path).name: i for i, (event, path, *_) in enumerate(seen) if event == "fsync"}
     renamed = next(i for i, line in enumerate(seen) if line[-1].endswith("/checkpoint-10"))
-    removed = next(i for i, line in enumerate(seen) if line[-1].endswith("/.checkpoint-5.removed"))
-    held = {path.name for path in (tmp_path / "none" / "checkpoint-10").iterdir()} | {".checkpoint-10.writing"}
+    removed = next(i for i, line in enumerate(seen) if re.search(r"/\.checkpoint-5\.\w+\.removed$", line[-1]))
+    held = {path.name for path in (tmp_path / "none" / "checkpoint-10").iterdir()}
+    held |= {name for name in last if re.fullmatch(r"\.checkpoint-10\.\w+\.writing", name)}
+    assert len(held) == 8
     assert held <= last.keys() and all(last[name] < renamed for name in held)
     written = max(i for i, line in enumerate(seen) if line[0] == "os.rename" and line[-1].endswith("checkpoint.json"))
     assert written < last["checkpoint.json"]
     assert renamed < last["none"] < removed  # "none" is the output folder
+
+
+def test_a_run_that_begins_while_another_saves(finished, begin, monkeypatch):
+    """As a requeued job may: it removes what is not finished, and however slowly, the other never takes the rest."""
+    run = begin(finished, "checkpoint-5")
+    complete = run.checkpoints._complete
+
+    def remove_one_file(path, **options):
+        (path / "optimizer.bin").unlink(missing_ok=True)
+
+    def interrupted(aside, *more):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", remove_one_file)
+            run.checkpoints._find(None)
+        complete(aside, *more)
+
+    monkeypatch.setattr(run.checkpoints, "_complete", interrupted)
+    with pytest.raises(SystemExit, match="checkpoint-10 could not be written.*checkpoint-5, is whole"):
+        run.checkpoints.save(10)
+    assert begin(finished).progress.step == 5 and not names(finished, ".checkpoint-*")
+
+
+def test_a_folder_that_was_made_anew_is_no_checkpoint(finished, begin, monkeypatch):
+    """Parts of Accelerate make the folder again, where another process has removed it."""
+    run = begin(finished, "checkpoint-5")
+    complete = run.checkpoints._complete
+
+    def made_anew(aside, *more):
+        run.checkpoints._find(None)
+        aside.mkdir()
+        complete(aside, *more)
+
+    monkeypatch.setattr(run.checkpoints, "_complete", made_anew)
+    with pytest.raises(SystemExit, match="checkpoint-10 could not be written.*checkpoint-5, is whole"):
+        run.checkpoints.save(10)
+
+
+def test_leftovers_stand_in_no_way(finished, begin, monkeypatch):
+    """Folders that cannot be emptied, as on NFS while a file is open, under the names that are wanted next."""
+    run = begin(finished)
+    for name in (".checkpoint-5.removed", ".checkpoint-30.replaced", ".checkpoint-30.writing", "diverged-25"):
+        (finished / name).mkdir()
+        (finished / name / "left").touch()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)
+    monkeypatch.setattr(run.checkpoints, "limit", 5)
+    run.checkpoints.save(30)
+    run.checkpoints.proven()
+    assert names(finished) == {f"checkpoint-{step}" for step in (10, 15, 20, 25, 30)}
+    run.checkpoints.set_aside(25)
+    assert names(finished) == {f"checkpoint-{step}" for step in (10, 15, 20)}
+    assert names(finished, "diverged-*") == {"diverged-25", "diverged-30"}
+
+
+def test_a_checkpoint_that_cannot_be_removed(finished, begin, monkeypatch, capsys):
+    """One too many is told, and ends no run."""
+    if os.geteuid() != 0 or subprocess.run(["mount", "--bind", *[finished / "checkpoint-5"] * 2]).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        run = begin(finished)
+        monkeypatch.setattr(run.checkpoints, "limit", 4)
+        run.checkpoints._unproven = True
+        run.checkpoints.proven()
+    finally:
+        subprocess.run(["umount", finished / "checkpoint-5"], check=True)
+    assert names(finished) == {f"checkpoint-{step}" for step in (5, 15, 20, 25, 30)}
+    assert "checkpoint-5 could not be removed" in capsys.readouterr().out
 
 
 # Incomplete and damaged checkpoints
