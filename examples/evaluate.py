@@ -27,7 +27,8 @@ import pyarrow
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
-from launching import prepare_output_dir
+from image_data import HUB_HINT
+from launching import main_first, prepare_output_dir
 from reporting import describe, plot_per_image, plot_vlb_terms, score, write_json
 from scoring import PartialScores, fingerprint_of, run_sweep, shared
 from scoring_data import NetworkShape, ScoringData, load_scoring_data
@@ -50,7 +51,6 @@ from ddpm_vlb.estimation import ESTIMATORS, SECOND_DRAWS
 from ddpm_vlb.respacing import ALL_SPACINGS
 from ddpm_vlb.scores import Scores
 
-HUB_HINT = "Is the name right, can the Hub be reached (HF_ENDPOINT), and may you read it (HF_TOKEN)?"
 RECORD = """
     dataset_name dataset_config_name train_data_dir image_column train_split test_split resolution test_fingerprint
     num_images
@@ -233,9 +233,12 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
         self.args, self.accelerator = args, accelerator
-        with accelerator.main_process_first():
-            self.pipeline = load_pipeline(args)
-            data = load_data(args, network_shape(self.pipeline, args), accelerator.is_main_process)
+
+        def load() -> tuple[DDPMVLBPipeline, ScoringData]:
+            pipeline = load_pipeline(args)
+            return pipeline, load_data(args, network_shape(pipeline, args), accelerator.is_main_process)
+
+        self.pipeline, data = main_first(accelerator, load, "evaluate.py", ValueError, OSError)
         record = broadcast_object_list([data.record])[0]  # with the main process's fingerprints
         self.data: ScoringData = dataclasses.replace(data, record=record)
         self.unet = self.pipeline.unet.to(accelerator.device).eval()

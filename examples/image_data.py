@@ -19,6 +19,7 @@ import PIL.ImageOps
 import torch
 from torch import Tensor
 
+HUB_HINT = "Is the name right, can the Hub be reached (HF_ENDPOINT), and may you read it (HF_TOKEN)?"
 SPLIT_SEED = 0  # of the permutation that makes a missing split; a part of the format, like a file name
 DIGITS_TEST_IMAGES = 297
 GREY_MODES = ("1", "L")

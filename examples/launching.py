@@ -5,7 +5,9 @@ import datetime
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -16,6 +18,8 @@ from accelerate.utils import (
     gather_object,
 )
 from stopping import end, refused
+
+T = TypeVar("T")
 
 
 def prepare_output_dir(folder: Path) -> None:
@@ -95,6 +99,33 @@ def check_sharding(accelerator: Accelerator) -> None:
             )
     if accelerator.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
         raise SystemExit("ZeRO 3 leaves no process the parameters that it averages: set zero_stage: 2, or take FSDP.")
+
+
+def main_first(accelerator: Accelerator, load: Callable[[], T], script: str, *kinds: type[Exception]) -> T:
+    """What `load` returns, on the main process first, which fills the caches; a fault of one ends all.
+
+    Args:
+        accelerator: of the run.
+        load: called once on each process.
+        script: named before the message.
+        kinds: exceptions that name what the user can mend, for whose message no traceback is needed.
+
+    Raises:
+        SystemExit: of several processes, with the first one's fault; of one, the exception is raised as it is.
+    """
+    loaded, error = list[T](), None
+    for turn in (True, False):
+        if accelerator.is_main_process == turn:
+            try:
+                loaded.append(load())
+            except Exception as failure:
+                error = failure
+        faults = [text for text in gather_object([error and (str(error) or type(error).__name__)]) if text]
+        if faults:
+            if error is not None and (accelerator.num_processes == 1 or not isinstance(error, kinds)):
+                raise error
+            end(accelerator, f"{script}: {faults[0]}")
+    return loaded[0]
 
 
 def check_shared(accelerator: Accelerator, folder: Path, seconds: float = 10.0) -> None:

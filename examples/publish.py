@@ -27,6 +27,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HfHubHTTPError, disable_progress_bars
 from reporting import write_json
 from scoring import fingerprint_of
+from stopping import end
 from tqdm.auto import tqdm
 
 from ddpm_vlb import DDPMVLBPipeline, model_card
@@ -317,7 +318,7 @@ def open_publisher(accelerator: Accelerator, args: argparse.Namespace) -> Publis
             refusal = [error.code]
     refusal = broadcast_object_list(refusal)
     if refusal[0] is not None:
-        raise SystemExit(refusal[0])
+        end(accelerator, refusal[0])
     return publisher
 
 

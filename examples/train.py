@@ -6,6 +6,7 @@ Without options: scikit-learn's 8x8 digits with their own 17 levels, in a few mi
     accelerate launch examples/train.py --dataset_name ylecun/mnist --block_out_channels 32 64 --max_train_steps 20000
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from diffusers import UNet2DModel
-from image_data import Images, load_image_data
-from launching import check_shared, make_accelerator, prepare_output_dir
+from image_data import HUB_HINT, ImageData, Images, load_image_data
+from launching import check_shared, main_first, make_accelerator, prepare_output_dir
 from publish import describe_folder, open_publisher, repair_command, stage_result
 from reporting import baselines, describe, plot_samples, plot_vlb_terms, score, write_json
 from scoring import Stopped, pilot_positions, run_sweep, shared
@@ -233,6 +234,26 @@ def train_and_finish(run: Run) -> dict[str, Any] | None:
     return None
 
 
+def load_data(args: argparse.Namespace) -> ImageData:
+    """The data of the options."""
+    try:
+        return load_image_data(
+            args.dataset_name,
+            args.dataset_config_name,
+            args.train_data_dir,
+            args.image_column,
+            args.train_split,
+            args.test_split,
+            args.resolution,
+            args.cache_dir,
+        )
+    except OSError as error:
+        if args.dataset_name is None or error.errno is not None:  # the system's, of a full disk, say
+            raise
+        said = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"--dataset_name {args.dataset_name} cannot be loaded: {said}. {HUB_HINT}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Train, score and save. Returns the metrics (on the main process, of a run that came to its end)."""
     args = parse_args(argv, str(__doc__))
@@ -243,17 +264,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     check_shared(accelerator, folder)
     set_seed(args.seed)
     with refused(ValueError, OSError), clear_faults(folder, lambda: "Nothing has been trained yet"):
-        with accelerator.main_process_first():
-            data = load_image_data(
-                args.dataset_name,
-                args.dataset_config_name,
-                args.train_data_dir,
-                args.image_column,
-                args.train_split,
-                args.test_split,
-                args.resolution,
-                args.cache_dir,
-            )
+        data = main_first(accelerator, lambda: load_data(args), "train.py", ValueError, OSError)
         run = Run(args, accelerator, data, folder)
     run.publisher = open_publisher(accelerator, args)
     metrics = None

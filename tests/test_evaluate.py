@@ -1268,6 +1268,17 @@ def test_nan_from_the_network_stops_the_run(monkeypatch, models, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_without_data(models, tmp_path):
+    """One message, and both end."""
+    options = ["--model", str(models["small"]), "--dataset_name", str(tmp_path / "nothing")]
+    command = [*launcher(2), str(ROOT / "examples" / "evaluate.py"), *options, "--output_dir", str(tmp_path / "run")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Connection closed" not in done.stderr
+    assert done.stderr.count("evaluate.py: --dataset_name ") == 1 and 'evaluate.py", line' not in done.stderr
+
+
+@pytest.mark.slow
 def test_nan_on_one_of_two_processes_stops_both(models, tmp_path):
     """None waits for the other; the message is on standard error, and the launch fails."""
     options = nan_for_image(5, models, tmp_path)  # the third unit of two images, the first process's

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from global_batches import GlobalBatches
+from hub_server import HubServer
 from image_data import from_record, load_image_data
 from reporting import baselines
 from scoring import pilot_positions
@@ -338,6 +340,17 @@ def test_options_that_do_not_fit_are_refused(tmp_path, until_training, few, opti
     """What only the data or the network shows is refused before training too, with the fix."""
     with pytest.raises(SystemExit, match=message):
         until_training(tmp_path / "run", options, *few)
+
+
+def test_an_unknown_data_set_of_the_hub_is_refused(tmp_path, until_training, monkeypatch):
+    """In one line."""
+    with HubServer() as server:
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.endpoint)
+        with pytest.raises(SystemExit) as refusal:
+            until_training(tmp_path, "--dataset_name nobody/nothing", "--cache_dir", tmp_path / "cache")
+    assert refusal.value.code.startswith("train.py: --dataset_name nobody/nothing cannot be loaded: ")
+    assert "\n" not in refusal.value.code and "HF_ENDPOINT" in refusal.value.code
+    assert any("nobody/nothing" in request.path for request in server.requests)
 
 
 @pytest.mark.parametrize("name", build_parser("")._option_string_actions["--lr_scheduler"].choices)
@@ -1122,14 +1135,14 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 # As commands
 
 
-def launch(arguments, script_options, **environment):
-    """Run examples/train.py under `accelerate launch`; returns what it printed."""
+def launch(arguments, script_options, code=0, **environment):
+    """Run examples/train.py under `accelerate launch`; returns what it printed, or its errors where it shall fail."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, "examples/train.py", *script_options]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1800
     )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
+    assert done.returncode == code, done.stderr[-5000:]
+    return done.stderr if code else done.stdout
 
 
 def free_port():
@@ -1139,7 +1152,7 @@ def free_port():
         return free.getsockname()[1]
 
 
-def launch_two(folder, options):
+def launch_two(folder, options, code=0, **environment):
     """Train on two CPU processes; `--cpu --num_processes 2` would start one."""
     port = free_port()
     arguments = (
@@ -1147,7 +1160,8 @@ def launch_two(folder, options):
         f"--main_process_port {port}"
     )
     script_options = [*TINY, "--output_dir", str(folder), *options.split()]
-    return launch(arguments.split(), script_options, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    environment = {**environment, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return launch(arguments.split(), script_options, code, **environment)
 
 
 @pytest.mark.slow
@@ -1176,6 +1190,26 @@ def test_two_processes_resume(tmp_path):
     straight = weights(tmp_path)
     assert "Resuming" in launch_two(tmp_path, f"{options} --resume_from_checkpoint latest")
     assert same_weights(weights(tmp_path), straight)
+
+
+@pytest.mark.slow
+def test_two_processes_without_data(tmp_path):
+    """They end alike, soon, with one message."""
+    started = time.monotonic()
+    errors = launch_two(tmp_path / "run", f"--train_data_dir {tmp_path / 'nothing'}", code=1)
+    assert time.monotonic() - started < 60
+    assert errors.count(f"train.py: `train_data_dir` '{tmp_path / 'nothing'}' is not a folder.") == 1
+    assert "Another process" not in errors and 'train.py", line' not in errors
+
+
+@pytest.mark.slow
+def test_two_processes_that_may_not_publish(tmp_path):
+    """The main one tells it, and nobody else."""
+    with HubServer() as server:
+        environment = server.environment(tmp_path / "home", HF_TOKEN="hf_wrong")
+        options = "--max_train_steps 2 --push_to_hub --hub_model_id tester/model"
+        errors = launch_two(tmp_path / "run", options, code=1, **environment)
+    assert errors.count("--hub_model_id tester/model: ") == 1 and 'train.py", line' not in errors
 
 
 @pytest.mark.slow
