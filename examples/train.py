@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,13 +146,22 @@ def total_se(estimate: VLBEstimate) -> float:
 
 
 def save_pipeline(run: Run, network: UNet2DModel) -> None:
-    """Write the pipeline beside its place and move it there, so that no weights are ever half written."""
+    """Write the pipeline beside its place and move it there.
+
+    An earlier one's model_index.json goes first and the new one's comes last: in between there is no pipeline, rather
+    than parts of two.
+    """
+    index = "model_index.json"
     with tempfile.TemporaryDirectory(prefix=".pipeline-", dir=run.folder) as aside:
-        run.pipeline(network).save_pretrained(aside)
-        for part in sorted(Path(aside).iterdir(), key=lambda path: path.name == "model_index.json"):
-            if part.is_dir():
-                shutil.rmtree(run.folder / part.name, ignore_errors=True)
-            os.replace(part, run.folder / part.name)
+        new, old = Path(aside) / "new", Path(aside) / "old"
+        run.pipeline(network).save_pretrained(new)
+        old.mkdir()
+        for name in (index, *(part.name for part in new.iterdir() if part.name != index)):
+            if (run.folder / name).exists():
+                os.replace(run.folder / name, old / name)
+            if name != index:
+                os.replace(new / name, run.folder / name)
+        os.replace(new / index, run.folder / index)
 
 
 def finish(run: Run) -> dict[str, Any] | None:

@@ -1,8 +1,10 @@
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -775,6 +777,49 @@ def test_without_an_average_the_last_weights_are_saved(tmp_path, few):
     assert same_weights(weights(tmp_path), checkpoint_weights(tmp_path, 4))
 
 
+def test_without_an_average_none_is_held(tmp_path, few, only_train):
+    """Nor a copy of the weights in its place."""
+    assert only_train(tmp_path, "--max_train_steps 1 --no-use_ema", *few).ema is None
+
+
+def die_after(count):
+    """End this process instead of a further change of a name."""
+    replace, left = os.replace, iter(range(count))
+    os.replace = lambda *args: replace(*args) if next(left, None) is not None else os._exit(0)
+
+
+def test_a_killed_save_leaves_no_half_of_two_pipelines(tmp_path, few, only_train):
+    """Killed at any change of names, the folder holds the old one, the new one, or none that loads."""
+    run = only_train(tmp_path / "run", "--max_train_steps 1", *few)
+    network = run.averaged_network()
+    with torch.no_grad():
+        next(network.parameters()).add_(1)
+    spacing = run.scheduler.config.timestep_spacing
+    run.scheduler.register_to_config(timestep_spacing="trailing")  # a part that differs too
+    found = set()
+    for count in range(9):
+        run.folder = shutil.copytree(tmp_path / "run", tmp_path / f"{count}")
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                die_after(count)
+                train.save_pipeline(run, network)
+            os._exit(1)
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if not (run.folder / "model_index.json").exists():
+            found.add("none")
+            with pytest.raises(OSError):
+                DDPMVLBPipeline.from_pretrained(run.folder)
+            continue
+        loaded = DDPMVLBPipeline.from_pretrained(run.folder)
+        parts = same_weights(loaded.unet.state_dict(), network.state_dict()), loaded.scheduler.config.timestep_spacing
+        assert parts in ((False, spacing), (True, "trailing"))
+        found.add("new" if parts[0] else "old")
+        if ended:
+            break
+    assert found == {"old", "none", "new"} and not list(run.folder.glob(".pipeline-*"))
+
+
 def test_bf16(few_base, tmp_path, few):
     """Mixed precision reaches the network; weights, losses and files stay in float32."""
     metrics = tiny(tmp_path, "--max_train_steps 3 --mixed_precision bf16", *few)
@@ -1135,9 +1180,9 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 # As commands
 
 
-def launch(arguments, script_options, code=0, **environment):
-    """Run examples/train.py under `accelerate launch`; returns what it printed, or its errors where it shall fail."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, "examples/train.py", *script_options]
+def launch(arguments, script_options, code=0, script="examples/train.py", **environment):
+    """Run a script under `accelerate launch`; returns what it printed, or its errors where it shall fail."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, script, *script_options]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1800
     )
@@ -1190,6 +1235,34 @@ def test_two_processes_resume(tmp_path):
     straight = weights(tmp_path)
     assert "Resuming" in launch_two(tmp_path, f"{options} --resume_from_checkpoint latest")
     assert same_weights(weights(tmp_path), straight)
+
+
+ROUNDS = """
+import sys
+import torch
+import train, training_run
+from accelerate import PartialState
+eigenvalues, finish = training_run.covariance_eigenvalues, train.finish
+
+def rounded(x_0):
+    return eigenvalues(x_0) * (1 + PartialState().process_index)
+
+def shown(run):
+    torch.save(run.sampler.probabilities, run.folder / f"probabilities-{PartialState().process_index}")
+
+training_run.covariance_eigenvalues, train.finish = rounded, shown
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_draw_from_the_same_probabilities(tmp_path, few):
+    """Also where their machines round differently; here, one would find twice the variances."""
+    (tmp_path / "rounds.py").write_text(ROUNDS)
+    options = "--max_train_steps 2 --timestep_sampler gaussian"
+    more = {"script": str(tmp_path / "rounds.py"), "PYTHONPATH": os.pathsep.join([str(ROOT / "examples"), *sys.path])}
+    launch_two(tmp_path / "run", " ".join([options, *few]), **more)
+    assert torch.equal(*(torch.load(tmp_path / "run" / f"probabilities-{rank}") for rank in (0, 1)))
 
 
 @pytest.mark.slow
