@@ -120,7 +120,7 @@ def update(run: Run, drawn: Drawn, shared: Shared) -> None:
         progress.skipped_in_a_row = 0
         if isinstance(run.sampler, LossSecondMomentTimesteps):
             run.sampler.update(drawn.t, weighted_sum(run, shared.values))
-        if run.args.use_ema:
+        if run.ema is not None:
             run.ema.step(run.unet.parameters())
         run.checkpoints.proven()
         return

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from checkpoints import Checkpoints
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from global_batches import GlobalBatches, Noise
 from image_data import ImageData, Images, fingerprint
+from launching import main_first
 from publish import PATHS, Publisher
 from stopping import Stop, own_process_group
 from torch import Tensor
@@ -94,12 +95,21 @@ def build_unet(args: argparse.Namespace, data: ImageData) -> UNet2DModel:
     )
 
 
-def build_sampler(args: argparse.Namespace, reverse: ReverseProcess, train: Images) -> TimestepSampler:
+def build_sampler(
+    args: argparse.Namespace, reverse: ReverseProcess, train: Images, accelerator: Accelerator
+) -> TimestepSampler:
     """The timestep sampler of --timestep_sampler; it draws the whole global batch, on every process alike."""
     steps = len(reverse.forward)
     if args.timestep_sampler == "gaussian":
-        x_0 = torch.cat(list(train.batches(256, limit=2048)))
-        eigenvalues = covariance_eigenvalues(x_0)
+
+        def make() -> Tensor | None:
+            if not accelerator.is_main_process:
+                return None
+            return covariance_eigenvalues(torch.cat(list(train.batches(256, limit=2048))))
+
+        # Of one process: another machine's rounding would draw other t.
+        made = main_first(accelerator, make, "train.py", ValueError, OSError)
+        eigenvalues = broadcast_object_list([made])[0]
         alphas_cumprod = reverse.forward.log_alphas_cumprod.exp()
         return ImportanceTimesteps.from_gaussian_model(alphas_cumprod, eigenvalues, 0.1)
     kinds = {
@@ -180,6 +190,21 @@ class ShardedEMAModel(EMAModel):
         ]
 
 
+def build_average(args: argparse.Namespace, unet: torch.nn.Module, accelerator: Accelerator) -> ShardedEMAModel:
+    """The average of --use_ema, in float32."""
+    average = ShardedEMAModel(
+        unet.parameters(),
+        decay=args.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=args.ema_inv_gamma,
+        power=args.ema_power,
+        foreach=accelerator.distributed_type != DistributedType.FSDP,  # DTensors know no _foreach_copy_
+    )
+    # The parameters are half under DeepSpeed, where small updates would vanish.
+    average.shadow_params = [value.float() for value in average.shadow_params]
+    return average
+
+
 class Progress:
     """The optimizer steps done, the seconds spent on them, and the skipped ones; kept in checkpoints."""
 
@@ -205,7 +230,7 @@ class Run:
         self.stop = Stop()
         self.scheduler = build_scheduler(args, data.levels)
         self.reverse = self.scheduler.reverse_process(accelerator.device)
-        self.sampler = build_sampler(args, self.reverse, data.train)
+        self.sampler = build_sampler(args, self.reverse, data.train, accelerator)
         unet = build_unet(args, data)
         if args.channels_last:
             unet = unet.to(memory_format=torch.channels_last)
@@ -229,23 +254,14 @@ class Run:
         )
         self.unet, self.optimizer, self.lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
         self.input_dtype = next(self.unet.parameters()).dtype  # half under DeepSpeed, which keeps masters of its own
-        self.ema = ShardedEMAModel(
-            self.unet.parameters(),
-            decay=args.ema_max_decay,
-            use_ema_warmup=True,
-            inv_gamma=args.ema_inv_gamma,
-            power=args.ema_power,
-            foreach=accelerator.distributed_type != DistributedType.FSDP,  # DTensors know no _foreach_copy_
-        )
-        # Half under DeepSpeed, where small updates would vanish.
-        self.ema.shadow_params = [value.float() for value in self.ema.shadow_params]
+        self.ema = build_average(args, self.unet, accelerator) if args.use_ema else None
         self.progress = Progress()
         self.term_weights = term_weights(args)
-        stateful: list[Any] = [self.progress] + ([self.ema] if args.use_ema else [])
+        stateful: list[Any] = [self.progress] + ([] if self.ema is None else [self.ema])
         if isinstance(self.sampler, LossSecondMomentTimesteps):
             stateful.append(self.sampler)
         accelerator.register_for_checkpointing(*stateful)
-        prepare = self.ema.gather if args.use_ema else None
+        prepare = None if self.ema is None else self.ema.gather
         self.checkpoints = Checkpoints(accelerator, folder, args.checkpoints_total_limit, *self._identity(), prepare)
 
     def _identity(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -288,7 +304,7 @@ class Run:
     def averaged_network(self) -> UNet2DModel:
         """A plain network of its own with the averaged weights, to score and to save; all processes must call it."""
         names = [_plain_name(name) for name, _ in self.unet.named_parameters()]
-        values = self.ema.shadow_params if self.args.use_ema else list(self.unet.parameters())
+        values = list(self.unet.parameters()) if self.ema is None else self.ema.shadow_params
         whole = [full(value.detach()).to(torch.float32, copy=True) for value in values]
         state = dict(zip(names, whole, strict=True))
         state.update({_plain_name(name): full(buffer).clone() for name, buffer in self.unet.named_buffers()})
