@@ -509,6 +509,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         if accelerator.is_main_process:
             print(f"{folder / 'metrics.json'} already holds this evaluation: nothing to do.")
             report(known, folder)
+        leave(accelerator)
         return known if accelerator.is_main_process else None
     if accelerator.is_main_process and (folder / "metrics.json").is_file():
         print(f"{folder} holds another evaluation, which this one replaces; --output_dir keeps them apart.")

@@ -1011,12 +1011,14 @@ def test_accelerate_s_mixed_precision_reuses_nothing(score, straight, resumed, s
     assert len(scored) == TEST and metrics["bits_per_dim"] != straight["bits_per_dim"]
 
 
-def test_a_finished_run_is_not_repeated(score, straight, home, tmp_path, calls, capsys):
-    """The same command again makes no network call, leaves the result alone and prints it again."""
+def test_a_finished_run_is_not_repeated(score, straight, home, tmp_path, calls, capsys, monkeypatch):
+    """The same command again makes no network call, leaves the result alone, prints it again and ends as any run."""
+    left, leave = [], evaluate.leave
+    monkeypatch.setattr(evaluate, "leave", lambda accelerator: (left.append(1), leave(accelerator)))
     folder = shutil.copytree(home / "straight", tmp_path / "run")
     before = (folder / "metrics.json").read_bytes()
     metrics = score()
-    assert metrics == straight and calls == [] and (folder / "metrics.json").read_bytes() == before
+    assert metrics == straight and calls == [] and (folder / "metrics.json").read_bytes() == before and left == [1]
     out = capsys.readouterr().out
     assert reporting.describe(straight) in out and "nothing to do" in out
 
