@@ -81,7 +81,8 @@ def check_shards(run):
     """Each process holds a part of every parameter, all parts are the network, and the averages are cut alike."""
     whole = sum(value.numel() for value in UNet2DModel.from_config(run.network_config).parameters())
     held = 0
-    for value, average in zip(run.unet.parameters(), run.ema.shadow_params, strict=True):
+    averages = run.unet.parameters() if run.ema is None else run.ema.shadow_params
+    for value, average in zip(run.unet.parameters(), averages, strict=True):
         assert isinstance(value, DTensor) and isinstance(average, DTensor)
         assert value.placements == average.placements == (Shard(0),)
         assert 0 < value.to_local().numel() == average.to_local().numel() < value.numel()
