@@ -142,14 +142,23 @@ class Checkpoints:
                     tqdm.write(f"{old} could not be removed: {error}")
         self._unproven = False
 
-    def set_aside(self, step: int) -> None:
+    def set_aside(self, step: int) -> str:
         """Rename the checkpoints from a step on: no step after it was finite, and `latest` shall take an earlier one.
 
         Args:
             step: the first of them.
+
+        Returns:
+            What was done, as a sentence; "" where there were none. On all processes, all of which must call it.
         """
+        said = ""
         if self.accelerator.is_main_process:
-            self._rename_from(step, "diverged")
+            try:
+                renamed = self._rename_from(step, "diverged")
+                said = f"Renamed, since no step after was finite: {', '.join(renamed)}. " if renamed else ""
+            except OSError as error:
+                said = f"Checkpoints from step {step} on are bad, but could not be renamed: {error}. "
+        return broadcast_object_list([said])[0]
 
     def own(self) -> list[Path]:
         """The finished checkpoints of this run, oldest first."""
@@ -217,13 +226,16 @@ class Checkpoints:
         self._adopt()
         return self.run
 
-    def _rename_from(self, step: int, kind: str) -> None:
+    def _rename_from(self, step: int, kind: str) -> list[str]:
+        renamed = []
         for path in self.own():
             if _step(path) >= step:
                 aside = self.folder / f"{kind}-{_step(path)}"
                 if aside.exists():
                     _remove(aside)
                 os.replace(path, aside)
+                renamed.append(f"{path.name} to {aside.name}")
+        return renamed
 
     def _adopt(self) -> None:
         write_json({"run": self.run}, self.folder / RUN_FILE)

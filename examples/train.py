@@ -223,6 +223,11 @@ def train_and_finish(run: Run) -> dict[str, Any] | None:
     with run.stop, clear_faults(run.folder, run.checkpoints.advice):
         run.checkpoints.begin(args.resume_from_checkpoint)
         run.take_options()
+        if run.progress.step >= run.max_steps:
+            accelerator.print(
+                f"Step {run.progress.step} is not before the last one, {run.max_steps}: nothing is trained, and the "
+                "checkpoint is scored as it is."
+            )
         # What the folder holds of later steps is of a run that was killed, or of an earlier one.
         purge = {"tensorboard": {"purge_step": run.progress.step + 1}}
         options = {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}

@@ -135,11 +135,10 @@ def update(run: Run, drawn: Drawn, shared: Shared) -> None:
         if accelerator.is_main_process:
             tqdm.write(f"{said} It is skipped: number {progress.skipped_in_a_row} in a row, of at most {limit}.")
         return
-    run.checkpoints.set_aside(first)
-    accelerator.wait_for_everyone()
+    renamed = run.checkpoints.set_aside(first)
     end(
         accelerator,
-        f"{said} The run has diverged: {progress.skipped_in_a_row} in a row. {run.checkpoints.advice()}. "
+        f"{said} The run has diverged: {progress.skipped_in_a_row} in a row. {renamed}{run.checkpoints.advice()}. "
         "A smaller --learning_rate may help.",
     )
 

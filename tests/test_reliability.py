@@ -681,7 +681,10 @@ def test_the_last_good_checkpoint_is_kept(tmp_path, few, straight, value):
     process = ran(tmp_path, *options, hooks=[hook], code=1)
     said = complained(process)
     assert re.search(
-        r"Step 13 is not finite: L_t \(KL\) at t=\[\d.*diverged: 3 in a row.*checkpoint-5, is whole", said
+        r"Step 13 is not finite: L_t \(KL\) at t=\[\d.*diverged: 3 in a row\. "
+        r"Renamed, .*: checkpoint-10 to diverged-10\. "
+        "The last checkpoint, checkpoint-5, is whole",
+        said,
     )
     assert process.out.count("It is skipped: number") == 2
     assert names(tmp_path) == {"checkpoint-5"} and names(tmp_path, "diverged-*") == {"diverged-10"}
@@ -791,6 +794,12 @@ def test_another_learning_rate_is_taken(finished, few):
     assert group["lr"] == pytest.approx(1e-3)
 
 
+def test_a_checkpoint_behind_the_last_step_is_told(finished, few):
+    """It is scored as it is."""
+    process = ran(finished, EVERY, RESUME, "--max_train_steps 7", *few)
+    assert "Step 30 is not before the last one, 7: nothing is trained, and the checkpoint is scored" in process.out
+
+
 # Several runs in one folder
 
 
@@ -848,6 +857,7 @@ def test_a_signal_during_the_end(tmp_path, few, where, options):
     again = ran(tmp_path, EVERY, RESUME, *few, whole=True)
     assert json.loads((tmp_path / "metrics.json").read_text())["train"]["steps"] == STEPS
     assert "checkpoint-30." in again.out and "Test bits/dim" in again.out
+    assert f"Step 30 is not before the last one, {STEPS}: nothing is trained, and the checkpoint is" in again.out
 
 
 @pytest.mark.parametrize("seconds, at_once", [(2.2, True), (0.3, False)])
