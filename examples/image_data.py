@@ -143,12 +143,13 @@ def _resize_and_crop(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image
 
 
 def load_digits_splits() -> datasets.DatasetDict:
-    """Scikit-learn's digits as images of 17 levels, split into train and test."""
+    """Scikit-learn's digits as images of 17 levels with their labels, split into train and test."""
     from sklearn.datasets import load_digits
 
-    images = [PIL.Image.fromarray(image.astype(np.uint8)) for image in load_digits().images]
-    features = datasets.Features({"image": datasets.Image()})
-    data = datasets.Dataset.from_dict({"image": images}, features=features)
+    digits = load_digits()
+    images = [PIL.Image.fromarray(image.astype(np.uint8)) for image in digits.images]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    data = datasets.Dataset.from_dict({"image": images, "label": digits.target}, features=features)
     return data.train_test_split(test_size=DIGITS_TEST_IMAGES, seed=SPLIT_SEED)
 
 

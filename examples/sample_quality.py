@@ -1,0 +1,291 @@
+r"""How good a DDPM's samples are in few steps: distances between features of samples and of test images.
+
+    accelerate launch examples/sample_quality.py --model runs/digits --steps 5 10 25 50
+    accelerate launch examples/sample_quality.py --model runs/digits --timestep_spacing leading trailing
+    accelerate launch examples/sample_quality.py --model me/cifar --dataset_name cifar10 --image_column img \
+        --feature_model facebook/dinov2-base
+
+For each number of steps and spacing: the Frechet distance and the kernel distance of feature_distances.py, with
+bootstrap errors, beside those of as many training images, which no sampler beats but by chance or by copying. The
+features are those of any vision model of `transformers`; without --feature_model a small ViT is trained on the labels
+of the training images and kept in feature_model/. Writes sample_quality.json, sample_quality.png and a picture
+samples-STEPS-SPACING.png of each set to --output_dir.
+
+Sources: Heusel et al. 2017 (FID); Stein et al. 2023 (with DINOv2); Jayasumana et al. 2024 (CMMD: a kernel, and CLIP).
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from evaluate import default_folder, load_data, load_pipeline, network_shape
+from feature_distances import MMD_SCALE, compare, median_distance
+from features import ENOUGH, FeatureModel, small_model
+from launching import prepare_output_dir
+from quality_report import plot, report
+from reporting import plot_samples, write_json
+from scoring import fingerprint_of
+from stopping import leave
+from torch import Tensor
+from tqdm import tqdm
+from train_options import HelpFormatter, not_negative_int, positive_int
+
+from ddpm_vlb import check_data
+from ddpm_vlb.evaluation import image_generator
+
+SPACINGS = ("default", "leading", "linspace", "trailing", "quadratic", "optimal")
+MAX_SAMPLES, MAX_LABELS, SHOWN = 1000, 10_000, 64
+PACKAGES = ("ddpm-vlb", "torch", "diffusers", "transformers", "accelerate", "datasets")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options and their help texts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="Pipeline to sample: a folder or a Hub name.")
+    parser.add_argument("--revision", help="Its branch, tag or commit on the Hub.")
+    parser.add_argument("--output_dir", help="Folder for the results; default: sample_quality/ in the model's.")
+    parser.add_argument("--cache_dir", help="Where downloads are kept.")
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset_name", help="Hub name, local folder or file; default: the model's data.json, else the digits."
+    )
+    data.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
+    data.add_argument("--split", default="test", help="Split to compare with.")
+    data.add_argument("--image_column", default="image", help="Column of images.")
+    data.add_argument("--label_column", help="Column of class labels; default: label.")
+    data.add_argument("--resolution", type=positive_int, help="Resize and crop images to this size.")
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--steps", type=positive_int, nargs="+", default=[5, 10, 25, 50], help="Numbers of steps K.")
+    sampling.add_argument(
+        "--timestep_spacing", choices=SPACINGS, nargs="+", default=["default"], help="default: the checkpoint's own."
+    )
+    sampling.add_argument(
+        "--num_samples", type=positive_int, help=f"default: as many as images to compare with, at most {MAX_SAMPLES}."
+    )
+    sampling.add_argument("--eval_batch_size", type=positive_int, default=64, help="Images sampled at once.")
+    sampling.add_argument("--seed", type=not_negative_int, default=0, help="Of the samples and the bootstrap.")
+
+    distances = parser.add_argument_group("distances")
+    distances.add_argument("--feature_model", help="Vision model, a folder or a Hub name; default: a small ViT.")
+    distances.add_argument("--num_bootstrap", type=positive_int, default=200, help="Resampled sets for the errors.")
+
+    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="Use the CPU in any case.")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the options."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name in ("num_samples", "num_bootstrap"):
+        if getattr(args, name) == 1:
+            parser.error(f"--{name} 1 must be at least 2: one has no spread")
+    return args
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of a split as uint8 (N, C, H, W), labels (N,) or none (0,), the split's size, and the images' levels."""
+
+    images: Tensor
+    labels: Tensor
+    total: int
+    levels: int
+    record: dict[str, Any]
+
+
+def to_bytes(x_0: Tensor, levels: int) -> Tensor:
+    """Images (N, C, H, W) on [-1, 1] as uint8, as a file would hold them; each value on the nearest of the levels."""
+    k = ((x_0 + 1) * ((levels - 1) / 2)).round()
+    return (k * (255 / (levels - 1))).round().clamp(0, 255).to(torch.uint8)
+
+
+def load_part(args: argparse.Namespace, pipeline: Any, split: str, labelled: bool, count: int) -> Part:
+    """At most so many images of a split, in an order that depends on their number alone.
+
+    Raises:
+        ValueError: not the images that the network makes, or no labels.
+    """
+    network = network_shape(pipeline, args)
+    if network.levels is None or network.channels not in (1, 3):
+        raise ValueError(
+            f"--model {args.model} makes arrays of {network.channels} channel(s), {network.levels or 'no'} levels: "
+            "features are taken of grey or colour images only."
+        )
+    if labelled and network.classes is None:
+        network = replace(network, classes=MAX_LABELS)
+    own = argparse.Namespace(**{**vars(args), "split": split, "num_images": None})
+    try:
+        data = load_data(own, network if labelled else replace(network, classes=None), check=False)
+    except ValueError as error:
+        if args.feature_model is not None or "--label_column" not in str(error):
+            raise
+        column = args.label_column or "label"
+        raise ValueError(
+            f"The small feature model is trained on labels, but the data set has no column {column!r}. Name their "
+            "column with `--label_column`, or a trained model with `--feature_model`."
+        ) from error
+    chosen = np.random.default_rng(0).permutation(len(data.scored))[:count].tolist()
+    batches = [data.batch(data.scored, chosen[i : i + 256]) for i in range(0, len(chosen), 256)]
+    x_0 = torch.cat([batch for batch, _ in batches])
+    levels = data.levels or 256
+    check_data(x_0, levels)
+    labels = torch.cat([told["class_labels"] for _, told in batches]) if labelled else torch.zeros(0)
+    return Part(to_bytes(x_0, levels), labels, len(data.scored), levels, data.record)
+
+
+class Comparison:
+    """What the parts of a comparison share."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, folder: Path):
+        self.args, self.accelerator, self.folder = args, accelerator, folder
+        small = args.feature_model is None
+        with accelerator.main_process_first():
+            self.pipeline: Any = load_pipeline(args)
+            self._check_steps()
+            labelled = small or self.pipeline.num_classes is not None
+            limit = args.num_samples or MAX_SAMPLES
+            scored = load_part(args, self.pipeline, args.split, labelled, max(limit, ENOUGH) if small else limit)
+            self.test = replace(scored, images=scored.images[:limit], labels=scored.labels[:limit])
+            if len(self.test.images) < 2:
+                raise ValueError(f"The split {args.split!r} has one image: the distances need two at least.")
+            self.num_samples = args.num_samples or len(self.test.images)
+            count = max(self.num_samples, ENOUGH) if small else self.num_samples
+            self.other = load_part(args, self.pipeline, "train" if args.split != "train" else "test", small, count)
+            prepare_output_dir(folder)
+            self.training = self._small_model(scored) if small else {}
+            name = str(folder / "feature_model") if small else args.feature_model
+            self.features = FeatureModel(name, accelerator.device, args.cache_dir)
+        self.pipeline.to(accelerator.device)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def _check_steps(self) -> None:
+        total = len(self.pipeline.scheduler)
+        if max(self.args.steps) > total:
+            raise ValueError(f"--steps {max(self.args.steps)} is more than the chain has: they must be 1 .. {total}.")
+
+    def _small_model(self, scored: Part) -> dict[str, Any]:
+        """Train it, on the main process alone, or find it; not on fewer images where few samples are asked for."""
+        if not self.accelerator.is_main_process:
+            return {}
+        train, test = (self.other, scored) if self.args.split != "train" else (scored, self.other)
+        return small_model(self.folder / "feature_model", (train.images, train.labels), (test.images, test.labels))
+
+    def sample(self, steps: int, spacing: str, positions: list[int]) -> Tensor:
+        """Samples, uint8: the draws of each depend on its position alone, its class is that of a test image."""
+        options: dict[str, Any] = {} if spacing == "default" else {"timestep_spacing": spacing}
+        if self.pipeline.num_classes is not None:
+            options["class_labels"] = self.test.labels[[i % len(self.test.labels) for i in positions]]
+        generators = [image_generator(self.args.seed, position) for position in positions]
+        output = self.pipeline(
+            len(positions), generator=generators, num_inference_steps=steps, output_type="pt", **options
+        )
+        if not bool(output.images.isfinite().all()):
+            raise FloatingPointError(f"NaN or infinity in samples of {steps} steps (spacing: {spacing}).")
+        return to_bytes(output.images.cpu() * 2 - 1, self.test.levels)
+
+    def collect(self, images: Callable[[list[int]], Tensor], number: int, what: str) -> tuple[np.ndarray, Tensor]:
+        """The features of so many images, made or read by all processes together, and the first few images."""
+        size = self.args.eval_batch_size
+        starts = range(0, number, size)[self.accelerator.process_index :: self.accelerator.num_processes]
+        own = []
+        for start in tqdm(starts, desc=what, disable=not self.accelerator.is_local_main_process):
+            batch = images(list(range(start, min(start + size, number))))
+            own.append((start, self.features(batch).numpy(), batch[: max(0, SHOWN - start)]))
+        parts = sorted(gather_object(own), key=lambda part: part[0])
+        return np.concatenate([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+
+
+def measure(run: Comparison) -> dict[str, Any]:
+    """All distances, as the content of sample_quality.json; the grids are written on the way."""
+    args, started = run.args, time.perf_counter()
+    y, shown = run.collect(lambda i: run.test.images[i], len(run.test.images), f"Images of {args.split!r}")
+    number = min(run.num_samples, len(run.other.images))
+    other = run.other.record["split"]
+    x, _ = run.collect(lambda i: run.other.images[i], number, f"Images of {other!r}")
+    sigma = run.features.sigma or median_distance(y)
+    if min(run.num_samples, number, len(y)) <= y.shape[1]:
+        run.accelerator.print(
+            f"{min(run.num_samples, number, len(y))} images are too few for the covariance of {y.shape[1]} features: "
+            "the Frechet distance is far too large. Read it beside the baseline, or take the kernel distance."
+        )
+
+    def distances(x: np.ndarray) -> dict[str, float | int]:
+        return compare(x, y, sigma, args.num_bootstrap, args.seed) if run.accelerator.is_main_process else {}
+
+    baseline, results = {"split": other, **distances(x)}, []
+    for spacing in dict.fromkeys(args.timestep_spacing):
+        for steps in sorted(set(args.steps)):
+            x, made = run.collect(
+                lambda positions: run.sample(steps, spacing, positions),  # noqa: B023
+                run.num_samples,
+                f"{steps} steps, {spacing}",
+            )
+            results.append({"steps": steps, "spacing": spacing, **distances(x)})
+            if run.accelerator.is_main_process:
+                few = min(len(made), len(shown))
+                plot_samples(made[:few] / 255, shown[:few] / 255, run.folder / f"samples-{steps}-{spacing}.png")
+    return {
+        "baseline": baseline,
+        "results": results,
+        "feature_model": {
+            "name_or_path": run.features.name,
+            "class": type(run.features.model).__name__,
+            "weights_sha256": fingerprint_of(run.features.model),
+            "num_features": y.shape[1],
+            **({"training": run.training} if run.training else {}),
+        },
+        "kernel": {"name": "gaussian", "sigma": sigma, "scale": MMD_SCALE, "median": run.features.sigma is None},
+        "num_bootstrap": args.num_bootstrap,
+        "seed": args.seed,
+        "model": {
+            "name_or_path": args.model,
+            "revision": args.revision,
+            "weights_sha256": fingerprint_of(run.pipeline.unet),
+            "timestep_spacing": run.pipeline.scheduler.config.timestep_spacing,
+        },
+        "data": {
+            **{name: run.test.record[name] for name in ("dataset_name", "dataset_config_name", "split", "levels")},
+            "num_images": {args.split: run.test.total, other: run.other.total},
+        },
+        "options": {name: value for name, value in vars(args).items() if name != "output_dir"},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": str(run.accelerator.device),
+        "num_processes": run.accelerator.num_processes,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """Compare a checkpoint's samples. Returns the content of sample_quality.json (on the main process)."""
+    args = parse_args(argv)
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # for the main process's bootstrap
+    accelerator = Accelerator(cpu=args.cpu, kwargs_handlers=[patience])
+    near = Path(args.model) if Path(args.model).is_dir() else default_folder(args.model)
+    folder = Path(args.output_dir) if args.output_dir else near / "sample_quality"
+    content = measure(Comparison(args, accelerator, folder))
+    if accelerator.is_main_process:
+        write_json(content, folder / "sample_quality.json")
+        plot(content, folder / "sample_quality.png")
+        report(content, folder)
+    leave(accelerator)
+    return content if accelerator.is_main_process else None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as problem:
+        sys.exit(f"sample_quality.py: {problem}")
