@@ -8,7 +8,8 @@ of MMD^2 is unbiased: it is negative as often as not where the two sets come fro
 
 Sources: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (1);
 Gretton et al. 2012, "A Kernel Two-Sample Test", eq. 3, and section 8 for the median as sigma (2); Jayasumana et al.
-2024, "Rethinking FID" (CMMD: sigma = 10 on CLIP's normalised embeddings, and 1000 MMD^2 as the number to print).
+2024, "Rethinking FID" (CMMD: sigma = 10 on CLIP's normalised embeddings, and 1000 MMD^2 as the number to print; its
+own code pairs each feature with itself too, and is biased).
 """
 
 import numpy as np

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from reporting import write_json
@@ -35,7 +34,7 @@ from transformers.utils import logging
 
 Labelled = tuple[Tensor, Tensor]  # images and their labels (N,)
 CLIP_SIGMA = 10.0  # of CMMD
-TRAIN_STEPS, TRAIN_BATCH, ENOUGH = 300, 128, 10_000  # images of the small model: under a minute on one core
+TRAIN_STEPS, TRAIN_BATCH, ENOUGH = 400, 128, 10_000  # images of the small model: under a minute on one core
 MAX_TOKENS = 64
 FORMAT = 1  # of the small model; raise it when its architecture or training changes
 RECORD = "training.json"
@@ -75,7 +74,7 @@ class FeatureModel:
         self.pooled = not info["missing_keys"]
         if not self.pooled:
             model.pooler = None  # it is random, and would be in the fingerprint
-        self.model = model.to(device).eval()
+        self.model = model.to(device, torch.float32).eval()  # whatever the checkpoint is kept in
         self.embeds = projected or hasattr(model, "get_image_features")
         own = getattr(config, "vision_config", config)
         self.channels = getattr(own, "num_channels", 3)
@@ -93,17 +92,20 @@ class FeatureModel:
         """
         if images.shape[1] > self.channels:
             raise ValueError(f"--feature_model {self.name} takes grey images, but these are in colour.")
-        kind = "RGB" if self.channels == 3 else "L"
-        pictures = [PIL.Image.fromarray(_array(image)).convert(kind) for image in images]
+        arrays = [image.permute(1, 2, 0).numpy() for image in images]
+        # A processor's own reading of grey pictures differs between the versions of transformers.
+        pictures = (
+            arrays if self.channels == 1 else [PIL.Image.fromarray(a.repeat(3 // a.shape[2], 2)) for a in arrays]
+        )
         try:
             pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
-            features = self._features(pixels.to(self.model.device, self.model.dtype))
+            features = self._features(pixels.to(self.model.device, torch.float32))
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"--feature_model {self.name} does not take the images: {reason}") from error
         if features.ndim != 2 or len(features) != len(images) or not bool(features.isfinite().all()):
             raise ValueError(f"--feature_model {self.name} gives no vector of finite numbers for each image.")
-        return features.double().cpu()
+        return features.cpu().double()
 
     def _features(self, pixels: Tensor) -> Tensor:
         if self.embeds:
@@ -118,11 +120,6 @@ class FeatureModel:
             return output.pooler_output.flatten(1)
         hidden = output.last_hidden_state
         return hidden.mean((2, 3)) if hidden.ndim == 4 else hidden[:, 0]
-
-
-def _array(image: Tensor) -> np.ndarray:
-    """An image (C, H, W) as PIL takes it: (H, W) or (H, W, 3)."""
-    return image.permute(1, 2, 0).squeeze(-1).numpy()
 
 
 @contextlib.contextmanager

@@ -186,7 +186,7 @@ def test_the_oldest_tested_are_the_oldest_admitted():
     pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci" / "oldest").read_text(), re.MULTILINE))
     bounds = lower_bounds()
     assert f".ci/oldest {bounds.pop('torch')}" in (ROOT / ".ci" / "oldest").read_text()
-    assert {"accelerate", "datasets", "diffusers", "huggingface_hub"} == set(bounds)
+    assert {"accelerate", "datasets", "diffusers", "huggingface_hub", "transformers"} == set(bounds)
     assert {name: release(version) for name, version in pins.items()} == {
         name: release(version) for name, version in bounds.items()
     }

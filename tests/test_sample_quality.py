@@ -251,6 +251,16 @@ def test_a_feature_model_of_grey_images(viewers):
         features(some_images(3))
 
 
+@pytest.mark.parametrize("name", ["grey", "dinov2"])
+def test_grey_images_are_resized_too(viewers, name):
+    """As one that is twice the model's size shows: the features are those of its half."""
+    images = some_images(1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    half = [PIL.Image.fromarray(image[0].numpy()).resize((SIZE, SIZE), 2) for image in images]
+    features = FeatureModel(str(viewers[0][name]), CPU)
+    small = torch.from_numpy(np.stack([np.asarray(picture) for picture in half]))[:, None]
+    torch.testing.assert_close(features(images), features(small), rtol=1e-5, atol=1e-5)
+
+
 def test_images_are_resized_as_the_processor_says(home, viewers):
     """As PIL does it, here to the model's size from twice that."""
     folders, models = viewers
