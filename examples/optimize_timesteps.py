@@ -13,6 +13,7 @@ few_steps.json and few_steps.png beside it.
 
 import argparse
 import dataclasses
+import datetime
 import importlib.metadata
 import os
 import shutil
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from evaluate import add_data_options, load_data, load_pipeline, network_shape
 from few_steps import (
     Candidate,
@@ -36,7 +37,7 @@ from few_steps import (
     respaced,
     variances_for,
 )
-from launching import prepare_output_dir
+from launching import main_first, prepare_output_dir
 from reporting import score, write_json
 from scoring import fingerprint_of, run_sweep, shared, units
 from scoring_data import ScoringData
@@ -105,9 +106,13 @@ class Optimization:
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
         self.args, self.accelerator = args, accelerator
-        with accelerator.main_process_first():
-            self.pipeline = load_pipeline(args)
-            data = load_data(args, network_shape(self.pipeline, args), accelerator.is_main_process)
+
+        def load() -> tuple[DDPMVLBPipeline, ScoringData]:
+            check_output(args)
+            pipeline = load_pipeline(args)
+            return pipeline, load_data(args, network_shape(pipeline, args), accelerator.is_main_process)
+
+        self.pipeline, data = main_first(accelerator, load, "optimize_timesteps.py", ValueError, OSError)
         self.data: ScoringData = dataclasses.replace(data, record=broadcast_object_list([data.record])[0])
         self.unet = self.pipeline.unet.to(accelerator.device).eval()
         scheduler = self.pipeline.scheduler
@@ -387,8 +392,9 @@ def report(run: Optimization, result: dict[str, Any], folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Optimize a checkpoint. Returns the content of few_steps.json (on the main process)."""
     args = build_parser().parse_args(argv)
-    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
-    check_output(args)
+    # Processes wait for the slowest one's images, which may take hours.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
+    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
     run = Optimization(args, accelerator)
     result, paths, errors = optimize(run)
     if accelerator.is_main_process:

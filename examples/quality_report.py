@@ -18,10 +18,10 @@ def plot(content: dict[str, Any], path: Path) -> None:
         floor, error = content["baseline"][key], content["baseline"][f"{key}_se"]
         axis.axhline(floor, color="gray", linestyle=":", label=f"{content['baseline']['split']} images")
         axis.axhspan(floor - error, floor + error, color="gray", alpha=0.2)
-        for spacing in dict.fromkeys(row["spacing"] for row in content["results"]):
-            rows = [row for row in content["results"] if row["spacing"] == spacing]
+        for label in dict.fromkeys(map(_label, content["results"])):
+            rows = [row for row in content["results"] if _label(row) == label]
             steps, means, errors = ([row[name] for row in rows] for name in ("steps", key, f"{key}_se"))
-            axis.errorbar(steps, means, errors, marker="o", capsize=3, label=f"samples, {spacing} spacing")
+            axis.errorbar(steps, means, errors, marker="o", capsize=3, label=f"samples, {label}")
         axis.set(xscale="log", xlabel="steps", ylabel=label)
         axis.set_xticks(sorted({row["steps"] for row in content["results"]}))
         axis.get_xaxis().set_major_formatter("{x:.0f}")
@@ -39,10 +39,10 @@ def report(content: dict[str, Any], folder: Path) -> None:
     training = content["feature_model"].get("training")
     if training is not None:
         print(f"\nFeature model: a small ViT, which names {training['test_accuracy']:.1%} of other images rightly.")
-    print(f"\n{'steps':>8}  {'spacing':<10} {'FD':>10} {'+-':>8} {'1000 MMD^2':>12} {'+-':>8}")
+    print(f"\n{'steps':>8}  {'path':<20} {'FD':>10} {'+-':>8} {'1000 MMD^2':>12} {'+-':>8}")
     for row in content["results"]:
-        print(f"{row['steps']:>8}  {row['spacing']:<10} {_numbers(row)}")
-    print(f"{first['split'] + ' images':>20}{_numbers(first)}")
+        print(f"{row['steps']:>8}  {_label(row):<20} {_numbers(row)}")
+    print(f"{first['split'] + ' images':>30}{_numbers(first)}")
     samples, split = content["results"][0]["num_samples"], content["data"]["split"]
     against = f"against {first['num_images']} {split} images"
     print(f"{samples} samples and {first['num_samples']} {first['split']} images, {against}.")
@@ -54,3 +54,7 @@ def report(content: dict[str, Any], folder: Path) -> None:
 def _numbers(row: dict[str, Any]) -> str:
     digits = max(0, 2 - math.floor(math.log10(max(row["fd"], 1e-9))))
     return f"{row['fd']:>10.{digits}f} {row['fd_se']:>8.{digits}f} {row['mmd']:>12.2f} {row['mmd_se']:>8.2f}"
+
+
+def _label(row: dict[str, Any]) -> str:
+    return row["spacing"] if row["variance"] == "stored" else f"{row['spacing']}, {row['variance']}"

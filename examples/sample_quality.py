@@ -15,8 +15,11 @@ Sources: Heusel et al. 2017 (FID); Stein et al. 2023 (with DINOv2); Jayasumana e
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
+import itertools
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +34,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from evaluate import default_folder, load_data, load_pipeline, network_shape
 from feature_distances import MMD_SCALE, compare, median_distance
 from features import ENOUGH, FeatureModel, small_model
-from launching import prepare_output_dir
+from launching import main_first, prepare_output_dir
 from quality_report import plot, report
 from reporting import plot_samples, write_json
 from scoring import fingerprint_of
@@ -40,10 +43,11 @@ from torch import Tensor
 from tqdm import tqdm
 from train_options import HelpFormatter, not_negative_int, positive_int
 
-from ddpm_vlb import check_data
+from ddpm_vlb import StoredPath, check_data
 from ddpm_vlb.evaluation import image_generator
+from ddpm_vlb.respacing import ALL_SPACINGS, VARIANCES
 
-SPACINGS = ("default", "leading", "linspace", "trailing", "quadratic", "optimal")
+SPACINGS = ("default", *ALL_SPACINGS)
 MAX_SAMPLES, MAX_LABELS, SHOWN = 1000, 10_000, 64
 PACKAGES = ("ddpm-vlb", "torch", "diffusers", "transformers", "accelerate", "datasets")
 
@@ -70,6 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--steps", type=positive_int, nargs="+", default=[5, 10, 25, 50], help="Numbers of steps K.")
     sampling.add_argument(
         "--timestep_spacing", choices=SPACINGS, nargs="+", default=["default"], help="default: the checkpoint's own."
+    )
+    sampling.add_argument(
+        "--variance",
+        choices=("stored", *VARIANCES),
+        nargs="+",
+        default=["stored"],
+        help="stored: what the checkpoint says; the others of every chain (optimize_timesteps.py makes them).",
     )
     sampling.add_argument(
         "--num_samples", type=positive_int, help=f"default: as many as images to compare with, at most {MAX_SAMPLES}."
@@ -151,30 +162,52 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, folder: Path):
         self.args, self.accelerator, self.folder = args, accelerator, folder
-        small = args.feature_model is None
-        with accelerator.main_process_first():
-            self.pipeline: Any = load_pipeline(args)
-            self._check_steps()
-            labelled = small or self.pipeline.num_classes is not None
-            limit = args.num_samples or MAX_SAMPLES
-            scored = load_part(args, self.pipeline, args.split, labelled, max(limit, ENOUGH) if small else limit)
-            self.test = replace(scored, images=scored.images[:limit], labels=scored.labels[:limit])
-            if len(self.test.images) < 2:
-                raise ValueError(f"The split {args.split!r} has one image: the distances need two at least.")
-            self.num_samples = args.num_samples or len(self.test.images)
-            count = max(self.num_samples, ENOUGH) if small else self.num_samples
-            self.other = load_part(args, self.pipeline, "train" if args.split != "train" else "test", small, count)
-            prepare_output_dir(folder)
-            self.training = self._small_model(scored) if small else {}
-            name = str(folder / "feature_model") if small else args.feature_model
-            self.features = FeatureModel(name, accelerator.device, args.cache_dir)
+        main_first(accelerator, self._load, "sample_quality.py", ValueError, OSError)
         self.pipeline.to(accelerator.device)
         self.pipeline.set_progress_bar_config(disable=True)
+
+    def _load(self) -> None:
+        """The pipeline, the images and the feature model."""
+        args, small = self.args, self.args.feature_model is None
+        self.pipeline: Any = load_pipeline(args)
+        self._check_steps()
+        self.stored_errors = self.pipeline.scheduler.errors
+        for variance in dict.fromkeys(args.variance):  # refused now, not after the first samples
+            self.take_variance(variance)
+        labelled = small or self.pipeline.num_classes is not None
+        limit = args.num_samples or MAX_SAMPLES
+        scored = load_part(args, self.pipeline, args.split, labelled, max(limit, ENOUGH) if small else limit)
+        self.test = replace(scored, images=scored.images[:limit], labels=scored.labels[:limit])
+        if len(self.test.images) < 2:
+            raise ValueError(f"The split {args.split!r} has one image: the distances need two at least.")
+        self.num_samples = args.num_samples or len(self.test.images)
+        count = max(self.num_samples, ENOUGH) if small else self.num_samples
+        self.other = load_part(args, self.pipeline, "train" if args.split != "train" else "test", small, count)
+        prepare_output_dir(self.folder)
+        self.training = self._small_model(scored) if small else {}
+        name = str(self.folder / "feature_model") if small else args.feature_model
+        self.features = FeatureModel(name, self.accelerator.device, args.cache_dir)
 
     def _check_steps(self) -> None:
         total = len(self.pipeline.scheduler)
         if max(self.args.steps) > total:
             raise ValueError(f"--steps {max(self.args.steps)} is more than the chain has: they must be 1 .. {total}.")
+
+    def take_variance(self, variance: str) -> None:
+        """Let every chain have this variance, and the optimal paths be those that were found for it."""
+        if variance == "stored":
+            return
+        scheduler, errors = self.pipeline.scheduler, self.stored_errors
+        path = Path(self.args.model) / "few_steps.json"
+        name = scheduler.config.variance_type.removesuffix("_log") if variance == "network" else variance
+        rows: list[dict[str, Any]] = []
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            rows = [row for row in json.loads(path.read_text())["rows"] if row["path"] == "optimal"]
+        own = [row for row in rows if row["variance"] == name]
+        paths = [StoredPath(tuple(row["timesteps"]), variance, row["decoder_shift"]) for row in own]
+        if "optimal" in self.args.timestep_spacing and not paths:
+            raise ValueError(f"--variance {variance}: no optimal path for it in {path}. Run optimize_timesteps.py.")
+        scheduler.store_few_steps(paths, errors, variance)
 
     def _small_model(self, scored: Part) -> dict[str, Any]:
         """Train it, on the main process alone, or find it; not on fewer images where few samples are asked for."""
@@ -226,17 +259,20 @@ def measure(run: Comparison) -> dict[str, Any]:
         return compare(x, y, sigma, args.num_bootstrap, args.seed) if run.accelerator.is_main_process else {}
 
     baseline, results = {"split": other, **distances(x)}, []
-    for spacing in dict.fromkeys(args.timestep_spacing):
+    chains = itertools.product(dict.fromkeys(args.variance), dict.fromkeys(args.timestep_spacing))
+    for variance, spacing in chains:
+        run.take_variance(variance)
+        label = spacing if variance == "stored" else f"{spacing}-{variance}"
         for steps in sorted(set(args.steps)):
             x, made = run.collect(
                 lambda positions: run.sample(steps, spacing, positions),  # noqa: B023
                 run.num_samples,
-                f"{steps} steps, {spacing}",
+                f"{steps} steps, {label}",
             )
-            results.append({"steps": steps, "spacing": spacing, **distances(x)})
+            results.append({"steps": steps, "spacing": spacing, "variance": variance, **distances(x)})
             if run.accelerator.is_main_process:
                 few = min(len(made), len(shown))
-                plot_samples(made[:few] / 255, shown[:few] / 255, run.folder / f"samples-{steps}-{spacing}.png")
+                plot_samples(made[:few] / 255, shown[:few] / 255, run.folder / f"samples-{steps}-{label}.png")
     return {
         "baseline": baseline,
         "results": results,

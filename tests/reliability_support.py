@@ -37,6 +37,7 @@ RESUME = "--resume_from_checkpoint latest"
 # The options that make a resumed run hardest to repeat; T = 2, so that the sampler's history fills up before step 13.
 HARD = "--dropout 0.3 --random_flip --timestep_sampler loss_second_moment --ddpm_num_steps 2 "
 HARD += "--ddpm_num_inference_steps 2"
+LAUNCH = "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no".split()
 
 # Processes
 
@@ -362,3 +363,23 @@ def begin(run):
         return run
 
     return begun
+
+
+# Commands
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def arguments(folder, *options):
+    texts = [str(part) for option in options for part in (option.split() if type(option) is str else [option])]
+    return [*TINY, "--logger", "none", "--output_dir", str(folder), *texts]
+
+
+def wait_for(condition, seconds=120):
+    """Poll."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -11,19 +11,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from reliability_support import (  # noqa: F401
     EVERY,
     KILLED,
+    LAUNCH,
     RESUME,
     ROOT,
     STEPS,
     Training,
+    arguments,
     before,
     check_same,
+    environment,
     far,
     few,
     interrupt_twice,
@@ -31,9 +33,10 @@ from reliability_support import (  # noqa: F401
     ran,
     send,
     straight,
+    wait_for,
     within_step,
 )
-from test_train import TINY, free_port, launch_two
+from test_train import free_port, launch_two
 
 # Signals
 
@@ -87,23 +90,6 @@ def test_a_second_interrupt(tmp_path, few, at_once, seconds):
 # Commands
 
 
-def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
-
-
-def arguments(folder, *options):
-    texts = [str(part) for option in options for part in (option.split() if type(option) is str else [option])]
-    return [*TINY, "--logger", "none", "--output_dir", str(folder), *texts]
-
-
-def wait_for(condition, seconds=120):
-    """Poll."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 @contextlib.contextmanager
 def command(log, start, *script, **more):
     """A process group that a test may signal, and that is gone afterwards."""
@@ -147,9 +133,6 @@ def test_the_command_is_stopped(tmp_path, few, number):
         assert process.wait(60) == (KILLED if number == signal.SIGKILL else 0), log.read_text()[-3000:]
     with command(log, [], *arguments(folder, LONG, RESUME, *few)) as process:
         wait_for(lambda: "Resuming from" in log.read_text())
-
-
-LAUNCH = "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no".split()
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Two processes that are killed or stopped, and go on: they end as two that nothing happened to.
 
-Real processes over Gloo. By default they are forked, as in test_reliability.py; the slow tests start `accelerate
+Real processes over Gloo. By default they are forked, as in test_resuming.py; the slow tests start `accelerate
 launch`, of this file, which then is examples/train.py with a step to wait in.
 """
 
@@ -18,8 +18,7 @@ import pytest
 import torch
 import train
 from accelerate import Accelerator
-from stopping import leave
-from test_reliability import (  # noqa: F401
+from reliability_support import (  # noqa: F401
     HARD,
     LAUNCH,
     RESUME,
@@ -37,6 +36,7 @@ from test_reliability import (  # noqa: F401
     wait_for,
     within_step,
 )
+from stopping import leave
 from test_train import free_port
 
 # With a history of losses that is full before step 13, and dropout, which each process draws for itself.
