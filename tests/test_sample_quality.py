@@ -3,7 +3,6 @@
 The feature models are tiny and have learned nothing, but for the one that the script trains by itself.
 """
 
-import inspect
 import json
 import os
 import re
@@ -25,10 +24,10 @@ from feature_distances import compare, frechet_distance, kernel_distance, median
 from features import FeatureModel, quiet
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import pdist
-from test_evaluate import launcher, network, ours, stock, strict_json
+from test_evaluate import T, launcher, network, ours, stock, strict_json
 from test_scoring_data import write_arrays, write_images
 
-from ddpm_vlb import DDPMVLBPipeline
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, SquaredErrors, StoredPath
 from ddpm_vlb.evaluation import image_generator
 
 ROOT = Path(__file__).parents[1]
@@ -411,9 +410,6 @@ def test_classes_are_those_of_the_test_images(monkeypatch, go, sets):
     assert sorted(told[:TEST]) == sorted(sets["labels"]["test"]) and told[TEST:] == told[: 30 - TEST]
 
 
-@pytest.mark.skipif(
-    "timestep_spacing" not in inspect.signature(DDPMVLBPipeline.__call__).parameters, reason="the pipeline takes none"
-)
 def test_spacings(go, tmp_path):
     """Each one gives a row and a picture for each number of steps."""
     content = go("grey", "grey", "--timestep_spacing", "leading", "trailing")
@@ -421,6 +417,57 @@ def test_spacings(go, tmp_path):
     assert rows == [("leading", 2), ("leading", 4), ("trailing", 2), ("trailing", 4)]
     assert content["results"][0]["fd"] != content["results"][2]["fd"]
     assert (tmp_path / "run" / "samples-4-trailing.png").is_file()
+
+
+@pytest.fixture
+def few_steps(models, tmp_path):
+    """A checkpoint with the errors that optimal variances come from, and a table of optimal paths beside it."""
+    folder = tmp_path / "few"
+    pipeline = DDPMVLBPipeline.from_pretrained(models["grey"])
+    steps = torch.tensor([0, T - 1])
+    errors = SquaredErrors(steps, torch.tensor([0.1, 0.9], dtype=torch.float64), torch.rand(2, 1, 8, 8) + 0.1)
+    pipeline.scheduler.store_few_steps([StoredPath((T - 1, 5))], errors)
+    pipeline.save_pretrained(folder)
+    paths = {"fixed_small": [[19, 3], [19, 8, 3, 0]], "per_pixel": [[19, 7], [19, 9, 4, 2]]}
+    rows = [
+        {"path": "optimal", "variance": name, "timesteps": path, "decoder_shift": 0.1}
+        for name, own in paths.items()
+        for path in own
+    ]
+    (folder / "few_steps.json").write_text(json.dumps({"rows": rows}))
+    return folder, paths
+
+
+def test_variances(monkeypatch, go, few_steps, tmp_path):
+    """Each variance is that of every chain, and the optimal paths are those that were found for it."""
+    folder, paths = few_steps
+    walked = []
+
+    def record(self, *args, **options):
+        original(self, *args, **options)
+        walked.append((self.timesteps.tolist(), self.reverse_process(num_inference_steps=2).x_0_mse is not None))
+
+    original = DDPMVLBScheduler.set_timesteps
+    monkeypatch.setattr(DDPMVLBScheduler, "set_timesteps", record)
+    options = ("--timestep_spacing", "optimal", "leading", "--variance", "network", "per_pixel")
+    content = go(folder, "grey", *options)
+    even = [[10, 0], [15, 10, 5, 0]]
+    expected = [*paths["fixed_small"], *even, *paths["per_pixel"], *even]
+    assert [steps for steps, _ in dict.fromkeys((tuple(steps), own) for steps, own in walked)] == [
+        tuple(steps) for steps in expected
+    ]
+    assert all(own == (i >= len(walked) // 2) for i, (_, own) in enumerate(walked))
+    rows = [(row["variance"], row["spacing"]) for row in content["results"][::2]]
+    assert rows == [("network", "optimal"), ("network", "leading"), ("per_pixel", "optimal"), ("per_pixel", "leading")]
+    assert (tmp_path / "run" / "samples-2-optimal-per_pixel.png").is_file()
+
+
+def test_variances_that_are_not_there(go, few_steps):
+    """Optimal variances of a checkpoint without errors, and paths that no table has."""
+    with pytest.raises(ValueError, match="'analytic' needs `x_0_mse`"):
+        go("grey", "grey", "--variance", "analytic")
+    with pytest.raises(ValueError, match="--variance analytic: no optimal path for it in .*few_steps.json"):
+        go(few_steps[0], "grey", "--variance", "analytic", "--timestep_spacing", "optimal")
 
 
 def test_the_small_feature_model(go, tmp_path, capsys):
