@@ -10,25 +10,39 @@ from feature_distances import MMD_SCALE
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+STYLES = ("solid", "dashed", "dashdot", "dotted")
+
 
 def plot(content: dict[str, Any], path: Path) -> None:
     """Write both distances against the number of steps, with bars of one standard error, and the baseline's band."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for axis, key, label in zip(axes, ("fd", "mmd"), ("Frechet distance", f"{MMD_SCALE:.0f} MMD$^2$")):
+    results = content["results"]
+    spacings, variances = (list(dict.fromkeys(row[name] for row in results)) for name in ("spacing", "variance"))
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5))
+    for axis, key, unit in zip(axes, ("fd", "mmd"), ("Frechet distance", f"{MMD_SCALE:.0f} MMD$^2$")):
         floor, error = content["baseline"][key], content["baseline"][f"{key}_se"]
         axis.axhline(floor, color="gray", linestyle=":", label=f"{content['baseline']['split']} images")
         axis.axhspan(floor - error, floor + error, color="gray", alpha=0.2)
-        for label in dict.fromkeys(map(_label, content["results"])):
-            rows = [row for row in content["results"] if _label(row) == label]
+        for spacing, variance in dict.fromkeys((row["spacing"], row["variance"]) for row in results):
+            rows = [row for row in results if (row["spacing"], row["variance"]) == (spacing, variance)]
             steps, means, errors = ([row[name] for row in rows] for name in ("steps", key, f"{key}_se"))
-            axis.errorbar(steps, means, errors, marker="o", capsize=3, label=f"samples, {label}")
-        axis.set(xscale="log", xlabel="steps", ylabel=label)
-        axis.set_xticks(sorted({row["steps"] for row in content["results"]}))
+            axis.errorbar(
+                steps,
+                means,
+                errors,
+                color=f"C{spacings.index(spacing)}",
+                linestyle=STYLES[variances.index(variance)],
+                marker="o",
+                markersize=4,
+                capsize=3,
+                label=_label(rows[0]),
+            )
+        axis.set(xscale="log", xlabel="steps", ylabel=unit)
+        axis.set_xticks(sorted({row["steps"] for row in results}))
         axis.get_xaxis().set_major_formatter("{x:.0f}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="center right")
+    figure.tight_layout(rect=(0, 0, 0.83, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
