@@ -245,6 +245,7 @@ def row(run: Optimization, own: Candidate, numbers: dict[str, Any]) -> dict[str,
         "variance": network if own.variance == "network" else own.variance,
         "timesteps": list(own.timesteps),
         "decoder_shift": None if own.stored is None else own.stored.decoder_shift,
+        "expected": None if own.expected is None else own.expected * (1 / math.log(2) if run.discrete else 1.0),
         **numbers,
         "stored": False,
     }
