@@ -13,7 +13,7 @@ from hub_server import card_metadata
 from huggingface_hub import ModelCard
 from test_pipeline_ddpm_vlb import pipeline, tiny_dit, tiny_unet
 
-from ddpm_vlb import DDPMVLBPipeline, model_card
+from ddpm_vlb import DDPMVLBPipeline, StoredPath, model_card
 
 # As examples/train.py writes metrics.json, shortened.
 TRAINING = {
@@ -467,3 +467,12 @@ def test_metrics_in_the_wrong_place(options, message):
     """What is no metrics file, or the other script's, is refused by name."""
     with pytest.raises(ValueError, match=message):
         card(**options)
+
+
+def test_stored_paths_are_told():
+    """Which numbers of steps the checkpoint has chains for; nothing where it has none."""
+    pipe = pipeline(levels=17)
+    assert "stored chain" not in prose(card(pipe))
+    last = len(pipe.scheduler) - 1
+    pipe.scheduler.store_few_steps([StoredPath((last, 3, 0)), StoredPath((last, 1))])
+    assert "`num_inference_steps` of 2, 3 takes the stored chain" in prose(card(pipe))

@@ -241,7 +241,7 @@ With ddpm-vlb: any number of steps{learned}, swapped schedulers, and the likelih
 
 pipeline = DDPMVLBPipeline.from_pretrained({name})
 images = {call}.images
-```"""
+```{_stored(pipeline)}"""
     stock = f"""\
 With 🤗 diffusers alone:
 
@@ -274,6 +274,18 @@ images = {call}.images
             f"`custom_pipeline={name}, trust_remote_code=True` could run."
         )
     return "\n\n".join(["## How to load it", *([ours, stock] if why or latents else [stock, ours]), code])
+
+
+def _stored(pipeline: Any) -> str:
+    """What `num_inference_steps` finds in the checkpoint."""
+    numbers = sorted(getattr(pipeline.scheduler, "optimal_paths", {}))
+    if not numbers:
+        return ""
+    listed = ", ".join(map(str, numbers))
+    return (
+        f"\n\n`num_inference_steps` of {listed} takes the stored chain of so many steps with the lowest bound; "
+        "`timestep_spacing` asks for another, as with 🤗 diffusers alone."
+    )
 
 
 def _why_not_stock(pipeline: Any) -> str | None:
