@@ -1,12 +1,8 @@
-"""The chains of few steps that optimize_timesteps.py compares, what is stored of them, and their table and picture."""
+"""The chains of few steps that optimize_timesteps.py compares, and which of them are stored."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import matplotlib
 import torch
 
 from ddpm_vlb import (
@@ -21,10 +17,8 @@ from ddpm_vlb import (
 from ddpm_vlb.respacing import VARIANCES
 from ddpm_vlb.step_statistics import crossfitted_cost
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 FIXED = ("fixed_small", "fixed_large")
+GAIN = 1e-3  # nats per dimension
 EVEN = ("leading", "linspace", "trailing", "quadratic")
 
 
@@ -127,8 +121,7 @@ def optimal_candidates(
             if variance in VARIANCES:
                 stored = StoredPath(tuple(process.forward.timesteps.flip(0).tolist()), variance, shift)
             if variance in VARIANCES[1:]:  # on images that the variances were not made from
-                cost = crossfitted_cost(statistics, own, variance, indices)
-                expected = cost + float(costs.decoder[indices[0]])
+                expected = crossfitted_cost(statistics, own, variance, indices, costs)
             found.append(Candidate("optimal", variance, process, stored, expected))
     return found
 
@@ -136,78 +129,17 @@ def optimal_candidates(
 def chosen(candidates: list[Candidate], variance: str) -> StoredPath:
     """The path to store: of the variance that is asked for, or of the one with the lowest expected cost.
 
+    A simpler one is taken where the gain is within `GAIN`.
+
     Args:
         candidates: of one number of steps.
         variance: "auto", "network", "analytic" or "per_pixel".
     """
     eligible = [own for own in candidates if own.stored is not None and variance in ("auto", own.variance)]
-    best = min(eligible, key=lambda own: math.inf if own.expected is None else own.expected)
+    eligible.sort(key=lambda own: VARIANCES.index(own.variance))  # from the simplest on
+    best = eligible[0]
+    for own in eligible[1:]:
+        if own.expected is not None and best.expected is not None and own.expected < best.expected - GAIN:
+            best = own
     assert best.stored is not None
     return best.stored
-
-
-def print_table(rows: list[dict[str, Any]], unit: str) -> None:
-    """Print the chains' scores, a line each; a star marks what is stored."""
-    print(f"\n{'steps':>5}  {'path':10} {'variance':14} {unit} +- noise +- images")
-    for row in rows:
-        value = row["bits_per_dim"] if row["bits_per_dim"] is not None else row["nats_per_dim"]
-        errors = " ".join(
-            "+-   n/a" if row[name] is None else f"+- {row[name]:.4f}" for name in ("noise_se", "image_se")
-        )
-        star = " *" if row["stored"] else ""
-        print(f"{row['num_inference_steps']:5}  {row['path']:10} {row['variance']:14} {value:8.4f} {errors}{star}")
-
-
-def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
-    """Draw bits/dim against the number of steps, a line for each path and variance.
-
-    Args:
-        rows: of few_steps.json.
-        path: the PNG file to write.
-        unit: of the numbers.
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
-    value = "bits_per_dim" if rows[0]["bits_per_dim"] is not None else "nats_per_dim"
-    whole = {row["variance"]: row for row in rows if row["path"] == "all"}
-    few = [row for row in rows if row["path"] != "all"]
-    variances = list(dict.fromkeys(row["variance"] for row in few))
-    colours = {name: f"C{i}" for i, name in enumerate(variances)}
-    paths = list(dict.fromkeys(row["path"] for row in few))
-    styles = dict(zip(paths, ("dotted", "dashed", "dashdot", (0, (1, 2)), "solid")))
-    panels = (
-        (axes[0], lambda row: row["variance"] == variances[0]),
-        (axes[1], lambda row: row["path"] in ("linspace", "optimal")),
-    )
-    for axis, shown in panels:
-        lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in filter(shown, few):
-            lines.setdefault((row["path"], row["variance"]), []).append(row)
-        for (name, variance), own in lines.items():
-            own = sorted(own, key=lambda row: row["num_inference_steps"])
-            bars = [math.hypot(row["noise_se"] or 0.0, row["image_se"] or 0.0) for row in own]
-            axis.errorbar(
-                [row["num_inference_steps"] for row in own],
-                [row[value] for row in own],
-                bars,
-                color=colours[variance],
-                linestyle=styles[name],
-                marker="o",
-                markersize=4,
-                label=f"{name}, {variance}",
-            )
-        for variance, row in whole.items():
-            if any(own[1] == variance for own in lines):
-                axis.axhline(row[value], color=colours[variance], linewidth=0.7)
-        axis.set(xscale="log", xlabel="steps K")
-        numbers = sorted({row["num_inference_steps"] for row in few})
-        axis.set_xticks(numbers, labels=map(str, numbers), minor=False)
-        axis.set_xticks([], minor=True)
-        low = min(row[value] for row in rows)
-        axis.set_ylim(low - 0.1, min(max(row[value] for row in rows) + 0.2, low + 3))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    axes[0].set(ylabel=f"{unit}, held-out images", title=f"paths, with the variance {variances[0]!r}")
-    axes[1].set(title="variances; thin lines: all steps of the training chain")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

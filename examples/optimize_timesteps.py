@@ -14,32 +14,33 @@ few_steps.json and few_steps.png beside it.
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
-import os
+import json
+import math
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
-from evaluate import add_data_options, load_data, load_pipeline, network_shape
+from evaluate import add_data_options, load_data, load_pipeline, network_shape, variances_of
 from few_steps import (
     Candidate,
     chosen,
     even_candidates,
     optimal_candidates,
-    plot,
-    print_table,
     respaced,
     variances_for,
 )
-from launching import main_first, prepare_output_dir
-from reporting import score, write_json
-from scoring import fingerprint_of, run_sweep, shared, units
+from few_steps_files import PARTIAL, check_output, store
+from few_steps_report import compare, print_differences, print_table
+from launching import main_first
+from reporting import score
+from scoring import PartialScores, fingerprint_of, run_sweep, shared, units
 from scoring_data import ScoringData
 from stopping import leave
 from torch import Tensor
@@ -48,22 +49,33 @@ from train_options import HelpFormatter, not_negative_int, positive_int
 
 from ddpm_vlb import (
     DDPMVLBPipeline,
+    Pilot,
     ReverseProcess,
     SquaredErrors,
     StepStatistics,
     StoredPath,
+    VLBEstimate,
     VLBEstimator,
     collect_statistics,
     estimate_from_scores,
     fit_pilot,
+    spaced_timesteps,
     spread_knots,
 )
 from ddpm_vlb.estimation import SECOND_DRAWS
 from ddpm_vlb.respacing import VARIANCES
 from ddpm_vlb.step_statistics import FEW_IMAGES, MIN_IMAGES
 
-DECODER_VALUES = 2**21  # kept of all knots together
-COPIED = ("data.json", "metrics.json", "samples.png", "vlb_terms.png", "README.md")
+DECODER_VALUES = 2**20  # kept of all knots together
+PIXEL_VALUES = 2**26  # of the variances of each pixel of all steps together
+ORDER = ("leading", "linspace", "trailing", "quadratic", "optimal")
+
+
+def _several(text: str) -> int:
+    value = positive_int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, one for each end of the chain, but got {text}")
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_options(data)
     estimate = parser.add_argument_group("estimate")
     estimate.add_argument("--num_fit_images", type=positive_int, default=1024, help="Training images, at most 2048.")
-    estimate.add_argument("--num_knots", type=positive_int, default=100, help="Timesteps to visit with each.")
+    estimate.add_argument("--num_knots", type=_several, default=100, help="Timesteps to visit with each, at least 2.")
     estimate.add_argument("--seed", type=not_negative_int, default=0, help="Of the noise.")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--eval_batch_size", type=positive_int, help="(image, t) pairs in a network call.")
@@ -117,13 +129,22 @@ class Optimization:
         self.unet = self.pipeline.unet.to(accelerator.device).eval()
         scheduler = self.pipeline.scheduler
         scheduler.store_few_steps()  # what an earlier run has stored is replaced
-        too_many = [steps for steps in args.steps if steps > len(scheduler)]
-        if too_many:
-            raise ValueError(f"--steps {too_many[0]} must lie in 1 .. {len(scheduler)}, the length of the chain.")
+        for steps in args.steps:
+            if steps > len(scheduler):
+                raise ValueError(f"--steps {steps} must lie in 1 .. {len(scheduler)}, the length of the chain.")
+            spaced_timesteps("leading", steps, len(scheduler), scheduler.config.steps_offset)
+        fit_split = self.data.record["pilot_split"]
+        if fit_split in ("validation", "test"):
+            raise ValueError(
+                f"--split {args.split} leaves only {fit_split!r} to find paths and variances on. They are found on "
+                "training images: score a split that was held out."
+            )
         self.training = dataclasses.replace(scheduler.reverse_process(dtype=torch.float64), levels=self.data.levels)
         self.discrete = self.data.levels is not None
         self.unit = "bits/dim" if self.discrete else "nats/dim of density"
         self.dims = self.batch([0])[0].numel()
+        self.weights = fingerprint_of(self.unet)
+        self.partial = Path(args.output_dir or args.model) / f"{PARTIAL}scores"
         self.variances = variances_for(self.training)
         self.fitted = self._fitted()
 
@@ -131,6 +152,10 @@ class Optimization:
         """Positions of the training images that are used; those of each pixel need enough of them."""
         total = len(self.data.other)
         count = min(self.args.num_fit_images, total)
+        if count < self.args.num_fit_images:
+            self.accelerator.print(
+                f"{self.data.record['pilot_split']!r}: {count} images, not {self.args.num_fit_images}."
+            )
         if count < MIN_IMAGES:
             if "per_pixel" in (self.args.variance, self.args.reverse_variance):
                 raise ValueError(
@@ -161,6 +186,25 @@ class Optimization:
             return self.args.eval_batch_size * self.dims
         return 2**16 if self.accelerator.device.type == "cpu" else 2**20
 
+    @property
+    def unit_of_a_nat(self) -> float:
+        """What nats are multiplied by."""
+        return 1 / math.log(2) if self.discrete else 1.0
+
+    def scorer(self, first: ReverseProcess, others: list[ReverseProcess], **options: Any) -> VLBEstimator:
+        """How held-out images are scored: with noise of their own."""
+        options |= {"seed": self.args.seed + 1, "also": others, "values_per_call": self.values_per_call}
+        return VLBEstimator(self.model, first, **options)
+
+    def store(self, processes: list[ReverseProcess]) -> PartialScores:
+        """Where the scores of a chain are kept until the end, for a run that is started again."""
+        content = [
+            *(self.weights, self.data.record, self.args.seed, self.values_per_call, self.accelerator.mixed_precision),
+            *([p.forward.timesteps.tolist(), p.variance_type, p.levels, *variances_of(p)] for p in processes),
+        ]
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        return PartialScores(self.partial / key[:16], self.accelerator.print, key)
+
     def on_device(self, process: ReverseProcess) -> ReverseProcess:
         """A process as the network's outputs need it."""
         return process.to(self.accelerator.device, torch.float32)
@@ -170,7 +214,7 @@ def collect(run: Optimization) -> StepStatistics:
     """The statistics of the training images, on all processes together."""
     accelerator = run.accelerator
     reverse, knots = run.on_device(run.training), spread_knots(run.training.forward, run.args.num_knots)
-    decoder_images = max(8, DECODER_VALUES // (len(knots) * run.dims))
+    decoder_dims = max(1, DECODER_VALUES // (len(knots) * len(run.fitted)))
     size = max(1, run.values_per_call // (run.dims * len(knots)))
     groups = list(units(range(len(run.fitted)), size))
     mine = groups[accelerator.process_index :: accelerator.num_processes]
@@ -185,12 +229,12 @@ def collect(run: Optimization) -> StepStatistics:
         for group in mine:
             x_0, conditioning = run.data.batch(run.data.other, [run.fitted[i] for i in group])
             statistics = collect_statistics(
-                run.model, reverse, x_0, knots, group, run.args.seed, conditioning, decoder_images, run.values_per_call
+                run.model, reverse, x_0, knots, group, run.args.seed, conditioning, decoder_dims, run.values_per_call
             )
             own = statistics if own is None else own.merge(statistics)
             bar.update(len(group))
     parts = gather_object([own] if own is not None else [])
-    total = parts[0]
+    total: StepStatistics = parts[0]
     for part in parts[1:]:
         total = total.merge(part)
     return total
@@ -209,35 +253,24 @@ def price(run: Optimization, candidates: list[Candidate]) -> list[dict[str, Any]
     accelerator, total = run.accelerator, len(run.data.scored)
     again = [i * total // min(total, SECOND_DRAWS) for i in range(min(total, SECOND_DRAWS))]
     groups, rows = same_chains(candidates), dict[int, dict[str, Any]]()
-    with tqdm(
-        total=sum(len(group[0].timesteps) for group in groups),
-        desc="Held-out images",
-        unit="step",
-        leave=False,
-        disable=not accelerator.is_main_process,
-    ) as bar:
+    hidden, steps = not accelerator.is_main_process, sum(len(group[0].timesteps) for group in groups)
+    with tqdm(total=steps, desc="Held-out images", unit="step", leave=False, disable=hidden) as bar:
         for group in groups:
-            first, *others = (run.on_device(own.process) for own in group)
-            scorer = VLBEstimator(
-                run.model,
-                first,
-                seed=run.args.seed + 1,
-                estimator="full",
-                also=others,
-                values_per_call=run.values_per_call,
-            )
-            steps = f"{len(group[0].timesteps)} steps"
-            scores = run_sweep(accelerator, scorer, run.batch, range(total), 0, description=steps)
-            second = run_sweep(accelerator, scorer, run.batch, again, 1, description=f"{steps}, second draw")
+            processes = [run.on_device(own.process) for own in group]
+            scorer = run.scorer(processes[0], processes[1:], estimator="full")
+            store = run.store(processes)
+            what = f"{len(group[0].timesteps)} steps"
+            scores = run_sweep(accelerator, scorer, run.batch, range(total), 0, store, what)
+            second = run_sweep(accelerator, scorer, run.batch, again, 1, store, f"{what}, second draw")
             estimate = estimate_from_scores(scores, second)
             for own, result in zip(group, (estimate, *estimate.also)):
-                rows[id(own)] = row(run, own, score(result, run.discrete))
+                rows[id(own)] = row(run, own, result)
             bar.update(len(group[0].timesteps))
     return [rows[id(own)] for own in candidates]
 
 
-def row(run: Optimization, own: Candidate, numbers: dict[str, Any]) -> dict[str, Any]:
-    """An entry of few_steps.json."""
+def row(run: Optimization, own: Candidate, estimate: VLBEstimate) -> dict[str, Any]:
+    """An entry of few_steps.json, and the images' bounds."""
     network = run.training.variance_type.removesuffix("_log")
     return {
         "num_inference_steps": len(own.timesteps),
@@ -245,20 +278,25 @@ def row(run: Optimization, own: Candidate, numbers: dict[str, Any]) -> dict[str,
         "variance": network if own.variance == "network" else own.variance,
         "timesteps": list(own.timesteps),
         "decoder_shift": None if own.stored is None else own.stored.decoder_shift,
-        "expected": None if own.expected is None else own.expected * (1 / math.log(2) if run.discrete else 1.0),
-        **numbers,
+        "expected": None if own.expected is None else own.expected * run.unit_of_a_nat,
+        **score(estimate, run.discrete),
         "stored": False,
+        "per_image": estimate.per_image * (1.0 if run.discrete else math.log(2)),
     }
 
 
 def price_all_steps(run: Optimization, errors: SquaredErrors) -> list[dict[str, Any]]:
     """Score the training chain with every variance, by importance sampling of t."""
     every = list(range(len(run.training.forward)))
-    candidates = [Candidate("all", v, respaced(run.training, every, v, errors)) for v in run.variances]
+    variances = list(run.variances)
+    if len(every) * run.dims > PIXEL_VALUES and "per_pixel" in variances:
+        variances.remove("per_pixel")
+        run.accelerator.print("The variances of each pixel of all steps do not fit: that row is left out.")
+    candidates = [Candidate("all", v, respaced(run.training, every, v, errors)) for v in variances]
     first, *others = (run.on_device(own.process) for own in candidates)
     x_0, conditioning = run.data.batch(run.data.other, list(range(len(run.data.other))))
 
-    def pilot():
+    def pilot() -> Pilot:
         return fit_pilot(
             run.model,
             first,
@@ -269,120 +307,78 @@ def price_all_steps(run: Optimization, errors: SquaredErrors) -> list[dict[str, 
             values_per_call=run.values_per_call,
         )
 
-    scorer = VLBEstimator(
-        run.model,
-        first,
-        shared(run.accelerator, pilot),
-        seed=run.args.seed + 1,
-        also=others,
-        values_per_call=run.values_per_call,
-    )
+    scorer = run.scorer(first, others, pilot=shared(run.accelerator, pilot))
     scores = run_sweep(run.accelerator, scorer, run.batch, range(len(run.data.scored)), description="All steps")
     estimate = estimate_from_scores(scores)
-    return [row(run, own, score(result, run.discrete)) for own, result in zip(candidates, (estimate, *estimate.also))]
+    return [row(run, own, result) for own, result in zip(candidates, (estimate, *estimate.also))]
 
 
-def optimize(run: Optimization) -> tuple[dict[str, Any], list[StoredPath], SquaredErrors]:
-    """The content of few_steps.json, and what is to be stored."""
+class Found(NamedTuple):
+    """What the training images say: the chains to score, the paths to store, and what is told of the estimate."""
+
+    candidates: list[Candidate]
+    paths: list[StoredPath]
+    errors: SquaredErrors
+    knots: list[int]
+    pseudo_images: float | None
+
+
+def find(run: Optimization) -> Found:
+    """The chains to score; alike on all processes, which must score the same ones."""
     args, steps = run.args, sorted(set(run.args.steps))
     statistics = collect(run)
-    errors = statistics.errors(run.training.forward, "per_pixel" in run.variances)
+    if not run.accelerator.is_main_process:
+        return broadcast_object_list([None])[0]
+    pixels = "per_pixel" in run.variances
+    errors = statistics.errors(run.training.forward, pixels)
     offset = run.pipeline.scheduler.config.steps_offset
     candidates = optimal_candidates(run.training, statistics, steps, run.variances, errors)
     paths = [chosen([own for own in candidates if len(own.timesteps) == number], args.variance) for number in steps]
     for number in steps:
         candidates += even_candidates(run.training, number, offset, run.variances, errors)
-    rows = price(run, candidates)
-    for own, entry in zip(candidates, rows):
-        entry["stored"] = own.stored in paths
-    order = ["leading", "linspace", "trailing", "quadratic", "optimal"]
-    rows.sort(key=lambda entry: (entry["num_inference_steps"], order.index(entry["path"])))
-    packages = ("ddpm-vlb", "torch", "diffusers", "accelerate", "datasets")
+    weight = statistics.pseudo_images if pixels else None
+    found = Found(candidates, paths, errors, statistics.knots.tolist(), weight)
+    return broadcast_object_list([found])[0]
+
+
+def optimize(run: Optimization) -> tuple[dict[str, Any], Found]:
+    """The content of few_steps.json, and what is to be stored."""
+    found = find(run)
+    rows = price(run, found.candidates)
+    for own, entry in zip(found.candidates, rows):
+        entry["stored"] = own.stored in found.paths
+    compare(rows)
+    rows.sort(key=lambda entry: (entry["num_inference_steps"], ORDER.index(entry["path"])))
+    whole = price_all_steps(run, found.errors)
+    for entry in whole:
+        del entry["per_image"]
+    args, packages = run.args, ("ddpm-vlb", "torch", "diffusers", "accelerate", "datasets")
+    weight = found.pseudo_images
     result = {
         "rows": rows,
-        "all_steps": price_all_steps(run, errors),
+        "all_steps": whole,
         "unit": run.unit,
         "clip_sample": run.training.clip_sample or run.training.thresholding,
         "num_fit_images": len(run.fitted),
         "fit_split": run.data.record["pilot_split"],
-        "knots": statistics.knots.tolist(),
-        "pseudo_images": statistics.pseudo_images() if "per_pixel" in run.variances else None,
+        "knots": found.knots,
+        "pseudo_images": None if weight is None or math.isinf(weight) else weight,
         "seed": args.seed,
-        "model": {"name_or_path": args.model, "revision": args.revision, "weights_sha256": fingerprint_of(run.unet)},
+        "model": {"name_or_path": args.model, "revision": args.revision, "weights_sha256": run.weights},
         "data": run.data.record,
         "options": {name: value for name, value in vars(args).items() if name != "output_dir"},
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": str(run.accelerator.device),
         "num_processes": run.accelerator.num_processes,
     }
-    return result, paths, errors
-
-
-def store_in_place(pipeline: DDPMVLBPipeline, folder: Path) -> None:
-    """Replace a folder's scheduler configuration; what was there holds until the one rename that changes it."""
-    place = folder / "scheduler"
-    with tempfile.TemporaryDirectory(prefix=".scheduler-", dir=folder) as aside:
-        made = Path(aside, "made")
-        pipeline.scheduler.save_pretrained(made)
-        for file in sorted(made.glob("*.safetensors")):  # named by its content
-            os.replace(file, place / file.name)
-        kept = {file.name for file in place.glob("*.safetensors")} & {str(pipeline.scheduler.errors_file)}
-        os.replace(made / "scheduler_config.json", place / "scheduler_config.json")
-    for file in place.glob("x_0_mse-*.safetensors"):
-        if file.name not in kept:
-            file.unlink()
-
-
-def store(run: Optimization, result: dict[str, Any], paths: list[StoredPath], errors: SquaredErrors) -> Path:
-    """Write the checkpoint, the numbers and the picture."""
-    args, pipeline = run.args, run.pipeline
-    pipeline.scheduler.store_few_steps(paths, errors, args.reverse_variance)
-    source = Path(args.model)
-    folder = source if args.output_dir is None else Path(args.output_dir)
-    if args.output_dir is None:
-        store_in_place(pipeline, folder)
-        write_results(run, result, folder)
-        return folder
-    with tempfile.TemporaryDirectory(prefix=".few_steps-", dir=folder.parent) as aside:
-        made = Path(aside, "made")
-        pipeline.to("cpu").save_pretrained(made)
-        for name in COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, made / name)
-        write_results(run, result, made)
-        if folder.exists():  # empty, or of an earlier run
-            os.replace(folder, Path(aside, "before"))
-        os.replace(made, folder)
-    return folder
-
-
-def write_results(run: Optimization, result: dict[str, Any], folder: Path) -> None:
-    """Write few_steps.json and few_steps.png."""
-    plot([*result["rows"], *result["all_steps"]], folder / "few_steps.png", run.unit)
-    write_json(result, folder / "few_steps.json")
-
-
-def check_output(args: argparse.Namespace) -> None:
-    """Refuse what could not be written at the end."""
-    if args.output_dir is None:
-        if not Path(args.model).is_dir():
-            raise ValueError(f"--model {args.model} is on the Hub: say with --output_dir where the pipeline shall go.")
-        prepare_output_dir(Path(args.model))
-        return
-    folder = Path(args.output_dir)
-    if Path(args.model).is_dir() and folder.resolve() == Path(args.model).resolve():
-        raise ValueError("--output_dir is --model: leave it out to update the model in place.")
-    if folder.exists() and (
-        not folder.is_dir() or (any(folder.iterdir()) and not (folder / "few_steps.json").is_file())
-    ):
-        raise ValueError(f"--output_dir {folder} holds something else already: give a folder that is not there.")
-    prepare_output_dir(folder.resolve().parent)
+    return result, found
 
 
 def report(run: Optimization, result: dict[str, Any], folder: Path) -> None:
     """Print the table and what was stored."""
     print_table(result["all_steps"], run.unit)
     print_table(result["rows"], run.unit)
+    print_differences(result["rows"], run.unit)
     images = result["data"]["num_images"]
     print(
         f"\n{images} held-out images, every step a network call; paths and variances from {len(run.fitted)} images of"
@@ -397,10 +393,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
     run = Optimization(args, accelerator)
-    result, paths, errors = optimize(run)
+    result, found = optimize(run)
     if accelerator.is_main_process:
-        report(run, result, store(run, result, paths, errors))
+        run.pipeline.scheduler.store_few_steps(found.paths, found.errors, args.reverse_variance)
+        report(run, result, store(args, run.pipeline, result))
     accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process:
+        for left in run.partial.parent.glob(f"{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
     leave(accelerator)
     return result if accelerator.is_main_process else None
 

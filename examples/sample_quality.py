@@ -15,7 +15,6 @@ Sources: Heusel et al. 2017 (FID); Stein et al. 2023 (with DINOv2); Jayasumana e
 """
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import itertools
@@ -149,12 +148,13 @@ def load_part(args: argparse.Namespace, pipeline: Any, split: str, labelled: boo
             "column with `--label_column`, or a trained model with `--feature_model`."
         ) from error
     chosen = np.random.default_rng(0).permutation(len(data.scored))[:count].tolist()
-    batches = [data.batch(data.scored, chosen[i : i + 256]) for i in range(0, len(chosen), 256)]
-    x_0 = torch.cat([batch for batch, _ in batches])
-    levels = data.levels or 256
-    check_data(x_0, levels)
-    labels = torch.cat([told["class_labels"] for _, told in batches]) if labelled else torch.zeros(0)
-    return Part(to_bytes(x_0, levels), labels, len(data.scored), levels, data.record)
+    levels, images, labels = data.levels or 256, list[Tensor](), [torch.zeros(0)]
+    for start in range(0, len(chosen), 256):
+        x_0, told = data.batch(data.scored, chosen[start : start + 256])
+        check_data(x_0, levels)
+        images.append(to_bytes(x_0, levels))
+        labels += [told["class_labels"]] if labelled else []
+    return Part(torch.cat(images), torch.cat(labels[1:] or labels), len(data.scored), levels, data.record)
 
 
 class Comparison:
@@ -162,6 +162,7 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, folder: Path):
         self.args, self.accelerator, self.folder = args, accelerator, folder
+        self.walked: list[int] = []
         main_first(accelerator, self._load, "sample_quality.py", ValueError, OSError)
         self.pipeline.to(accelerator.device)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -171,9 +172,12 @@ class Comparison:
         args, small = self.args, self.args.feature_model is None
         self.pipeline: Any = load_pipeline(args)
         self._check_steps()
-        self.stored_errors = self.pipeline.scheduler.errors
-        for variance in dict.fromkeys(args.variance):  # refused now, not after the first samples
+        scheduler = self.pipeline.scheduler
+        self.stored = scheduler.optimal_paths, scheduler.errors, scheduler.config.get("reverse_variance", "network")
+        for variance in dict.fromkeys(args.variance):  # refused now, not after hours of samples
             self.take_variance(variance)
+            for spacing, steps in itertools.product(args.timestep_spacing, args.steps):
+                scheduler.set_timesteps(steps, timestep_spacing=None if spacing == "default" else spacing)
         labelled = small or self.pipeline.num_classes is not None
         limit = args.num_samples or MAX_SAMPLES
         scored = load_part(args, self.pipeline, args.split, labelled, max(limit, ENOUGH) if small else limit)
@@ -195,19 +199,29 @@ class Comparison:
 
     def take_variance(self, variance: str) -> None:
         """Let every chain have this variance, and the optimal paths be those that were found for it."""
+        scheduler, (paths, errors, reverse_variance) = self.pipeline.scheduler, self.stored
         if variance == "stored":
+            scheduler.store_few_steps(list(paths.values()), errors, reverse_variance)
             return
-        scheduler, errors = self.pipeline.scheduler, self.stored_errors
-        path = Path(self.args.model) / "few_steps.json"
         name = scheduler.config.variance_type.removesuffix("_log") if variance == "network" else variance
-        rows: list[dict[str, Any]] = []
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            rows = [row for row in json.loads(path.read_text())["rows"] if row["path"] == "optimal"]
-        own = [row for row in rows if row["variance"] == name]
-        paths = [StoredPath(tuple(row["timesteps"]), variance, row["decoder_shift"]) for row in own]
-        if "optimal" in self.args.timestep_spacing and not paths:
-            raise ValueError(f"--variance {variance}: no optimal path for it in {path}. Run optimize_timesteps.py.")
-        scheduler.store_few_steps(paths, errors, variance)
+        own = [row for row in self._optimal_rows() if row["variance"] == name]
+        found = [StoredPath(tuple(row["timesteps"]), variance, row["decoder_shift"]) for row in own]
+        scheduler.store_few_steps(found, errors, variance)
+
+    def _optimal_rows(self) -> list[dict[str, Any]]:
+        """The optimal paths of every variance, from the few_steps.json of these weights."""
+        path = Path(self.args.model) / "few_steps.json"
+        if not path.is_file():
+            return []
+        try:
+            content = json.loads(path.read_text())
+            rows, weights = content["rows"], content["model"]["weights_sha256"]
+            optimal = [row for row in rows if row["path"] == "optimal"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no file of optimize_timesteps.py: {error!r}.") from error
+        if weights != fingerprint_of(self.pipeline.unet):
+            raise ValueError(f"{path} is of other weights. Run optimize_timesteps.py again, or remove it.")
+        return optimal
 
     def _small_model(self, scored: Part) -> dict[str, Any]:
         """Train it, on the main process alone, or find it; not on fewer images where few samples are asked for."""
@@ -225,6 +239,7 @@ class Comparison:
         output = self.pipeline(
             len(positions), generator=generators, num_inference_steps=steps, output_type="pt", **options
         )
+        self.walked = self.pipeline.scheduler.timesteps.tolist()
         if not bool(output.images.isfinite().all()):
             raise FloatingPointError(f"NaN or infinity in samples of {steps} steps (spacing: {spacing}).")
         return to_bytes(output.images.cpu() * 2 - 1, self.test.levels)
@@ -269,7 +284,8 @@ def measure(run: Comparison) -> dict[str, Any]:
                 run.num_samples,
                 f"{steps} steps, {label}",
             )
-            results.append({"steps": steps, "spacing": spacing, "variance": variance, **distances(x)})
+            chain = {"steps": steps, "spacing": spacing, "variance": variance, "timesteps": run.walked}
+            results.append({**chain, **distances(x)})
             if run.accelerator.is_main_process:
                 few = min(len(made), len(shown))
                 plot_samples(made[:few] / 255, shown[:few] / 255, run.folder / f"samples-{steps}-{label}.png")

@@ -1,12 +1,15 @@
 """Optimal variances and stored paths through the reverse process, the scheduler, the pipeline and saved files."""
 
+import dataclasses
 import json
 import logging
 
 import analytic
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from safetensors.torch import load_file, save_file
 
 from ddpm_vlb import (
     DDPMVLBPipeline,
@@ -15,8 +18,10 @@ from ddpm_vlb import (
     ReverseProcess,
     SquaredErrors,
     StoredPath,
+    hybrid_loss,
     make_betas,
     spaced_timesteps,
+    vlb_loss,
     vlb_term,
 )
 from ddpm_vlb.respacing import ALL_SPACINGS, interpolate_log
@@ -408,37 +413,40 @@ def entry(**changes) -> list[dict]:
 
 def mse(**changes) -> dict:
     """A configuration's errors, with something wrong in them."""
-    return {"timesteps": [0, 19], "mean": [0.1, 0.5], "per_pixel": None} | changes
+    return {"timesteps": [0, 19], "mean": [0.1, 0.5], "per_pixel_file": None} | changes
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"optimal_steps": entry(timesteps=[18, 8, 2])}, "starts at timestep 18, but this chain's last is 19"),
-        ({"optimal_steps": entry(timesteps=[19, 8, 8])}, "strictly descending"),
-        ({"optimal_steps": entry(timesteps=[19, 8, -2])}, "must not go below 0"),
-        ({"optimal_steps": entry(timesteps=[19.0, 8, 2])}, "strictly descending integers"),
-        ({"optimal_steps": entry(timesteps=[])}, "strictly descending integers"),
-        ({"optimal_steps": entry(timesteps="19")}, "strictly descending integers"),
-        ({"optimal_steps": entry(variance="best")}, "`variance` must be one of"),
-        ({"optimal_steps": entry(decoder_shift=float("inf"))}, "`decoder_shift` must be a number"),
-        ({"optimal_steps": entry(decoder_shift=None)}, "`decoder_shift` must be a number"),
-        ({"optimal_steps": [{"timesteps": [19]}]}, "must have `timesteps`, `variance` and `decoder_shift`"),
-        ({"optimal_steps": [7]}, "must have `timesteps`, `variance` and `decoder_shift`"),
-        ({"optimal_steps": {"3": [19, 8, 2]}}, "must be a list of paths"),
-        ({"optimal_steps": entry() * 2}, "two paths of 3 steps"),
-        ({"x_0_mse": mse(timesteps=[0, 20])}, "reaches to timestep 20, but this chain has 20"),
+        ({"optimal_paths": entry(timesteps=[18, 8, 2])}, "starts at timestep 18, but this chain's last is 19"),
+        ({"optimal_paths": entry(timesteps=[19, 8, 8])}, "strictly descending"),
+        ({"optimal_paths": entry(timesteps=[19, 8, -2])}, "must not go below 0"),
+        ({"optimal_paths": entry(timesteps=[19.0, 8, 2])}, "strictly descending integers"),
+        ({"optimal_paths": entry(timesteps=[])}, "strictly descending integers"),
+        ({"optimal_paths": entry(timesteps="19")}, "strictly descending integers"),
+        ({"optimal_paths": entry(variance="best")}, "`variance` must be one of"),
+        ({"optimal_paths": entry(decoder_shift=float("inf"))}, "`decoder_shift` must be a number"),
+        ({"optimal_paths": entry(decoder_shift=None)}, "`decoder_shift` must be a number"),
+        ({"optimal_paths": [{"timesteps": [19]}]}, "must have `timesteps`, `variance` and `decoder_shift`"),
+        ({"optimal_paths": [7]}, "must have `timesteps`, `variance` and `decoder_shift`"),
+        ({"optimal_paths": {"3": [19, 8, 2]}}, "must be a list of paths"),
+        ({"optimal_paths": entry() * 2}, "two paths of 3 steps"),
+        ({"x_0_mse": mse(timesteps=[0, 20])}, "from timestep 0 to 20, but this chain from 0 to 19"),
+        ({"x_0_mse": mse(timesteps=[0, 18])}, "from timestep 0 to 18, but this chain from 0 to 19"),
+        ({"x_0_mse": mse(timesteps=[1, 19])}, "from timestep 1 to 19, but this chain from 0 to 19"),
+        ({"x_0_mse": mse(mean=[10**400, 1])}, "`mean` one of numbers"),
         ({"x_0_mse": mse(mean=[0.1])}, "a row for each of its 2 timesteps"),
         ({"x_0_mse": mse(mean=[0.1, -0.5])}, "positive and finite"),
-        ({"x_0_mse": mse(mean=[0.1, float("nan")])}, "positive and finite"),
+        ({"x_0_mse": mse(mean=[0.1, float("nan")])}, "`mean` one of numbers"),
         ({"x_0_mse": mse(timesteps=[19, 0])}, "strictly ascending"),
         ({"x_0_mse": mse(timesteps=[])}, "strictly ascending"),
         ({"x_0_mse": mse(timesteps=[0, 10**30])}, "must be a list of integers"),
         ({"x_0_mse": mse(mean=["a", "b"])}, "must be a list of integers and `mean` one of numbers"),
-        ({"x_0_mse": mse(per_pixel="../../secret.safetensors")}, "must be a file x_0_mse"),
-        ({"x_0_mse": mse(per_pixel=3)}, "must be a file x_0_mse"),
-        ({"x_0_mse": {"mean": []}}, "must have `timesteps`, `mean` and `per_pixel`"),
-        ({"x_0_mse": 0.5}, "must have `timesteps`, `mean` and `per_pixel`"),
+        ({"x_0_mse": mse(per_pixel_file="../../secret.safetensors")}, "must be named x_0_mse"),
+        ({"x_0_mse": mse(per_pixel_file=3)}, "must be named x_0_mse"),
+        ({"x_0_mse": {"mean": []}}, "must have `timesteps`, `mean` and `per_pixel_file`"),
+        ({"x_0_mse": 0.5}, "must have `timesteps`, `mean` and `per_pixel_file`"),
         ({"reverse_variance": "best"}, "`reverse_variance` must be one of"),
         ({"timestep_spacing": "quadratic"}, "`timestep_spacing` must be one of"),
         ({"timestep_spacing": "optimal"}, "`timestep_spacing` must be one of"),
@@ -459,7 +467,7 @@ def test_what_needs_errors_asks_for_them():
         own.store_few_steps(PATHS, errors(per_pixel=False))
     with pytest.raises(ValueError, match="starts at timestep 15"):
         own.store_few_steps([StoredPath((15, 3))])
-    assert own.optimal_paths == {} and "optimal_steps" not in own.config  # nothing is half stored
+    assert own.optimal_paths == {} and "optimal_paths" not in own.config  # nothing is half stored
     with pytest.raises(ValueError, match="'analytic' needs `x_0_mse`"):
         scheduler(reverse_variance="analytic").set_timesteps(5)
     from_config = DDPMVLBScheduler.from_config(stored().config)
@@ -594,41 +602,77 @@ def test_a_missing_file_is_said_when_loaded_and_when_needed(tmp_path, caplog):
         pipeline(1, num_inference_steps=5)
 
 
-@pytest.mark.parametrize("damage", ["cut", "shape", "timesteps", "values", "names"])
+@pytest.mark.parametrize("damage", ["cut", "rows", "scalar", "half", "names", "other"])
 def test_a_file_that_does_not_fit_is_refused(tmp_path, damage):
-    """Cut off, with other rows or timesteps than the configuration, or with values that are no errors."""
-    from safetensors.torch import load_file, save_file
-
+    """Cut off, with other rows, types or names than the configuration says, or with another content than its name."""
     own = save(tmp_path)
     file = tmp_path / "scheduler" / own.errors_file
-    tensors = load_file(file)
+    pixels = load_file(file)["x_0_mse"]
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-20])
     else:
-        changes = {
-            "shape": {"x_0_mse": tensors["x_0_mse"][:2]},
-            "timesteps": {"timesteps": tensors["timesteps"] + 1},
-            "values": {"x_0_mse": -tensors["x_0_mse"]},
-            "names": {"more": torch.ones(1)},
+        content = {
+            "rows": {"x_0_mse": pixels[:2].contiguous()},
+            "scalar": {"x_0_mse": torch.tensor(1.0)},
+            "half": {"x_0_mse": pixels.half()},
+            "names": {"x_0_mse": pixels, "more": torch.ones(1)},
+            "other": {"x_0_mse": pixels * 2},
         }[damage]
-        save_file(tensors | changes, file)
-    messages = {"cut": "is damaged", "shape": "a row for each", "values": "positive and finite"}
-    with pytest.raises(ValueError, match=messages.get(damage, "does not belong to this configuration")):
+        save_file(content, file)
+    messages = {"cut": "is damaged", "other": "its name is not that of its content"}
+    with pytest.raises(ValueError, match=messages.get(damage, "must hold a float32 tensor `x_0_mse` with a row for")):
         DDPMVLBPipeline.from_pretrained(tmp_path)
 
 
-def test_pixels_of_another_size_are_refused(tmp_path):
-    """At the first step that needs them, naming both shapes."""
+def test_what_cannot_be_saved_is_said(tmp_path, caplog):
+    """A scheduler from a configuration alone has no file to save; one that is saved twice leaves one file."""
+    own = stored()
+    logging.getLogger("diffusers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        DDPMVLBScheduler.from_config(own.config).save_pretrained(tmp_path)
+    assert f"{own.errors_file} is not saved" in caplog.text
+    for factor in (1, 2):
+        own.store_few_steps(PATHS, SquaredErrors(errors().timesteps, errors().mean, errors().per_pixel * factor))
+        own.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == [own.errors_file]
+
+
+def test_pixels_of_another_size_are_refused():
+    """When the pipeline is made, naming both shapes."""
     own = scheduler()
     own.store_few_steps(PATHS, SquaredErrors(errors().timesteps, errors().mean, torch.ones(4, 1, 6, 6)))
-    pipeline = DDPMVLBPipeline(unet(), own)
-    with pytest.raises(ValueError, match=r"\(1, 6, 6\), but got \(1, 4, 4\)"):
-        pipeline(1, num_inference_steps=5)
+    with pytest.raises(ValueError, match=r"shape \(1, 6, 6\), but the network makes \(1, 4, 4\)"):
+        DDPMVLBPipeline(unet(), own)
+
+
+@pytest.mark.parametrize("steps", [np.int64(5), np.int32(5)])
+def test_numbers_of_other_kinds(steps):
+    """A number of steps and a path's numbers may be numpy's."""
+    own = scheduler()
+    path = StoredPath([np.int64(19), 12, 6, 1, 0], "network", np.float32(0.5))
+    own.store_few_steps([path])
+    own.set_timesteps(steps)
+    assert own.timesteps.tolist() == [19, 12, 6, 1, 0] and path == StoredPath((19, 12, 6, 1, 0), "network", 0.5)
+    json.loads(own.to_json_string())
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_training_with_an_optimal_variance_is_refused(variance_type):
+    """It would leave the network's own variance untrained, without a word."""
+    own = scheduler(variance_type=variance_type)
+    own.store_few_steps([], errors(), "analytic")
+    reverse = own.reverse_process()
+    diffused = reverse.forward.diffuse(torch.zeros(2, 1, 4, 4), torch.tensor([3, 9]), torch.randn(2, 1, 4, 4))
+    output = torch.randn(2, 2, 4, 4)
+    for loss in (vlb_loss, hybrid_loss):
+        with pytest.raises(ValueError, match="would not be trained"):
+            loss(reverse, output, diffused)
+        loss(dataclasses.replace(reverse, x_0_mse=None), output, diffused)
 
 
 def test_a_plain_configuration_has_no_new_keys(tmp_path):
     """What is not stored is not written: stock takes the file without a word."""
     scheduler().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
-    assert not {"optimal_steps", "x_0_mse", "reverse_variance"} & set(saved)
+    assert not {"optimal_paths", "x_0_mse", "reverse_variance"} & set(saved)
     assert list(tmp_path.iterdir()) == [tmp_path / "scheduler_config.json"]

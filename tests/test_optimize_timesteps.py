@@ -6,11 +6,14 @@ the stored chain from the saved files with the same draws.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import few_steps
+import few_steps_files
 import optimize_timesteps
 import pytest
 import torch
@@ -30,7 +33,7 @@ from test_evaluate import (  # noqa: F401
 )
 from test_train import free_port
 
-from ddpm_vlb import DDPMVLBPipeline, spaced_timesteps
+from ddpm_vlb import DDPMVLBPipeline, StoredPath, VLBEstimator, spaced_timesteps
 
 ROOT = Path(__file__).parents[1]
 FEW = "--num_knots 8 --num_fit_images 40".split()
@@ -157,14 +160,108 @@ def test_stock_samples_it_as_before(base, models):  # noqa: F811
 
 
 def test_the_chosen_path_costs_least_in_training(base):
-    """Of the variances that can be stored; and the optimal path of each is not dearer than any even one there."""
+    """Of the variances that can be stored, by the expected costs of the table; and no even path is much cheaper."""
     _, result, _ = base
+    for steps in (1, 3, 6):
+        (kept,) = rows(result, num_inference_steps=steps, stored=True)
+        storable = [
+            row
+            for row in rows(result, num_inference_steps=steps, path="optimal")
+            if row["variance"] in ("learned_range", "analytic", "per_pixel")
+        ]
+        assert len(storable) == 3
+        assert kept["expected"] <= min(row["expected"] for row in storable) + 2e-3  # a simpler one where it is close
     for steps in (3, 6):
         for variance in ("learned_range", "analytic", "per_pixel", "fixed_small", "fixed_large"):
             (best,) = rows(result, num_inference_steps=steps, variance=variance, path="optimal")
             others = [row for row in rows(result, num_inference_steps=steps, variance=variance) if row is not best]
             slack = 4 * max(row["noise_se"] for row in [best, *others])
             assert best["bits_per_dim"] <= min(row["bits_per_dim"] for row in others) + slack
+
+
+def test_the_choice():
+    """The cheapest that is eligible; a simpler one where the gain is too small to matter; the one asked for."""
+
+    def candidate(variance, expected):
+        stored = StoredPath((T - 1, 2), variance) if variance != "fixed_large" else None
+        return few_steps.Candidate("optimal", variance, None, stored, expected)
+
+    every = [
+        candidate(*own) for own in [("network", 0.9), ("fixed_large", 0.1), ("per_pixel", 0.5), ("analytic", 0.7)]
+    ]
+    assert few_steps.chosen(every, "auto").variance == "per_pixel"
+    assert few_steps.chosen(every, "network").variance == "network"
+    close = [candidate("per_pixel", 0.5), candidate("analytic", 0.5004), candidate("network", 0.6)]
+    assert few_steps.chosen(close, "auto").variance == "analytic"
+
+
+def test_held_out_images_are_held_out(models, sets, tmp_path, monkeypatch):  # noqa: F811
+    """Paths and variances see training images alone, scores the others; both with noise of their own."""
+    fitted, scored = [], []
+
+    def collect(model, reverse, x_0, *args, **options):
+        fitted.append(x_0)
+        return whole(model, reverse, x_0, *args, **options)
+
+    def score(self, x_0, *args, **options):
+        scored.append(x_0)
+        return whole_score(self, x_0, *args, **options)
+
+    whole, whole_score = optimize_timesteps.collect_statistics, VLBEstimator.score
+    monkeypatch.setattr(optimize_timesteps, "collect_statistics", collect)
+    monkeypatch.setattr(VLBEstimator, "score", score)
+    where = ("--model", models["small"], "--output_dir", tmp_path / "few", *sets["grey"].options)
+    optimize(*where, *FEW, "--steps", 2)
+
+    def levels(images):
+        return {tuple(image.flatten().tolist()) for image in ((images + 1) * 127.5).round()}
+
+    assert levels(torch.cat(fitted)) == levels(sets["grey"].train)
+    assert levels(torch.cat(scored)) == levels(sets["grey"].test)
+    assert not levels(sets["grey"].train) & levels(sets["grey"].test)
+
+
+def test_differences_are_paired(base, sets, tmp_path, monkeypatch):  # noqa: F811
+    """Against the stored chain and against one variance for all pixels, with the spread of the images' differences."""
+    _, result, _ = base
+    (kept,) = rows(result, num_inference_steps=3, stored=True)
+    assert kept["against_stored"]["difference"] == 0
+    for row in rows(result, num_inference_steps=3):
+        gap = row["against_stored"]
+        assert gap["difference"] == pytest.approx(row["bits_per_dim"] - kept["bits_per_dim"], abs=1e-9)
+        assert (row["against_analytic"] is not None) == (row["variance"] == "per_pixel")
+    (other,) = rows(result, num_inference_steps=3, path="trailing", variance="fixed_large")
+    assert 0 < other["against_stored"]["se"] < 2 * (kept["image_se"] + other["image_se"])
+
+
+def test_a_run_that_was_stopped_goes_on(models, sets, tmp_path, monkeypatch):  # noqa: F811
+    """The scores of its chains are kept: the second run makes fewer calls and ends with the same numbers."""
+    where = ("--model", models["small"], *sets["grey"].options, *FEW, "--steps", 2, 3)
+    scored, calls, whole = [], [], VLBEstimator.score
+
+    def count(self, x_0, positions, *args, **options):
+        calls.append(len(positions) * self.calls_per_image)
+        return whole(self, x_0, positions, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VLBEstimator, "score", count)
+        straight = optimize(*where, "--output_dir", tmp_path / "straight")
+
+    def score(self, x_0, positions, *args, **options):
+        if len(scored) == 5:
+            raise KeyboardInterrupt
+        scored.append(len(positions) * self.calls_per_image)
+        return whole(self, x_0, positions, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VLBEstimator, "score", score)
+        with pytest.raises(KeyboardInterrupt):
+            optimize(*where, "--output_dir", tmp_path / "stopped")
+        first, scored[:] = sum(scored), [0] * 6
+        again = optimize(*where, "--output_dir", tmp_path / "stopped")
+    assert first > 0 and again["rows"] == straight["rows"]
+    assert sum(scored[6:]) == sum(calls) - first
+    assert not [path for path in (tmp_path / "stopped").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
@@ -241,14 +338,14 @@ def test_killed_while_it_is_stored(optimized, models, monkeypatch, at):  # noqa:
     monkeypatch.setattr(os, "replace", rename)
     if at < 2:
         with pytest.raises(Killed):
-            optimize_timesteps.store_in_place(pipeline, folder)
+            few_steps_files.store_in_place(pipeline, folder)
     else:
-        optimize_timesteps.store_in_place(pipeline, folder)
+        few_steps_files.store_in_place(pipeline, folder)
     monkeypatch.undo()
     found = DDPMVLBPipeline.from_pretrained(folder).scheduler
     assert found.optimal_paths == (old if at < 2 else new)
     assert torch.equal(found.errors.per_pixel, (errors if at < 2 else changed).per_pixel)
-    optimize_timesteps.store_in_place(pipeline, folder)
+    few_steps_files.store_in_place(pipeline, folder)
     assert DDPMVLBPipeline.from_pretrained(folder).scheduler.optimal_paths == new
 
 
@@ -260,7 +357,9 @@ def test_killed_while_it_is_stored(optimized, models, monkeypatch, at):  # noqa:
         ("--steps 2 --num_fit_images 20 --reverse_variance per_pixel", "at least 32 training images"),
         ("--steps 2 --split nothing", "no split 'nothing'"),
         ("--steps 2 --output_dir {model}", "--output_dir is --model"),
-        ("--steps 2 --output_dir {used}", "holds something else already"),
+        ("--steps 2 --output_dir {used}", "holds something else already (thesis.tex)"),
+        ("--steps 2 --output_dir {trained}", "holds something else already (checkpoint-10)"),
+        ("--steps 2 --split train", "--split train leaves only 'test'"),
         ("--steps 2 --model nobody", "--model nobody is on the Hub: say with --output_dir"),
         ("--steps 2 --model nobody --output_dir {new}", "no such folder, and it is no Hub name"),
     ],
@@ -270,23 +369,33 @@ def test_bad_input_is_refused(models, sets, tmp_path, options, message):  # noqa
     shutil.copytree(models["small"], tmp_path / "model")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("")
+    (tmp_path / "trained" / "checkpoint-10").mkdir(parents=True)
+    (tmp_path / "trained" / "few_steps.json").write_text("{}")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    places = {"model": tmp_path / "model", "used": tmp_path / "used", "new": tmp_path / "new"}
+    places = {name: tmp_path / name for name in ("model", "used", "trained", "new")}
     where = ("--model", tmp_path / "model", *sets["grey"].options)
-    with pytest.raises((ValueError, OSError), match=message.replace(".", r"\.")):
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
         optimize(*where, *FEW, *options.format(**places).split())
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("options", ["--steps 0", "--steps -3", "--steps 2.5", "--steps", "--steps 2 --variance best"])
+BAD_OPTIONS = """
+    --steps 0
+    --steps -3
+    --steps 2.5
+    --steps
+    --steps 2 --variance best
+    --steps 2 --num_knots 1
+"""
+
+
+@pytest.mark.parametrize("options", [line.strip() for line in BAD_OPTIONS.strip().splitlines()])
 def test_bad_options_are_refused(capsys, options):
     """By the command line itself, naming the option."""
     with pytest.raises(SystemExit) as stop:
         optimize("--model", "M", *options.split())
-    assert (
-        stop.value.code == 2
-        and f"argument {options.split()[-2 if 'best' in options else 0]}" in capsys.readouterr().err
-    )
+    name = options.split()[2] if len(options.split()) > 2 else "--steps"
+    assert stop.value.code == 2 and f"argument {name}" in capsys.readouterr().err
 
 
 def test_few_images_are_said(optimized, capsys):
@@ -294,6 +403,18 @@ def test_few_images_are_said(optimized, capsys):
     _, result = optimized("small", "grey", "--steps", 2, "--num_fit_images", 20)
     assert "per_pixel" not in {row["variance"] for row in result["rows"]} and result["pseudo_images"] is None
     assert "Only 20 training images: no variances of each pixel below 32" in capsys.readouterr().out
+
+
+def test_an_earlier_result_may_be_replaced(base, models, sets, tmp_path):  # noqa: F811
+    """The same --output_dir again: the new pipeline, whole, and nothing of the old one beside it."""
+    folder = tmp_path / "few"
+    shutil.copytree(base[0], folder)
+    where = ("--model", models["range"], *sets["grey"].options, *FEW, "--output_dir", folder)
+    optimize(*where, "--steps", 2, "--num_images", 4, "--variance", "per_pixel")
+    scheduler = DDPMVLBPipeline.from_pretrained(folder).scheduler
+    assert list(scheduler.optimal_paths) == [2]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in base[0].iterdir()}
+    assert len(list((folder / "scheduler").iterdir())) == 2
 
 
 def test_a_network_that_breaks_leaves_the_model_alone(models, sets, tmp_path, monkeypatch):  # noqa: F811

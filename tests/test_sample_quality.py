@@ -24,6 +24,7 @@ from feature_distances import compare, frechet_distance, kernel_distance, median
 from features import FeatureModel, quiet
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import pdist
+from scoring import fingerprint_of
 from test_evaluate import T, launcher, network, ours, stock, strict_json
 from test_scoring_data import write_arrays, write_images
 
@@ -426,7 +427,7 @@ def few_steps(models, tmp_path):
     pipeline = DDPMVLBPipeline.from_pretrained(models["grey"])
     steps = torch.tensor([0, T - 1])
     errors = SquaredErrors(steps, torch.tensor([0.1, 0.9], dtype=torch.float64), torch.rand(2, 1, 8, 8) + 0.1)
-    pipeline.scheduler.store_few_steps([StoredPath((T - 1, 5))], errors)
+    pipeline.scheduler.store_few_steps([StoredPath((T - 1, 5)), StoredPath((T - 1, 14, 6, 1))], errors)
     pipeline.save_pretrained(folder)
     paths = {"fixed_small": [[19, 3], [19, 8, 3, 0]], "per_pixel": [[19, 7], [19, 9, 4, 2]]}
     rows = [
@@ -434,7 +435,8 @@ def few_steps(models, tmp_path):
         for name, own in paths.items()
         for path in own
     ]
-    (folder / "few_steps.json").write_text(json.dumps({"rows": rows}))
+    weights = fingerprint_of(pipeline.unet)
+    (folder / "few_steps.json").write_text(json.dumps({"rows": rows, "model": {"weights_sha256": weights}}))
     return folder, paths
 
 
@@ -445,20 +447,22 @@ def test_variances(monkeypatch, go, few_steps, tmp_path):
 
     def record(self, *args, **options):
         original(self, *args, **options)
-        walked.append((self.timesteps.tolist(), self.reverse_process(num_inference_steps=2).x_0_mse is not None))
+        walked.append(
+            (tuple(self.timesteps.tolist()), self.reverse_process(num_inference_steps=2).x_0_mse is not None)
+        )
 
     original = DDPMVLBScheduler.set_timesteps
     monkeypatch.setattr(DDPMVLBScheduler, "set_timesteps", record)
-    options = ("--timestep_spacing", "optimal", "leading", "--variance", "network", "per_pixel")
-    content = go(folder, "grey", *options)
-    even = [[10, 0], [15, 10, 5, 0]]
-    expected = [*paths["fixed_small"], *even, *paths["per_pixel"], *even]
-    assert [steps for steps, _ in dict.fromkeys((tuple(steps), own) for steps, own in walked)] == [
-        tuple(steps) for steps in expected
-    ]
-    assert all(own == (i >= len(walked) // 2) for i, (_, own) in enumerate(walked))
+    variances = ("network", "stored", "per_pixel")
+    content = go(folder, "grey", "--timestep_spacing", "optimal", "leading", "--variance", *variances)
+    even, kept = [[10, 0], [15, 10, 5, 0]], [[T - 1, 5], [T - 1, 14, 6, 1]]
+    expected = [*paths["fixed_small"], *even, *kept, *even, *paths["per_pixel"], *even]
+    assert [row["timesteps"] for row in content["results"]] == expected
+    chains = {(steps, own) for steps, own in walked}
+    assert {own for steps, own in chains if list(steps) in paths["per_pixel"]} == {True}
+    assert {own for steps, own in chains if list(steps) in paths["fixed_small"] + kept} == {False}
     rows = [(row["variance"], row["spacing"]) for row in content["results"][::2]]
-    assert rows == [("network", "optimal"), ("network", "leading"), ("per_pixel", "optimal"), ("per_pixel", "leading")]
+    assert rows == [(variance, spacing) for variance in variances for spacing in ("optimal", "leading")]
     assert (tmp_path / "run" / "samples-2-optimal-per_pixel.png").is_file()
 
 
@@ -466,8 +470,15 @@ def test_variances_that_are_not_there(go, few_steps):
     """Optimal variances of a checkpoint without errors, and paths that no table has."""
     with pytest.raises(ValueError, match="'analytic' needs `x_0_mse`"):
         go("grey", "grey", "--variance", "analytic")
-    with pytest.raises(ValueError, match="--variance analytic: no optimal path for it in .*few_steps.json"):
-        go(few_steps[0], "grey", "--variance", "analytic", "--timestep_spacing", "optimal")
+    folder, _ = few_steps
+    with pytest.raises(ValueError, match="No path of 2 steps is stored"):
+        go(folder, "grey", "--variance", "analytic", "--timestep_spacing", "optimal")
+    with pytest.raises(ValueError, match="No path of 7 steps is stored"):
+        go(folder, "grey", "--timestep_spacing", "leading", "optimal", "--steps", 2, 7)
+    table = json.loads((folder / "few_steps.json").read_text())
+    (folder / "few_steps.json").write_text(json.dumps(table | {"model": {"weights_sha256": "another"}}))
+    with pytest.raises(ValueError, match="few_steps.json is of other weights"):
+        go(folder, "grey", "--variance", "network")
 
 
 def test_the_small_feature_model(go, tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ddpm_vlb import (
+    DiagonalGaussian,
     ForwardProcess,
     ReverseProcess,
     collect_statistics,
@@ -45,7 +46,7 @@ def gathered(variance_type="fixed_small", images=40, levels=LEVELS, knots=EVERY,
     reverse = analytic.process(levels, variance_type=variance_type, **options)
     model, x_0 = network(reverse), analytic.images(images, levels=levels)
     noise = torch.randn(T, *x_0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    statistics = collect_statistics(model, reverse, x_0, knots, noise=noise[knots], decoder_images=images)
+    statistics = collect_statistics(model, reverse, x_0, knots, noise=noise[knots], decoder_dims=16)
     return reverse, model, x_0, noise, statistics
 
 
@@ -143,7 +144,7 @@ def test_errors_converge_to_the_closed_form():
     def model(x_t, timesteps):
         return gain * x_t
 
-    statistics = collect_statistics(model, reverse, x_0, EVERY, decoder_images=4)
+    statistics = collect_statistics(model, reverse, x_0, EVERY, decoder_dims=4)
     abar = reverse.forward.alphas_cumprod
     expected = (1 - gain * abar.sqrt()).square() * 0.05**2 + gain**2 * (1 - abar)
     standard_error = expected * math.sqrt(2 / x_0.numel())
@@ -164,35 +165,44 @@ def test_the_decoder_s_variance_is_searched():
         assert best <= min(cost(float(costs.shift[t]) + d) for d in (-2, -0.5, -0.1, 0.1, 0.5, 2)) + 1e-6
 
 
+def model_x_0(model, reverse, x_0, noise, t):
+    """The network's x_0_hat at one step."""
+    diffused = reverse.forward.diffuse(x_0, torch.full((len(x_0),), t), noise)
+    return model(diffused.x_t, diffused.t)
+
+
 def test_crossfitting_prices_the_other_half():
     """Each half's errors, priced on the other, by the reverse process itself."""
     reverse, model, x_0, noise, statistics = gathered()
     path, halves = [1, 4, 11], (slice(0, None, 2), slice(1, None, 2))
-    total = 0.0
+    costs, total = step_costs(statistics, reverse, "analytic"), 0.0
     for half in (0, 1):
         fitted = statistics.curve(half)[path]
         p = ReverseProcess(reverse.forward.respace(path), "sample", clip_sample=False, levels=LEVELS, x_0_mse=fitted)
         others = halves[1 - half]
         terms = evaluate_vlb(model, p, x_0[others], noise[path][:, others]).terms[:, 1:]
         total += float(terms.sum(1).mean()) / x_0[0].numel() / 2
-    assert crossfitted_cost(statistics, reverse, "analytic", path) == pytest.approx(total, rel=1e-9)
-    assert crossfitted_cost(statistics, reverse, "analytic", [11]) == 0.0
-    own = step_costs(statistics, reverse, "per_pixel").transitions
-    assert crossfitted_cost(statistics, reverse, "per_pixel", path) > float(own[4, 1] + own[11, 4])
+        m = statistics.curve(half)[1] * costs.shift[1].exp()
+        p = DiagonalGaussian(model_x_0(model, reverse, x_0[others], noise[1][others], 1), m.log())
+        total -= float(p.discretized_log_prob(x_0[others], LEVELS).mean()) / 2
+    assert crossfitted_cost(statistics, reverse, "analytic", path, costs) == pytest.approx(total, rel=1e-5)
+    own = step_costs(statistics, reverse, "per_pixel")
+    in_sample = float(own.transitions[4, 1] + own.transitions[11, 4] + own.decoder[1])
+    assert crossfitted_cost(statistics, reverse, "per_pixel", path, own) > in_sample
 
 
 def test_parts_add_up():
     """The statistics of all images are those of their parts, whatever the size of the network's calls."""
     reverse, model = analytic.process(LEVELS, variance_type="learned_range"), None
     model, x_0 = network(reverse), analytic.images(10, levels=LEVELS)
-    whole = collect_statistics(model, reverse, x_0, EVERY, seed=5, decoder_images=4)
+    whole = collect_statistics(model, reverse, x_0, EVERY, seed=5, decoder_dims=4)
     parts = [
-        collect_statistics(model, reverse, x_0[own], EVERY, own, 5, decoder_images=4, values_per_call=50)
+        collect_statistics(model, reverse, x_0[own], EVERY, own, 5, decoder_dims=4, values_per_call=50)
         for own in ([0, 1, 2], [3, 4, 5, 6, 7, 8], [9])
     ]
     merged = parts[0].merge(parts[1]).merge(parts[2])
     assert merged.images.tolist() == whole.images.tolist() == [5, 5]
-    for name in ("squared", "learned", "samples"):
+    for name in ("squared", "learned", "samples", "dims", "halves"):
         torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-12, atol=1e-14)
 
 
@@ -220,12 +230,46 @@ def test_knots_are_enough():
     assert costs[1] == pytest.approx(costs[0], rel=0.02)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_the_weight_of_the_mean(same):
+    """Pixels that have one error in truth are drawn to their mean altogether; very unequal ones hardly."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.ones(1, 8, 8) if same else torch.logspace(-2, 1, 64).reshape(1, 8, 8)
+    reverse = analytic.process(None, dtype=torch.float64)
+    x_0 = (0.02 * scale * torch.randn(200, 1, 8, 8, generator=generator)).double().clamp(-1, 1)
+    statistics = collect_statistics(lambda x_t, t: torch.zeros_like(x_t), reverse, x_0, EVERY)
+    weight = statistics.pseudo_images
+    assert weight >= 500 if same else weight <= 8
+    shrunk, mean = statistics.shrunk(weight).flatten(1), statistics.curve()[:, None]
+    spread = ((shrunk - mean).abs() / mean).max()
+    assert spread < 0.3 if same else spread > 3
+
+
+def test_a_few_dimensions_speak_for_all():
+    """The decoder's cost from 3 of 16 dimensions of each image is within 4 SE of that from all, at every step."""
+    reverse, model = analytic.process(LEVELS), None
+    model, x_0 = network(reverse), analytic.images(400, levels=LEVELS)
+    few, whole = (
+        step_costs(collect_statistics(model, reverse, x_0, EVERY, decoder_dims=dims), reverse, "analytic")
+        for dims in (3, 16)
+    )
+    # Of -log p, which spreads by less than 2 nats; the shift is searched in each.
+    assert bool(((few.decoder - whole.decoder).abs() < 4 * 2 / math.sqrt(400 * 3)).all())
+    assert not torch.equal(few.decoder, whole.decoder)
+
+
 def test_bad_input():
     """Too few images for each pixel, data off its levels, and a network that puts out NaN."""
     reverse, model, x_0, noise, statistics = gathered(images=MIN_IMAGES - 1)
     with pytest.raises(ValueError, match=f"at least {MIN_IMAGES} images, but there are {MIN_IMAGES - 1}"):
         statistics.errors(reverse.forward)
     assert statistics.errors(reverse.forward, per_pixel=False).per_pixel is None
+    with pytest.raises(ValueError, match="One half of the images is empty"):
+        step_costs(collect_statistics(model, reverse, x_0[:4], EVERY, [0, 2, 4, 6]), reverse, "per_pixel")
+    with pytest.raises(ValueError, match="the statistics of other steps"):
+        statistics.merge(collect_statistics(model, reverse, x_0[:4], EVERY[1:]))
+    with pytest.raises(ValueError, match="`number` must be at least 2"):
+        spread_knots(reverse.forward, 1)
     with pytest.raises(ValueError, match="levels"):
         collect_statistics(model, reverse, x_0 + 0.01, EVERY)
     with pytest.raises(FloatingPointError, match="index t=3, image 7"):

@@ -106,10 +106,12 @@ def vlb_loss(reverse: ReverseProcess, model_output: Tensor, diffused: Diffused, 
         freeze_mean: train the variance only, as the second term of L_hybrid does.
 
     Raises:
-        ValueError: the output has the wrong number of channels for the variance type.
+        ValueError: the output has the wrong number of channels for the variance type, or an optimal variance stands in
+            the place of the learned one.
 
     Source: Nichol & Dhariwal 2021, section 3.3, eq. 18; section 3.1 for the frozen mean.
     """
+    _check_trains_its_variance(reverse)
     mean_output, variance_output = reverse.split(model_output, diffused.x_t)
     diffused = _promoted(diffused)
     error = reverse.target(diffused) - (mean_output.detach() if freeze_mean else mean_output)
@@ -133,7 +135,8 @@ def hybrid_loss(
         snr_gamma: gamma of min-SNR weighting of L_simple, positive; None weights all steps alike.
 
     Raises:
-        ValueError: the variance is not learned (then L_vlb would train nothing), or the channels are wrong.
+        ValueError: the variance is not learned, or an optimal one stands in its place (then L_vlb would train
+            nothing), or the channels are wrong.
 
     Source: Nichol & Dhariwal 2021, eq. 16.
     """
@@ -142,11 +145,20 @@ def hybrid_loss(
             f"`hybrid_loss` trains the variance, but `variance_type={reverse.variance_type!r}` has none to train. Use "
             "`variance_type='learned_range'` with `out_channels=2 * C`, or `simple_loss`."
         )
+    _check_trains_its_variance(reverse)
     mean_output, variance_output = reverse.split(model_output, diffused.x_t)
     diffused = _promoted(diffused)
     error = reverse.target(diffused) - mean_output
     simple = _mean_square(error) * _min_snr_weight(reverse, diffused.t, error, snr_gamma)
     return simple + vlb_weight * _scaled_term(reverse, error.detach(), variance_output, diffused)
+
+
+def _check_trains_its_variance(reverse: ReverseProcess) -> None:
+    if reverse.learns_variance and reverse.x_0_mse is not None:
+        raise ValueError(
+            "This process has an optimal variance in place of the learned one, which would not be trained. Train with "
+            "`dataclasses.replace(reverse, x_0_mse=None)`."
+        )
 
 
 def _promoted(diffused: Diffused) -> Diffused:

@@ -84,6 +84,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
         super().__init__()
         if type(scheduler) is DDPMScheduler:
             scheduler = DDPMVLBScheduler.from_config(scheduler.config)
+        _check_variances(unet, scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @classmethod
@@ -476,6 +477,21 @@ class DDPMVLBPipeline(DiffusionPipeline):
         if self.portable:
             index["_class_name"] = "DDPMPipeline"
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _check_variances(unet: Any, scheduler: SchedulerMixin) -> None:
+    """Refuse stored variances of each pixel that are not those of this network's images."""
+    errors = scheduler.errors if isinstance(scheduler, DDPMVLBScheduler) else None
+    size = unet.config.get("sample_size")
+    if errors is None or errors.per_pixel is None or size is None:
+        return
+    shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    if tuple(errors.per_pixel.shape[1:]) != shape:
+        raise ValueError(
+            f"The scheduler's variances of each pixel are for images of shape {tuple(errors.per_pixel.shape[1:])}, "
+            f"but the network makes {shape}: they were made for another network. Make them anew with "
+            "examples/optimize_timesteps.py."
+        )
 
 
 @contextmanager

@@ -109,7 +109,8 @@ class StoredPath:
 
     def __post_init__(self) -> None:
         steps, shift = self.timesteps, self.decoder_shift
-        if not steps or any(type(t) is not int for t in steps) or any(b >= a for a, b in zip(steps, steps[1:])):
+        whole = isinstance(steps, Sequence) and all(isinstance(t, Integral) and type(t) is not bool for t in steps)
+        if not whole or not steps or any(b >= a for a, b in zip(steps, steps[1:])):
             raise ValueError(f"A path's `timesteps` must be strictly descending integers, but are {steps!r:.80}.")
         if steps[-1] < 0:
             raise ValueError(f"A path's `timesteps` must not go below 0, but end at {steps[-1]}.")
@@ -117,6 +118,8 @@ class StoredPath:
             raise ValueError(f"A path's `variance` must be one of {list(VARIANCES)}, but is {self.variance!r:.80}.")
         if isinstance(shift, bool) or not isinstance(shift, Real) or not abs(shift) < 1e3:
             raise ValueError(f"A path's `decoder_shift` must be a number below 1000, but is {shift!r:.80}.")
+        object.__setattr__(self, "timesteps", tuple(int(t) for t in steps))
+        object.__setattr__(self, "decoder_shift", float(shift))
 
     def to_config(self) -> dict[str, Any]:
         """For a configuration."""
@@ -127,7 +130,7 @@ def stored_paths(entries: Any, last: int) -> dict[int, StoredPath]:
     """The paths of a configuration, by their number of steps.
 
     Args:
-        entries: what stands under `optimal_steps`: None, or a list of `StoredPath.to_config`.
+        entries: what stands under `optimal_paths`: None, or a list of `StoredPath.to_config`.
         last: the timestep that each must start from, the chain's last that can be visited.
 
     Raises:
@@ -137,23 +140,22 @@ def stored_paths(entries: Any, last: int) -> dict[int, StoredPath]:
         return {}
     paths: dict[int, StoredPath] = {}
     if not isinstance(entries, (list, tuple)):
-        raise ValueError(f"`optimal_steps` must be a list of paths, but is {entries!r:.80}.")
+        raise ValueError(f"`optimal_paths` must be a list of paths, but is {entries!r:.80}.")
     for entry in entries:
         if not isinstance(entry, dict) or set(entry) != {"timesteps", "variance", "decoder_shift"}:
             raise ValueError(
-                "Each path of `optimal_steps` must have `timesteps`, `variance` and `decoder_shift`, but one is "
+                "Each path of `optimal_paths` must have `timesteps`, `variance` and `decoder_shift`, but one is "
                 f"{entry!r:.80}."
             )
-        steps = entry["timesteps"]
-        entry = {**entry, "timesteps": tuple(steps) if isinstance(steps, (list, tuple)) else ()}
-        path = StoredPath(**entry)
+        steps = entry["timesteps"] if isinstance(entry["timesteps"], (list, tuple)) else ()
+        path = StoredPath(tuple(steps), entry["variance"], entry["decoder_shift"])
         if path.timesteps[0] != last:
             raise ValueError(
-                f"A path of `optimal_steps` starts at timestep {path.timesteps[0]}, but this chain's last is {last}: "
+                f"A path of `optimal_paths` starts at timestep {path.timesteps[0]}, but this chain's last is {last}: "
                 "it was made for another chain. Make it anew with examples/optimize_timesteps.py."
             )
         if len(path.timesteps) in paths:
-            raise ValueError(f"`optimal_steps` holds two paths of {len(path.timesteps)} steps.")
+            raise ValueError(f"`optimal_paths` holds two paths of {len(path.timesteps)} steps.")
         paths[len(path.timesteps)] = path
     return paths
 
@@ -231,20 +233,21 @@ def stored_errors(entry: Any) -> tuple[SquaredErrors | None, str | None]:
     """The errors that a configuration holds, and the name of the file with those of each pixel.
 
     Args:
-        entry: what stands under `x_0_mse`: None, or a dict of `timesteps`, `mean` and `per_pixel`.
+        entry: what stands under `x_0_mse`: None, or a dict of `timesteps`, `mean` and `per_pixel_file`.
 
     Raises:
         ValueError: no such dict, or a file name that is not one of ours.
     """
     if entry is None:
         return None, None
-    if not isinstance(entry, dict) or set(entry) != {"timesteps", "mean", "per_pixel"}:
-        raise ValueError(f"`x_0_mse` must have `timesteps`, `mean` and `per_pixel`, but is {entry!r:.80}.")
-    steps, mean, file = (entry[name] for name in ("timesteps", "mean", "per_pixel"))
+    if not isinstance(entry, dict) or set(entry) != {"timesteps", "mean", "per_pixel_file"}:
+        raise ValueError(f"`x_0_mse` must have `timesteps`, `mean` and `per_pixel_file`, but is {entry!r:.80}.")
+    steps, mean, file = (entry[name] for name in ("timesteps", "mean", "per_pixel_file"))
     if file is not None and not (isinstance(file, str) and _ERRORS_FILE.fullmatch(file)):
-        raise ValueError(f"`x_0_mse`'s `per_pixel` must be a file x_0_mse-*.safetensors, but is {file!r:.80}.")
+        raise ValueError(f"`x_0_mse`'s `per_pixel_file` must be named x_0_mse-*.safetensors, but is {file!r:.80}.")
     whole = isinstance(steps, (list, tuple)) and all(type(t) is int and abs(t) < 2**31 for t in steps)
-    numbers = isinstance(mean, (list, tuple)) and all(type(m) in (int, float) for m in mean)
+    # A larger integer is no float.
+    numbers = isinstance(mean, (list, tuple)) and all(type(m) in (int, float) and abs(m) < 1e300 for m in mean)
     if not whole or not numbers:
-        raise ValueError("`x_0_mse`'s `timesteps` must be a list of integers and `mean` one of numbers.")
+        raise ValueError("`x_0_mse`'s `timesteps` must be a list of integers and `mean` one of numbers, all finite.")
     return SquaredErrors(torch.tensor(steps, dtype=torch.int64), torch.tensor(mean, dtype=torch.float64)), file

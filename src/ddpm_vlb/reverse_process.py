@@ -246,7 +246,7 @@ class ReverseProcess:
         if decoder_shift is not None:
             row = Coefficients(*self._table[int(chosen[0])].unbind())
             own = row.log_variance_offset if self._log_variance is None else self._log_variance[int(chosen[0])]
-            first, slope = own.double().cpu() + decoder_shift, float(row.variance_slope)
+            first, slope = own.cpu().double() + decoder_shift, float(row.variance_slope)
         elif int(chosen[0]) > 0:
             first, slope = None, 0.0
         return replace(self, forward=forward, x_0_mse=m, decoder_log_variance=first, decoder_slope=slope)

@@ -23,8 +23,8 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .distributions import promote_half
@@ -50,7 +50,7 @@ _INDEX_IS_OURS: ContextVar[bool] = ContextVar("_INDEX_IS_OURS", default=False)
 _OWN_DEFAULTS: dict[str, Any] = {
     "levels": 256,
     "reverse_variance": "network",
-    "optimal_steps": None,
+    "optimal_paths": None,
     "x_0_mse": None,
 }
 _DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -153,9 +153,9 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             stock schedulers, and saved only where they are not at these defaults.
         reverse_variance: "network" (what `variance_type` says), or the optimal variance in its place, with one value
             for each step, "analytic", or for each step and dimension, "per_pixel".
-        optimal_steps: paths of few steps, each a dict as of `StoredPath.to_config`; see `set_timesteps`.
+        optimal_paths: paths of few steps, each a dict as of `StoredPath.to_config`; see `set_timesteps`.
         x_0_mse: the errors that the optimal variances come from: `timesteps`, `mean`, and the name of the file beside
-            the configuration with those of each pixel, `per_pixel`, or None. `store_few_steps` makes these entries.
+            the configuration with those of each pixel, `per_pixel_file`, or None. `store_few_steps` writes these keys.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type, betas that are no schedule, an impossible number, or
@@ -187,7 +187,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         levels: int | None = 256,
         reverse_variance: str = "network",
-        optimal_steps: Sequence[dict[str, Any]] | None = None,
+        optimal_paths: Sequence[dict[str, Any]] | None = None,
         x_0_mse: dict[str, Any] | None = None,
     ):
         _check_types(self.config)
@@ -228,7 +228,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         self._blind = len(betas) - 1 if last_is_blind and len(betas) > 1 else None
         seen = self._forward if self._blind is None else self._forward.respace(list(range(self._blind)))
         self._training = self._reverse_of(seen)
-        self._paths = stored_paths(optimal_steps, len(seen) - 1)
+        self._paths = stored_paths(optimal_paths, len(seen) - 1)
         self._errors, self._errors_file = stored_errors(x_0_mse)
         self._check_errors()
         self.variance_type = variance_type
@@ -284,8 +284,14 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         if self._errors is not None and self._errors.per_pixel is not None:
             assert self._errors_file is not None
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            tensors = {"timesteps": self._errors.timesteps, "x_0_mse": self._errors.per_pixel.contiguous()}
-            save_file(tensors, Path(save_directory, self._errors_file))
+            for stale in Path(save_directory).glob("x_0_mse-*.safetensors"):
+                stale.unlink()
+            save_file({"x_0_mse": self._errors.per_pixel.contiguous()}, Path(save_directory, self._errors_file))
+        elif self._errors_file is not None:
+            logger.warning(
+                f"{self._errors_file} is not saved: this scheduler was made from a configuration alone, or the file "
+                "was missing. The variances of each pixel cannot be used until it lies beside the configuration."
+            )
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
@@ -323,19 +329,24 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         try:
             if not Path(root).is_dir():
                 path = Path(hf_hub_download(root, self._errors_file, subfolder=subfolder, **where))
-            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                # Before anything is read: who made the file is not known.
+                entry = file.get_slice("x_0_mse") if list(file.keys()) == ["x_0_mse"] else None
+                shape = [] if entry is None else entry.get_shape()
+                if entry is None or entry.get_dtype() != "F32" or len(shape) < 2 or shape[0] != len(self._errors.mean):
+                    raise ValueError(
+                        f"{path} does not belong to this configuration: it must hold a float32 tensor `x_0_mse` with "
+                        f"a row for each of its {len(self._errors.mean)} timesteps."
+                    )
+                pixels = file.get_tensor("x_0_mse")
         except (FileNotFoundError, EntryNotFoundError):
             logger.warning(f"{path} is missing: the variances of each pixel cannot be used until it is there.")
             return
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}.") from error
-        if (
-            set(tensors) != {"timesteps", "x_0_mse"}
-            or tensors["timesteps"].tolist() != self._errors.timesteps.tolist()
-        ):
-            raise ValueError(f"{path} does not belong to this configuration: its timesteps are others.")
-        self._errors = replace(self._errors, per_pixel=tensors["x_0_mse"])
-        self._check_errors()
+        if _file_of(pixels) != self._errors_file:
+            raise ValueError(f"{path} is damaged or another: its name is not that of its content.")
+        self._errors = replace(self._errors, per_pixel=pixels)
 
     def store_few_steps(
         self,
@@ -343,7 +354,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         errors: SquaredErrors | None = None,
         reverse_variance: str = "network",
     ) -> None:
-        """Put paths and variances into the configuration, in place of those that are in it.
+        """Put paths and variances into the configuration, in place of those that are in it; resets `set_timesteps`.
 
         Args:
             paths: of different numbers of steps; `set_timesteps` takes them where their number is asked for.
@@ -356,12 +367,12 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         entry = file = None
         if errors is not None:
             if errors.per_pixel is not None:
-                content = errors.per_pixel.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                file = f"x_0_mse-{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
+                errors = replace(errors, per_pixel=errors.per_pixel.cpu().float())
+                file = _file_of(errors.per_pixel)
             steps, mean = errors.timesteps.tolist(), errors.mean.double().tolist()
-            entry = {"timesteps": steps, "mean": mean, "per_pixel": file}
+            entry = {"timesteps": steps, "mean": mean, "per_pixel_file": file}
         new = {
-            "optimal_steps": [path.to_config() for path in sorted(paths, key=lambda own: len(own.timesteps))] or None,
+            "optimal_paths": [path.to_config() for path in sorted(paths, key=lambda own: len(own.timesteps))] or None,
             "x_0_mse": entry,
             "reverse_variance": reverse_variance,
         }
@@ -389,13 +400,14 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         return dict(self._paths)
 
     def _check_errors(self) -> None:
-        if self._errors is not None and int(self._errors.timesteps[-1]) >= len(self):
+        if self._errors is None:
+            return
+        steps, last = self._errors.timesteps, len(self._training.forward) - 1
+        if (int(steps[0]), int(steps[-1])) != (0, last):
             raise ValueError(
-                f"`x_0_mse` reaches to timestep {int(self._errors.timesteps[-1])}, but this chain has {len(self)}: it "
-                "was made for another chain. Make it anew with examples/optimize_timesteps.py."
+                f"`x_0_mse` reaches from timestep {int(steps[0])} to {int(steps[-1])}, but this chain from 0 to "
+                f"{last}: it was made for another chain. Make it anew with examples/optimize_timesteps.py."
             )
-        if self._errors is not None and self._errors_file is None and self._errors.per_pixel is not None:
-            raise ValueError("`x_0_mse` names no file for the errors of each pixel.")
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -474,7 +486,8 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
     ) -> StoredPath:
         """The steps that are asked for; a stored path is returned as it is."""
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("Pass exactly one of `num_inference_steps` and `timesteps`.")
+            given = " (`timestep_spacing` needs `num_inference_steps`)" if timestep_spacing is not None else ""
+            raise ValueError(f"Pass exactly one of `num_inference_steps` and `timesteps`{given}.")
         if timestep_spacing not in (None, *ALL_SPACINGS):
             raise ValueError(
                 f"`timestep_spacing` must be one of {list(ALL_SPACINGS)}, but got {timestep_spacing!r:.80}."
@@ -486,7 +499,8 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
                 )
             return StoredPath(self._checked_steps(timesteps), self.config.get("reverse_variance", "network"))
         assert num_inference_steps is not None
-        stored = self._paths.get(num_inference_steps) if type(num_inference_steps) is int else None
+        whole = isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool)
+        stored = self._paths.get(int(num_inference_steps)) if whole else None
         if stored is not None and timestep_spacing in (None, "optimal"):
             return stored
         if timestep_spacing == "optimal":
@@ -665,7 +679,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
 
     def _chain_for(self, sample: Tensor) -> tuple[ReverseProcess, Tensor]:
         """The current chain with its tables where and in the precision that `sample` needs, and timestep -> index."""
-        if self.num_inference_steps is None and self._whole.variance != "network":
+        if self._visited[0].variance != self._whole.variance and self.num_inference_steps is None:
             self._visit(self._whole, self.timesteps.device)
         key = sample.device, sample.dtype
         if key not in self._chains:
@@ -776,3 +790,11 @@ def _draw(model_output: Tensor, sample: Tensor, generator: torch.Generator | lis
     else:
         noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
     return promote_half(noise)
+
+
+def _file_of(pixels: Tensor | None) -> str:
+    """The name of the file that holds the errors of each pixel."""
+    assert pixels is not None
+    digest = hashlib.sha256(f"{tuple(pixels.shape)}".encode())
+    digest.update(pixels.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"x_0_mse-{digest.hexdigest()[:12]}.safetensors"

@@ -9,10 +9,15 @@ The images are dealt to two halves, so that an optimal variance can be priced on
 errors of each pixel are drawn towards the mean of all, by the weight that prices the other half best: a pixel that
 never varied in n images may do so in the next.
 
+A decoder is a mean over dimensions that are independent given x_t. Of each image a few are kept, drawn at random, so
+that many images can speak at little memory.
+
 Sources: Watson et al. 2021, section 3; Bao et al. 2022a, section 4 (Monte Carlo estimate of the optimal variance).
 """
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,24 +26,28 @@ from torch import Tensor
 
 from .distributions import DiagonalGaussian
 from .evaluation import Conditioning, Model, check_conditioning, check_data, image_generator, model_output, rows_of
-from .forward_process import ForwardProcess
+from .forward_process import ForwardProcess, posterior_coefficients
 from .optimal_paths import Chebyshev, Transitions, analytic_costs, fixed_costs, priced, transitions
 from .respacing import SquaredErrors, interpolate_log
 from .reverse_process import ReverseProcess
 
 RANGE_NODES, GAP_NODES = 24, 48
 MIN_IMAGES, FEW_IMAGES = 32, 256  # for the variances of each pixel: refused below, warned of below
-_PSEUDO_IMAGES = tuple(2.0**k for k in range(-3, 10))
+_PSEUDO_IMAGES = (*(2.0**k for k in range(-3, 12)), math.inf)
 _SEARCH = 3.0  # nats of log variance around the mean squared error in which a decoder's variance is searched
 _TINY = 1e-12  # an error of exactly 0 has no logarithm
 
 
 class StepCosts(NamedTuple):
-    """Nats per dimension: of each transition (T, T), and of the decoder at each step (T,); and its `decoder_shift`."""
+    """Nats per dimension, of each transition (T, T) and of the decoder at each step (T,); its `decoder_shift` (T,).
+
+    And the decoder's cost where its variance is made from the other half of the images, (T,).
+    """
 
     transitions: Tensor
     decoder: Tensor
     shift: Tensor
+    crossfitted_decoder: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +60,12 @@ class StepStatistics:
         squared: sums of the squared error of x_0_hat, (2, N, C, *), float64.
         learned: sums of what a learned variance needs, each averaged over dimensions, (N, .), float64: F and G at the
             nodes for "learned_range"; v, exp(-v) and err^2 exp(-v) for "learned"; nothing otherwise.
-        samples: x_0, x_0_hat and v (or nothing) of a few images, for the decoder, (., n, N, C, *).
+        samples: x_0, x_0_hat and v (or nothing) at the kept dimensions of the images, for the decoder, (., M, N).
+        dims: which dimensions these are, (M,).
+        halves: whose half, (M,).
+
+    Raises:
+        ValueError: `merge` of statistics of other steps, or one half is empty where it is asked for.
     """
 
     knots: Tensor
@@ -59,6 +73,8 @@ class StepStatistics:
     squared: Tensor
     learned: Tensor
     samples: Tensor
+    dims: Tensor
+    halves: Tensor
 
     def merge(self, other: "StepStatistics") -> "StepStatistics":
         """The statistics of both's images.
@@ -66,12 +82,16 @@ class StepStatistics:
         Args:
             other: of other images at the same steps.
         """
+        if not torch.equal(self.knots, other.knots):
+            raise ValueError("`other` has the statistics of other steps: collect both at the same `knots`.")
         return StepStatistics(
             self.knots,
             self.images + other.images,
             self.squared + other.squared,
             self.learned + other.learned,
             torch.cat([self.samples, other.samples], dim=1),
+            torch.cat([self.dims, other.dims]),
+            torch.cat([self.halves, other.halves]),
         )
 
     def mse(self, half: int | None = None) -> Tensor:
@@ -80,9 +100,12 @@ class StepStatistics:
         Args:
             half: of one half of the images; None for all.
         """
-        squared, images = (self.squared, self.images) if half is None else (self.squared[half], self.images[half])
-        total = squared.sum(0) if half is None else squared
-        return (total / images.sum()).clamp(min=_TINY)
+        images = int(self.images.sum() if half is None else self.images[half])
+        if images == 0:
+            raise ValueError(
+                "One half of the images is empty: give `positions` of which some are even and some are odd."
+            )
+        return ((self.squared.sum(0) if half is None else self.squared[half]) / images).clamp(min=_TINY)
 
     def curve(self, half: int | None = None) -> Tensor:
         """m over all dimensions at the knots, (N,).
@@ -100,9 +123,11 @@ class StepStatistics:
             half: of one half of the images; None for all.
         """
         m = self.mse(half)
-        weight = pseudo_images / (pseudo_images + float(self.images.sum() if half is None else self.images[half]))
+        images = float(self.images.sum() if half is None else self.images[half])
+        weight = 1.0 if pseudo_images == math.inf else pseudo_images / (pseudo_images + images)
         return torch.lerp(m, self.curve(half).reshape(-1, *[1] * (m.ndim - 1)).expand_as(m), weight)
 
+    @functools.cached_property
     def pseudo_images(self) -> float:
         """The weight that prices each half of the images best by the other half's errors, where r m is about 1."""
         gap = (1 / self.curve()).reshape(-1, *[1] * (self.squared.ndim - 2))
@@ -126,7 +151,7 @@ class StepStatistics:
         images = int(self.images.sum())
         if per_pixel and images < MIN_IMAGES:
             raise ValueError(f"The variances of each pixel need at least {MIN_IMAGES} images, but there are {images}.")
-        pixels = self.shrunk(self.pseudo_images()).float() if per_pixel else None
+        pixels = self.shrunk(self.pseudo_images).float() if per_pixel else None
         return SquaredErrors(forward.timesteps.cpu()[self.knots], self.curve(), pixels)
 
 
@@ -136,8 +161,13 @@ def spread_knots(forward: ForwardProcess, number: int) -> Tensor:
     Args:
         forward: the chain.
         number: how many, at least 2; fewer where the chain is shorter.
+
+    Raises:
+        ValueError: fewer than 2.
     """
     total = len(forward)
+    if number < 2:
+        raise ValueError(f"`number` must be at least 2, one for each end of the chain, but got {number}.")
     if total <= number:
         return torch.arange(total)
     root = forward.log_alphas_cumprod.cpu()
@@ -157,7 +187,7 @@ def collect_statistics(
     positions: Sequence[int] | None = None,
     seed: int = 0,
     conditioning: Conditioning | None = None,
-    decoder_images: int = 64,
+    decoder_dims: int = 64,
     values_per_call: int = 65536,
     noise: Tensor | None = None,
 ) -> StepStatistics:
@@ -172,7 +202,7 @@ def collect_statistics(
             when None.
         seed: of the noise.
         conditioning: further arguments of the network by name, each a tensor of B rows.
-        decoder_images: keep what the decoder needs of the images at the first so many positions.
+        decoder_dims: keep so many dimensions of each image for the decoder, at most all.
         values_per_call: (image, t) pairs are stacked up to this many values for each network call.
         noise: epsilon, (N, B, C, *), in place of drawn noise.
 
@@ -184,11 +214,11 @@ def collect_statistics(
     check_conditioning(conditioning, len(x_0))
     places = torch.arange(len(x_0)) if positions is None else torch.as_tensor(positions)
     generators = [image_generator(seed, int(place)) for place in places]
+    dims = torch.stack([_some_of(x_0[0].numel(), decoder_dims, generator) for generator in generators])
     device, number = reverse.forward.betas.device, len(knots)
     nodes = _range_nodes(reverse.forward).nodes
     squared = torch.zeros((2, number, *x_0.shape[1:]), dtype=torch.float64)
     learned, samples = [], []
-    keeps = 3 if reverse.learns_variance else 2
     for part in torch.arange(len(x_0) * number).split(max(1, values_per_call // x_0[0].numel())):
         image, knot = part // number, part % number
         if noise is None:
@@ -206,13 +236,24 @@ def collect_statistics(
         square = error.square()
         squared.index_put_((places[image] % 2, knot), square.cpu().double(), accumulate=True)
         learned.append(_learned(reverse.variance_type, v, square, nodes))
-        kept = places[image] < decoder_images
-        stacked = torch.stack([diffused.x_0, x_0_hat, *([] if v is None else [v])])[:keeps]
-        samples.append(stacked[:, kept.to(device)].float().cpu())
-    rows = torch.cat(learned).unflatten(0, (len(x_0), number)).sum(0)
-    halves = torch.bincount(places % 2, minlength=2)
-    few = torch.cat(samples, dim=1).unflatten(1, (-1, number))
-    return StepStatistics(knots, halves, squared, rows, few)
+        kept = [
+            value.flatten(1).gather(1, dims[image].to(device))
+            for value in (diffused.x_0, x_0_hat, v)
+            if value is not None
+        ]
+        samples.append(torch.stack(kept).float().cpu())
+    each = (len(x_0), number)
+    rows = torch.cat(learned).unflatten(0, each).sum(0)
+    few = torch.cat(samples, dim=1).unflatten(1, each).transpose(2, 3).flatten(1, 2)
+    halves = (places % 2)[:, None].expand_as(dims).flatten()
+    return StepStatistics(knots, torch.bincount(places % 2, minlength=2), squared, rows, few, dims.flatten(), halves)
+
+
+def _some_of(total: int, number: int, generator: torch.Generator) -> Tensor:
+    """Different numbers below a total, all of them where that is asked for, (min(number, total),)."""
+    if number >= total:
+        return torch.arange(total)
+    return torch.randperm(total, generator=generator)[:number]
 
 
 def _check_finite(output: Tensor, t: Tensor, places: Tensor) -> None:
@@ -271,8 +312,15 @@ def step_costs(statistics: StepStatistics, reverse: ReverseProcess, variance: st
         table = _learned_costs(pairs, statistics, reverse)
     else:
         table = fixed_costs(pairs, curve, reverse.variance_type.startswith("fixed_large"))
-    decoder, shift = _decoder_costs(statistics, reverse, variance)
-    return StepCosts(table, _linear(knots, decoder, total), _linear(knots, shift, total))
+    shift = _decoder_shift(statistics, reverse, variance)
+    decoder, crossfitted = (
+        _linear(knots, _decoder_cost(statistics, reverse, base, shift), total)
+        for base in (_decoder_base(statistics, reverse, variance, crossfitted=own) for own in (False, True))
+    )
+    every_shift = _linear(knots, shift, total)
+    if variance == "network" and len(knots) > 1:  # the first knot's was not searched
+        every_shift[1 : int(knots[1])] = shift[1]
+    return StepCosts(table, decoder, every_shift, crossfitted)
 
 
 def _per_pixel_costs(pairs: Transitions, statistics: StepStatistics, total: int) -> Tensor:
@@ -280,7 +328,7 @@ def _per_pixel_costs(pairs: Transitions, statistics: StepStatistics, total: int)
     log_gap = pairs.snr_gap.clamp(min=1e-300).log()
     inside = log_gap[below] if bool(below.any()) else log_gap
     gaps = Chebyshev.between(float(inside.min()), float(inside.max()), GAP_NODES)
-    m, fitted = statistics.mse().flatten(1), statistics.shrunk(statistics.pseudo_images()).flatten(1)
+    m, fitted = statistics.mse().flatten(1), statistics.shrunk(statistics.pseudo_images).flatten(1)
     values = torch.stack([priced(gap, fitted, m).mean(1) for gap in gaps.nodes.exp()], dim=1)
     return gaps.rows_at(interpolate_log(statistics.knots, values, torch.arange(total)).log(), log_gap).exp()
 
@@ -292,62 +340,68 @@ def _learned_costs(pairs: Transitions, statistics: StepStatistics, reverse: Reve
     if reverse.variance_type == "learned":
         v = _linear(knots, means[:, 0], total)[:, None]
         precision, weighted = (interpolate_log(knots, means[:, i], every)[:, None] for i in (1, 2))
-        noise = -torch.expm1(reverse.forward.log_alphas_cumprod.cpu())
-        # betatilde = beta_{t|s} (1 - abar_s) / (1 - abar_t), and c0^2 = r betatilde.
-        log_small = _log_posterior_variance(reverse.forward, noise)
-        small = log_small.exp()
-        return 0.5 * (v - log_small - 1 + small * (precision + pairs.snr_gap * weighted))
+        root = reverse.forward.log_alphas_cumprod.cpu()
+        below = torch.ones_like(pairs.snr_gap, dtype=torch.bool).tril(-1)
+        small = torch.where(below, posterior_coefficients(root[:, None], root[None, :]).variance, 1.0)
+        return 0.5 * (v - small.log() - 1 + small * (precision + pairs.snr_gap * weighted))
     nodes = _range_nodes(reverse.forward)
     shape = nodes.rows_at(_linear(knots, means[:, :RANGE_NODES], total), pairs.log_range)
     logs = interpolate_log(knots, means[:, RANGE_NODES:].clamp(min=_TINY), every).log()
     return 0.5 * (shape + pairs.snr_gap * nodes.rows_at(logs, pairs.log_range).exp())
 
 
-def _log_posterior_variance(forward: ForwardProcess, noise: Tensor) -> Tensor:
-    """log betatilde at [t, s], 0 where s >= t."""
-    root = forward.log_alphas_cumprod.cpu()
-    beta = -torch.expm1(root[:, None] - root[None, :])
-    below = torch.ones_like(beta, dtype=torch.bool).tril(-1)
-    return torch.where(below, beta * noise[None, :] / noise[:, None], 1.0).log()
+def _decoder_base(
+    statistics: StepStatistics, reverse: ReverseProcess, variance: str, crossfitted: bool = False
+) -> Tensor:
+    """The log variances of the samples' decoders before the shift, (M, N).
 
-
-def _decoder_costs(statistics: StepStatistics, reverse: ReverseProcess, variance: str) -> tuple[Tensor, Tensor]:
-    """The decoder's nats per dimension at each knot, and the shift of its log variance, by golden-section search."""
-    samples, knots = statistics.samples, statistics.knots
-    x_0, x_0_hat = samples[0].transpose(0, 1), samples[1].transpose(0, 1)  # (N, n, C, *)
-    wide = [1] * (x_0.ndim - 2)
+    Crossfitted, optimal ones are made from the errors of the other half of the images.
+    """
+    samples, dims = statistics.samples, statistics.dims
     if variance == "network":
-        rows = torch.stack([_first_row(reverse, int(t)) for t in knots])
-        base = rows[:, 0].reshape(-1, 1, *wide)
-        if len(samples) == 3:
-            base = base + rows[:, 1].reshape(-1, 1, *wide) * samples[2].transpose(0, 1)
-    else:
-        curve = statistics.curve().reshape(-1, *wide)
-        m = statistics.shrunk(statistics.pseudo_images()) if variance == "per_pixel" else curve
-        base = m.log()[:, None]
-    base = base.float().expand_as(x_0)
-    seen = (x_0 - x_0_hat).square().flatten(1).mean(1).clamp(min=_TINY).log()
-    centre = seen - base.flatten(1).mean(1)
-    bounds = centre - _SEARCH, centre + _SEARCH
+        rows = torch.stack([_first_row(reverse, int(t)) for t in statistics.knots])
+        base = rows[:, 0].expand(samples.shape[1], -1)
+        return (base + rows[:, 1] * samples[2] if len(samples) == 3 else base).float()
 
-    def cost(shift: Tensor) -> Tensor:
-        p = DiagonalGaussian(x_0_hat, base + shift.reshape(-1, 1, *wide))
-        log_prob = p.log_prob(x_0) if reverse.levels is None else p.discretized_log_prob(x_0, reverse.levels)
-        return -log_prob.flatten(1).mean(1)
+    def logs(half: int | None) -> Tensor:
+        if variance == "analytic":
+            return statistics.curve(half).log().expand(len(dims), -1)
+        return statistics.shrunk(statistics.pseudo_images, half).flatten(1).log().T[dims]
 
-    shift = _golden_section(cost, *bounds)
-    if variance == "network" and int(knots[0]) == 0:
+    if not crossfitted:
+        return logs(None).float()
+    return torch.where(statistics.halves[:, None] == 0, logs(1), logs(0)).float()
+
+
+def _decoder_cost(statistics: StepStatistics, reverse: ReverseProcess, base: Tensor, shift: Tensor) -> Tensor:
+    """Nats per dimension of the decoder at each knot, (N,), at a shift (N,) of its log variances."""
+    x_0, x_0_hat = statistics.samples[:2]
+    p = DiagonalGaussian(x_0_hat, base + shift.to(base))
+    log_prob = p.log_prob(x_0) if reverse.levels is None else p.discretized_log_prob(x_0, reverse.levels)
+    return -log_prob.double().mean(0)
+
+
+def _decoder_shift(statistics: StepStatistics, reverse: ReverseProcess, variance: str) -> Tensor:
+    """The shift of the decoder's log variance with the lowest cost at each knot, (N,)."""
+    x_0, x_0_hat = statistics.samples[:2]
+    base = _decoder_base(statistics, reverse, variance)
+    seen = (x_0 - x_0_hat).double().square().mean(0).clamp(min=_TINY).log()
+    centre = seen - base.double().mean(0)
+    shift = _golden_section(
+        lambda at: _decoder_cost(statistics, reverse, base, at), centre - _SEARCH, centre + _SEARCH
+    )
+    if variance == "network" and int(statistics.knots[0]) == 0:
         shift[0] = 0.0  # the training chain's own decoder
-    return cost(shift).double(), shift.double()
+    return shift
 
 
 def _first_row(reverse: ReverseProcess, t: int) -> Tensor:
     """Offset and slope of the training chain's log variance at a step."""
-    c = reverse.coefficients(t, torch.empty(0, dtype=torch.float64))
+    c = reverse.coefficients(t, torch.empty(0))
     return torch.stack([c.log_variance_offset, c.variance_slope]).cpu()
 
 
-def _golden_section(cost, low: Tensor, high: Tensor, steps: int = 18) -> Tensor:
+def _golden_section(cost: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, steps: int = 12) -> Tensor:
     """The minima of N unimodal functions at once, (N,)."""
     ratio = (5**0.5 - 1) / 2
     inner = [high - ratio * (high - low), low + ratio * (high - low)]
@@ -362,28 +416,29 @@ def _golden_section(cost, low: Tensor, high: Tensor, steps: int = 18) -> Tensor:
     return (low + high) / 2
 
 
-def crossfitted_cost(statistics: StepStatistics, reverse: ReverseProcess, variance: str, path: Sequence[int]) -> float:
-    """The transitions of a path with an optimal variance, priced on the half of the images that it was not made from.
+def crossfitted_cost(
+    statistics: StepStatistics, reverse: ReverseProcess, variance: str, path: Sequence[int], costs: StepCosts
+) -> float:
+    """A path with an optimal variance, priced on the half of the images that it was not made from.
 
-    Nats per dimension.
+    Nats per dimension, decoder and transitions, without the prior.
 
     Args:
         statistics: of the network.
         reverse: p of the training chain.
         variance: "analytic" or "per_pixel".
         path: chain indices, ascending.
+        costs: of this variance.
     """
-    indices = torch.as_tensor(path)
+    knots, indices = statistics.knots, torch.as_tensor(path)
+    total = float(costs.crossfitted_decoder[indices[0]])
     gaps = transitions(reverse.forward).snr_gap[indices[1:], indices[:-1]]
-    if len(gaps) == 0:
-        return 0.0
-    weight = statistics.pseudo_images()
-    total = 0.0
-    for half in (0, 1):
-        fitted = statistics.curve(half)[:, None] if variance == "analytic" else statistics.shrunk(weight, half)
-        m, fitted = (
-            interpolate_log(statistics.knots, own, indices[1:]).flatten(1)
-            for own in (statistics.mse(1 - half), fitted)
-        )
-        total += float(priced(gaps[:, None], fitted, m).mean(1).sum()) / 2
+    for half in (0, 1) if len(gaps) else ():
+        if variance == "analytic":
+            fitted = statistics.curve(half).reshape(-1, *[1] * (statistics.squared.ndim - 2))
+        else:
+            fitted = statistics.shrunk(statistics.pseudo_images, half)
+        rows = (interpolate_log(knots, own, indices[1:]).flatten(1) for own in (statistics.mse(1 - half), fitted))
+        m, made = rows
+        total += float(priced(gaps[:, None], made, m).mean(1).sum()) / 2
     return total

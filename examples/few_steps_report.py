@@ -1,0 +1,112 @@
+"""The table and the picture of optimize_timesteps.py, and what its rows differ by."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add to each row what it costs more than the stored chain, and one variance of each pixel more than one of all.
+
+    The images and their noise are the same, so that the error of a difference is less than the rows' own.
+    """
+
+    def difference(own: dict[str, Any], other: dict[str, Any]) -> dict[str, float | None]:
+        gaps = own["per_image"] - other["per_image"]
+        error = float(gaps.std() / len(gaps) ** 0.5) if len(gaps) > 1 else None
+        return {"difference": float(gaps.mean()), "se": error}
+
+    for own in rows:
+        alike = [other for other in rows if other["num_inference_steps"] == own["num_inference_steps"]]
+        own["against_stored"] = next((difference(own, other) for other in alike if other["stored"]), None)
+        scalar = [other for other in alike if other["path"] == own["path"] and other["variance"] == "analytic"]
+        own["against_analytic"] = difference(own, scalar[0]) if own["variance"] == "per_pixel" else None
+    for own in rows:
+        del own["per_image"]
+
+
+def print_differences(rows: list[dict[str, Any]], unit: str) -> None:
+    """Print what the best usual path costs more than the stored one, and a variance of each pixel more than of all."""
+    print(f"\nDifferences on the same images and noise, {unit}:")
+    for number in sorted({row["num_inference_steps"] for row in rows}):
+        own = [row for row in rows if row["num_inference_steps"] == number]
+        usual = [row for row in own if row["path"] != "optimal" and row["variance"] == rows[0]["variance"]]
+        best = min(usual, key=lambda row: row["against_stored"]["difference"])
+        told = [(f"{best['path']}, {best['variance']}, against the stored chain", best["against_stored"])]
+        pixels = [row for row in own if row["path"] == "optimal" and row["variance"] == "per_pixel"]
+        told += [("optimal, per_pixel against analytic", row["against_analytic"]) for row in pixels]
+        for what, gap in told:
+            error = "n/a" if gap["se"] is None else f"{gap['se']:.4f}"
+            print(f"{number:5}  {what:50} {gap['difference']:+.4f} +- {error}")
+
+
+def print_table(rows: list[dict[str, Any]], unit: str) -> None:
+    """Print the chains' scores, a line each; a star marks what is stored."""
+    print(f"\n{'steps':>5}  {'path':10} {'variance':14} {unit} +- noise +- images")
+    for row in rows:
+        value = row["bits_per_dim"] if row["bits_per_dim"] is not None else row["nats_per_dim"]
+        errors = " ".join(
+            "+-   n/a" if row[name] is None else f"+- {row[name]:.4f}" for name in ("noise_se", "image_se")
+        )
+        star = " *" if row["stored"] else ""
+        print(f"{row['num_inference_steps']:5}  {row['path']:10} {row['variance']:14} {value:8.4f} {errors}{star}")
+
+
+def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
+    """Draw bits/dim against the number of steps, a line for each path and variance.
+
+    Args:
+        rows: of few_steps.json.
+        path: the PNG file to write.
+        unit: of the numbers.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
+    value = "bits_per_dim" if rows[0]["bits_per_dim"] is not None else "nats_per_dim"
+    whole = {row["variance"]: row for row in rows if row["path"] == "all"}
+    few = [row for row in rows if row["path"] != "all"]
+    variances = list(dict.fromkeys(row["variance"] for row in few))
+    colours = {name: f"C{i}" for i, name in enumerate(variances)}
+    paths = list(dict.fromkeys(row["path"] for row in few))
+    styles = dict(zip(paths, ("dotted", "dashed", "dashdot", (0, (1, 2)), "solid")))
+    panels = (
+        (axes[0], lambda row: row["variance"] == variances[0]),
+        (axes[1], lambda row: row["path"] in ("linspace", "optimal")),
+    )
+    for axis, shown in panels:
+        lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in filter(shown, few):
+            lines.setdefault((row["path"], row["variance"]), []).append(row)
+        for (name, variance), own in lines.items():
+            own = sorted(own, key=lambda row: row["num_inference_steps"])
+            bars = [math.hypot(row["noise_se"] or 0.0, row["image_se"] or 0.0) for row in own]
+            axis.errorbar(
+                [row["num_inference_steps"] for row in own],
+                [row[value] for row in own],
+                bars,
+                color=colours[variance],
+                linestyle=styles[name],
+                marker="o",
+                markersize=4,
+                label=f"{name}, {variance}",
+            )
+        for variance, row in whole.items():
+            if any(own[1] == variance for own in lines):
+                axis.axhline(row[value], color=colours[variance], linewidth=0.7)
+        axis.set(xscale="log", xlabel="steps K")
+        numbers = sorted({row["num_inference_steps"] for row in few})
+        axis.set_xticks(numbers, labels=map(str, numbers), minor=False)
+        axis.set_xticks([], minor=True)
+        low = min(row[value] for row in rows)
+        axis.set_ylim(low - 0.1, min(max(row[value] for row in rows) + 0.2, low + 3))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0].set(ylabel=f"{unit}, held-out images", title=f"paths, with the variance {variances[0]!r}")
+    axes[1].set(title="variances; thin lines: all steps of the training chain")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
