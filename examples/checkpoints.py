@@ -20,7 +20,6 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from reporting import to_disk, write_json
 from stopping import end, lost_contact
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import StateDictType
 from tqdm.auto import tqdm
 
 MANIFEST = "checkpoint.json"
@@ -28,6 +27,7 @@ RUN_FILE = ".run.json"
 KEYS = {"step", "run", "fixed", "free", "files"}
 _PREFIX = "checkpoint-"
 _BEGUN = ".begun"
+_LEFT = (f".{_PREFIX}*", ".pipeline-*", ".superseded-*.removed", ".diverged-*.removed")
 
 
 class Checkpoints:
@@ -55,6 +55,7 @@ class Checkpoints:
         self.fixed, self.free = json.loads(json.dumps(fixed)), json.loads(json.dumps(free))
         self.run = ""
         self._unproven = True
+        self._loading = ""
 
     def begin(self, name: str | None) -> None:
         """Load a checkpoint, or begin a new run; `latest` with none there begins anew, as in diffusers' scripts.
@@ -77,12 +78,10 @@ class Checkpoints:
         for key, value in self.free.items():
             if key in manifest["free"] and manifest["free"][key] != value:
                 self.accelerator.print(f"  --{key} was {manifest['free'][key]} and is now {value}.")
-        error = None
-        try:
-            self.accelerator.load_state(str(path))
-        except (Exception, CheckpointException) as failure:  # whatever torch, safetensors or pickle raise
-            error = _named(failure)
-        self._raise_any(error, f"--resume_from_checkpoint {name}: {path} cannot be loaded")
+        self._loading = path.name
+        what = f"--resume_from_checkpoint {name}: {path} cannot be loaded"
+        self._together(lambda: self.accelerator.load_state(str(path)), what)
+        self._loading = ""
         # Accelerate counts micro batches, of which this run's steps may have another number.
         self.accelerator.step = manifest["step"] * self.accelerator.gradient_accumulation_steps
         # Those of the branch that a run leaves by going back to an earlier one.
@@ -99,36 +98,36 @@ class Checkpoints:
             SystemExit: it could not be written; the earlier checkpoints are as they were.
         """
         path = self.folder / f"{_PREFIX}{step}"
-        aside = self.folder / self._agreed(lambda: _hidden(path, "writing").name)
+        aside, what = _hidden(path, "writing"), f"{path} could not be written"
 
-        def make_room() -> None:
+        def make_room() -> str:
             aside.mkdir()
             (aside / _BEGUN).touch()
+            return aside.name
 
-        what = f"{path} could not be written"
+        def complete() -> None:
+            try:
+                self._complete(aside, path, step)
+            except FileNotFoundError as error:
+                raise OSError(
+                    "another run has begun in --output_dir and removed it; give each run a folder of its own"
+                ) from error
+
         try:
-            self._agreed(make_room, what)
+            aside = aside.with_name(self._agreed(make_room, what))  # the main process's, for all
             if self.prepare is not None:
                 self.prepare()  # not amid the writing: where that fails, the others would wait for this process
-            error = None
-            try:
-                self.accelerator.save_state(str(aside))
-            except CheckpointException as failure:  # no Exception; its text is the tracebacks of all processes
-                error = _named(next(iter(failure.failures.values()))[0])
-            except Exception as failure:  # whatever torch, safetensors or the system raise
-                if lost_contact(failure):
-                    raise
-                error = _named(failure)
-                if self._writes_between_collectives():
-                    raise SystemExit(f"{what}: {error}") from failure
-            self._raise_any(error, what)
-            self._agreed(lambda: self._complete(aside, path, step), what)
+            self._together(lambda: self.accelerator.save_state(str(aside)), what)
+            self._agreed(complete, what)
             self._unproven = True
-        except SystemExit as failure:
-            if self.accelerator.is_main_process:
+        except (SystemExit, RuntimeError) as failure:  # of them PyTorch's, that another process is gone
+            alone = isinstance(failure, SystemExit) and failure.__cause__ is not None
+            if not alone or self.accelerator.num_processes == 1:  # else the others are writing there still
                 shutil.rmtree(aside, ignore_errors=True)
+            if not isinstance(failure, SystemExit):
+                raise
             message = f"{failure.code}. {self.advice()}."
-            if failure.__cause__ is not None:  # the others wait elsewhere, and will notice that this process is gone
+            if alone:
                 raise SystemExit(message) from failure
             end(self.accelerator, message)
 
@@ -166,17 +165,26 @@ class Checkpoints:
 
     def advice(self) -> str:
         """What to do after a fault."""
+        if self._loading:
+            return f"{self._loading} was being loaded"
         own = self.own()
         if not own:
             return "There is no checkpoint to go on from"
         return f"The last checkpoint, {own[-1].name}, is whole: go on with --resume_from_checkpoint latest"
 
     def _find(self, name: str | None) -> tuple[str, dict[str, Any]] | None:
-        """The checkpoint to load and what it says of itself."""
-        for pattern in (f".{_PREFIX}*", ".pipeline-*", ".*.removed"):
-            for left in self.folder.glob(pattern):  # by a run that was killed
+        """The checkpoint to load and what it says of itself; once it is there, leftovers are removed.
+
+        A command that is refused removes nothing: it may be a mistake, and another run may write there.
+        """
+        found = self._look_for(name)
+        for pattern in _LEFT:  # by a run that was killed
+            for left in self.folder.glob(pattern):
                 with contextlib.suppress(OSError):
                     _remove(left)
+        return found
+
+    def _look_for(self, name: str | None) -> tuple[str, dict[str, Any]] | None:
         if name is None:
             return None
         finished = _finished(self.folder)
@@ -274,22 +282,34 @@ class Checkpoints:
             end(self.accelerator, outcome[1])
         return outcome[0]
 
-    def _writes_between_collectives(self) -> bool:
-        """Whether a process that fails while it saves may leave the others in a collective."""
-        kind, state = self.accelerator.distributed_type, self.accelerator.state
-        if kind == DistributedType.FSDP:
-            return state.fsdp_plugin.state_dict_type == StateDictType.FULL_STATE_DICT
-        return kind == DistributedType.DEEPSPEED
+    def _together(self, action: Callable[[], object], what: str) -> None:
+        """Act on all processes; the fault of one ends them all."""
+        error = None
+        try:
+            action()
+        except CheckpointException as failure:  # no Exception, and the same on all processes
+            error = _named(failure)
+        except Exception as failure:  # whatever torch, safetensors, pickle or the system raise
+            if lost_contact(failure):
+                raise
+            error = _named(failure)
+            if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+                # The others may be in a collective, and will notice that this process is gone.
+                raise SystemExit(f"{what}: {error}") from failure
+        self._raise_any(error, what)
 
     def _raise_any(self, error: str | None, what: str) -> None:
         """End all processes if one of them failed."""
         errors = [failure for failure in gather_object([error]) if failure is not None]
         if errors:
-            end(self.accelerator, f"{what}: {' '.join(errors[0].split())[:500]}")
+            end(self.accelerator, f"{what}: {errors[0]}")
 
 
 def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    """An error in one line; of a collective's, whose text is the tracebacks of all processes, the first one's."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _hidden(path: Path, why: str) -> Path:

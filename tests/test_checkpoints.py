@@ -33,6 +33,7 @@ from reliability_support import (  # noqa: F401
     run,
     straight,
 )
+from stopping import clear_faults
 
 # Killed while a checkpoint is written
 
@@ -181,6 +182,9 @@ def test_a_power_cut_finds_a_whole_checkpoint(tmp_path, few):
     assert renamed < last["none"] < removed  # "none" is the output folder
 
 
+OTHER_RUN = "another run has begun in --output_dir and removed it; give each run a folder of its own"
+
+
 def test_a_run_that_begins_while_another_saves(finished, begin, monkeypatch):
     """As a requeued job may: it removes what is not finished, and however slowly, the other never takes the rest."""
     run = begin(finished, "checkpoint-5")
@@ -196,7 +200,7 @@ def test_a_run_that_begins_while_another_saves(finished, begin, monkeypatch):
         complete(aside, *more)
 
     monkeypatch.setattr(run.checkpoints, "_complete", interrupted)
-    with pytest.raises(SystemExit, match="checkpoint-10 could not be written.*checkpoint-5, is whole"):
+    with pytest.raises(SystemExit, match=f"checkpoint-10 could not be written: {OTHER_RUN}.*checkpoint-5, is whole"):
         run.checkpoints.save(10)
     assert begin(finished).progress.step == 5 and not names(finished, ".checkpoint-*")
 
@@ -212,24 +216,69 @@ def test_a_folder_that_was_made_anew_is_no_checkpoint(finished, begin, monkeypat
         complete(aside, *more)
 
     monkeypatch.setattr(run.checkpoints, "_complete", made_anew)
-    with pytest.raises(SystemExit, match="checkpoint-10 could not be written.*checkpoint-5, is whole"):
+    with pytest.raises(SystemExit, match=f"checkpoint-10 could not be written: {OTHER_RUN}.*checkpoint-5, is whole"):
         run.checkpoints.save(10)
 
 
+LEFT = [f".checkpoint-5.0123abcd.{why}" for why in ("writing", "replaced", "removed")]
+LEFT += [".checkpoint-10.writing", ".pipeline-abc", ".diverged-5.0123abcd.removed", ".superseded-5.0123abcd.removed"]
+
+
+def leave_behind(folder, *more):
+    for name in (*LEFT, *more):
+        (folder / name).mkdir()
+        (folder / name / "left").touch()
+
+
+def test_leftovers_are_removed(finished, begin):
+    """What is hidden but not of this program stays."""
+    leave_behind(finished, ".notes.removed", ".mine")
+    begin(finished)
+    hidden = names(finished, ".*")
+    assert hidden >= {".notes.removed", ".mine"} and not hidden & {*LEFT} and not names(finished, ".*.*.removed")
+
+
 def test_leftovers_stand_in_no_way(finished, begin, monkeypatch):
-    """Folders that cannot be emptied, as on NFS while a file is open, under the names that are wanted next."""
-    run = begin(finished)
-    for name in (".checkpoint-5.removed", ".checkpoint-30.replaced", ".checkpoint-30.writing", "diverged-25"):
-        (finished / name).mkdir()
-        (finished / name / "left").touch()
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)
-    monkeypatch.setattr(run.checkpoints, "limit", 5)
-    run.checkpoints.save(30)
-    run.checkpoints.proven()
-    assert names(finished) == {f"checkpoint-{step}" for step in (10, 15, 20, 25, 30)}
-    run.checkpoints.set_aside(25)
+    """Folders that cannot be emptied, as on NFS while a file is open."""
+    leave_behind(finished, "diverged-25")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **options: None)
+        run = begin(finished)
+        patch.setattr(run.checkpoints, "limit", 5)
+        run.checkpoints.save(30)
+        run.checkpoints.proven()
+        assert names(finished) == {f"checkpoint-{step}" for step in (10, 15, 20, 25, 30)}
+        run.checkpoints.set_aside(25)
+        assert len(names(finished, ".*.removed")) >= len(LEFT)
     assert names(finished) == {f"checkpoint-{step}" for step in (10, 15, 20)}
     assert names(finished, "diverged-*") == {"diverged-25", "diverged-30"}
+    begin(finished)
+    assert names(finished, ".*") == {".run.json"}
+
+
+@pytest.mark.parametrize("name", ["checkpoint-7", "latest"])
+def test_a_command_that_is_refused_removes_nothing(finished, begin, name):
+    """Least of all what a run that is alive is writing."""
+    leave_behind(finished)
+    (finished / "checkpoint-30" / "optimizer.bin").unlink()
+    before = names(finished, "*")
+    with pytest.raises(SystemExit, match="there is no|is damaged"):
+        begin(finished, name)
+    assert names(finished, "*") == before
+
+
+def test_a_fault_while_loading_is_told(finished, begin, monkeypatch):
+    """Without the advice to go on from what could not be loaded."""
+    run = begin(finished)
+    monkeypatch.setattr(run.checkpoints, "_loading", "")
+
+    def gone(path):
+        raise RuntimeError("[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    monkeypatch.setattr(run.accelerator, "load_state", gone)
+    with pytest.raises(SystemExit, match=r"Another process .* says why\. checkpoint-30 was being loaded\. \("):
+        with clear_faults(finished, run.checkpoints.advice):
+            run.checkpoints.begin("latest")
 
 
 def test_a_checkpoint_that_cannot_be_removed(finished, begin, monkeypatch, capsys):
