@@ -91,9 +91,10 @@ def lost_contact(error: BaseException) -> bool:
         return True
     text = str(error)
     if isinstance(error, dist.DistBackendError):  # NCCL's; its other messages speak of this process's own GPU
-        signs = ("remote process exited", "ncclRemoteError", "imeout", "timed out", "ncclUniqueId", "was aborted")
+        signs = ["remote process exited", "ncclRemoteError", "imeout", "timed out", "ncclUniqueId", "was aborted"]
         return any(sign in text for sign in signs)
-    return type(error) is RuntimeError and "gloo/transport/" in text  # Gloo's have no type of their own
+    signs = ["gloo/transport/", "Application timeout caused pair closure"]
+    return type(error) is RuntimeError and any(sign in text for sign in signs)  # Gloo's have no type of their own
 
 
 @contextlib.contextmanager

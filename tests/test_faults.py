@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from image_data import load_image_data
 from reliability_support import (  # noqa: F401
     EVERY,
@@ -36,6 +37,7 @@ from reliability_support import (  # noqa: F401
     straight,
     tensors_of,
 )
+from stopping import lost_contact
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Divergence
@@ -93,7 +95,28 @@ def test_a_bad_step_is_skipped(tmp_path, few, kind):
     assert [event.value for event in events.Scalars("skipped_steps")] == [1]
 
 
-# Faults of the disk and of the data
+# Faults of other processes, of the disk and of the data
+
+
+@pytest.mark.parametrize(
+    "kind, text, lost",
+    [
+        (
+            RuntimeError,
+            "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]",
+            True,
+        ),
+        (RuntimeError, "Application timeout caused pair closure", True),
+        (RuntimeError, "The size of tensor a (3) must match the size of tensor b (4)", False),
+        (ValueError, "Application timeout caused pair closure", False),
+        (dist.DistNetworkError, "", True),
+        (dist.DistBackendError, "NCCL error: remote process exited or there was a network error", True),
+        (dist.DistBackendError, "NCCL error: unhandled cuda error", False),
+    ],
+)
+def test_lost_contact_is_known_by_its_message(kind, text, lost):
+    """Of this process's own faults none is taken for another's."""
+    assert lost_contact(kind(text)) == lost
 
 
 @pytest.fixture
