@@ -183,7 +183,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     aside = path.with_name(path.name + ".partial")
     aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     to_disk(aside)
-    aside.replace(path)
+    os.replace(aside, path)
     to_disk(path.parent)
 
 
