@@ -23,11 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
-from image_data import HUB_HINT
+from image_data import HUB_HINT, named_data
 from launching import main_first, prepare_output_dir
 from reporting import describe, plot_per_image, plot_vlb_terms, score, write_json
 from scoring import PartialScores, fingerprint_of, run_sweep, shared
@@ -208,7 +207,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def load_data(args: argparse.Namespace, network: NetworkShape, check: bool) -> ScoringData:
     """The images to score, and others for the pilot; all of them checked, if asked for."""
     record = Path(args.model) / "data.json"
-    try:
+    with named_data(args.dataset_name or f"of {record}"):
         return load_scoring_data(
             network,
             args.split,
@@ -223,9 +222,6 @@ def load_data(args: argparse.Namespace, network: NetworkShape, check: bool) -> S
             "levels" in args,
             check,
         )
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        name = args.dataset_name or f"of {record}"
-        raise ValueError(f"--dataset_name {name} cannot be loaded: {error}. {HUB_HINT}") from error
 
 
 class Evaluation:

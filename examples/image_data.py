@@ -5,6 +5,8 @@ it is stored. The split into training, validation and test images depends on the
 it is written beside a trained pipeline as data.json, and `from_record` gives every later script the same images.
 """
 
+import contextlib
+import functools
 import hashlib
 import io
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import pyarrow
 import torch
 from torch import Tensor
 
@@ -108,6 +111,23 @@ class ImageData:
     channels: int
     levels: int
     record: dict[str, Any]
+
+    @functools.cached_property
+    def train_fingerprint(self) -> str:
+        """Of the first training images, which are decoded for it once."""
+        return fingerprint(self.train)
+
+
+@contextlib.contextmanager
+def named_data(name: str) -> Iterator[None]:
+    """Name the data in faults of the Hub or its files; the system's, of a full disk, say, stay as they are."""
+    try:
+        yield
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        said = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"--dataset_name {name} cannot be loaded: {said}. {HUB_HINT}") from error
 
 
 def decode_image(encoded: dict[str, Any], index: int) -> PIL.Image.Image:

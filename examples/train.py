@@ -7,6 +7,7 @@ Without options: scikit-learn's 8x8 digits with their own 17 levels, in a few mi
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from diffusers import UNet2DModel
-from image_data import HUB_HINT, ImageData, Images, load_image_data
+from image_data import ImageData, Images, load_image_data, named_data
 from launching import check_shared, main_first, make_accelerator, prepare_output_dir
 from publish import describe_folder, open_publisher, repair_command, stage_result
-from reporting import baselines, describe, plot_samples, plot_vlb_terms, score, write_json
+from reporting import baselines, describe, plot_samples, plot_vlb_terms, score, to_disk, write_json
 from scoring import Stopped, pilot_positions, run_sweep, shared
 from stopping import clear_faults, leave, refused
 from torch import Tensor
@@ -34,6 +35,8 @@ from training_run import Run
 from ddpm_vlb import Pilot, VLBEstimate, VLBEstimator, estimate_from_scores, fit_pilot
 
 SNAPSHOT_STEPS = 100
+# Files of a pipeline's folder, also optimize_timesteps.py's, that belong to that pipeline alone.
+MEASURED = ("metrics.json", "samples.png", "vlb_terms.png", "data.json", "few_steps.json", "few_steps.png")
 
 
 def evaluate(
@@ -146,22 +149,28 @@ def total_se(estimate: VLBEstimate) -> float:
 
 
 def save_pipeline(run: Run, network: UNet2DModel) -> None:
-    """Write the pipeline beside its place and move it there.
+    """Write the pipeline beside its place, bring it to the disk and move it there.
 
-    An earlier one's model_index.json goes first and the new one's comes last: in between there is no pipeline, rather
-    than parts of two.
+    An earlier one's model_index.json goes first, then what was measured of it, and the new one's comes last: in
+    between there is no pipeline, rather than parts of two.
     """
     index = "model_index.json"
     with tempfile.TemporaryDirectory(prefix=".pipeline-", dir=run.folder) as aside:
         new, old = Path(aside) / "new", Path(aside) / "old"
         run.pipeline(network).save_pretrained(new)
+        for entry in (*new.rglob("*"), new):
+            to_disk(entry)
         old.mkdir()
-        for name in (index, *(part.name for part in new.iterdir() if part.name != index)):
+        parts = [part.name for part in new.iterdir() if part.name != index]
+        for name in (index, *MEASURED, *parts):
             if (run.folder / name).exists():
                 os.replace(run.folder / name, old / name)
-            if name != index:
-                os.replace(new / name, run.folder / name)
+        to_disk(run.folder)
+        for name in parts:
+            os.replace(new / name, run.folder / name)
+        to_disk(run.folder)
         os.replace(new / index, run.folder / index)
+        to_disk(run.folder)
 
 
 def finish(run: Run) -> dict[str, Any] | None:
@@ -225,8 +234,8 @@ def train_and_finish(run: Run) -> dict[str, Any] | None:
         run.take_options()
         if run.progress.step >= run.max_steps:
             accelerator.print(
-                f"Step {run.progress.step} is not before the last one, {run.max_steps}: nothing is trained, and the "
-                "checkpoint is scored as it is."
+                f"checkpoint-{run.progress.step} has all of --max_train_steps {run.max_steps} (or --num_epochs): give "
+                "more to train on. It is scored as it is."
             )
         # What the folder holds of later steps is of a run that was killed, or of an earlier one.
         purge = {"tensorboard": {"purge_step": run.progress.step + 1}}
@@ -249,8 +258,8 @@ def train_and_finish(run: Run) -> dict[str, Any] | None:
 
 def load_data(args: argparse.Namespace) -> ImageData:
     """The data of the options."""
-    try:
-        return load_image_data(
+    with contextlib.nullcontext() if args.dataset_name is None else named_data(args.dataset_name):
+        data = load_image_data(
             args.dataset_name,
             args.dataset_config_name,
             args.train_data_dir,
@@ -260,11 +269,8 @@ def load_data(args: argparse.Namespace) -> ImageData:
             args.resolution,
             args.cache_dir,
         )
-    except OSError as error:
-        if args.dataset_name is None or error.errno is not None:  # the system's, of a full disk, say
-            raise
-        said = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"--dataset_name {args.dataset_name} cannot be loaded: {said}. {HUB_HINT}") from error
+        _ = data.train_fingerprint  # now, while a fault of one process ends all
+    return data
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:

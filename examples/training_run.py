@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from global_batches import GlobalBatches, Noise
-from image_data import ImageData, Images, fingerprint
+from image_data import ImageData, Images
 from launching import main_first
 from publish import PATHS, Publisher
 from stopping import Stop, own_process_group
@@ -277,7 +277,7 @@ class Run:
             "the network": {k: v for k, v in self.network_config.items() if not k.startswith("_")},
             "training images": {
                 **{k: self.data.record[k] for k in ("num_images", "size", "levels", "test_fingerprint")},
-                "train_fingerprint": fingerprint(self.data.train),
+                "train_fingerprint": self.data.train_fingerprint,
             },
         }
         kind = accelerator.distributed_type

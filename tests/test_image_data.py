@@ -1,3 +1,4 @@
+import errno
 import json
 from collections import Counter
 from pathlib import Path
@@ -5,9 +6,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow
 import pytest
 import torch
-from image_data import from_record, load_image_data
+from image_data import HUB_HINT, from_record, load_image_data, named_data
 from sklearn.datasets import load_digits
 
 from ddpm_vlb import check_data
@@ -443,3 +445,23 @@ def test_mnist(load):
     x_0 = next(data.test.batches(256))
     check_data(x_0, 256)
     assert x_0.min() == -1 and x_0.max() == 1
+
+
+@pytest.mark.parametrize(
+    "fault, named",
+    [
+        (FileNotFoundError("Couldn't find\n any data file."), True),
+        (pyarrow.ArrowInvalid("no parquet"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ValueError("Image number 3 cannot be read"), False),
+    ],
+)
+def test_only_faults_of_the_data_set_blame_it(fault, named):
+    """A full disk is none of the Hub's."""
+    with pytest.raises(type(fault) if not named else ValueError) as raised:
+        with named_data("some/thing"):
+            raise fault
+    assert (raised.value is fault) != named
+    if named:
+        said = " ".join(str(fault).split()).rstrip(".")
+        assert str(raised.value) == f"--dataset_name some/thing cannot be loaded: {said}. {HUB_HINT}"

@@ -150,7 +150,10 @@ def test_another_learning_rate_is_taken(finished, few):
 def test_a_checkpoint_behind_the_last_step_is_told(finished, few):
     """It is scored as it is."""
     process = ran(finished, EVERY, RESUME, "--max_train_steps 7", *few)
-    assert "Step 30 is not before the last one, 7: nothing is trained, and the checkpoint is scored" in process.out
+    assert (
+        "checkpoint-30 has all of --max_train_steps 7 (or --num_epochs): give more to train on. It is scored"
+        in process.out
+    )
 
 
 # Several runs in one folder

@@ -789,15 +789,21 @@ def die_after(count):
 
 
 def test_a_killed_save_leaves_no_half_of_two_pipelines(tmp_path, few, only_train):
-    """Killed at any change of names, the folder holds the old one, the new one, or none that loads."""
+    """Killed at any change of names, the folder holds the old one, the new one, or none that loads.
+
+    What was measured of the old one is gone before the new one can be loaded.
+    """
+    measured = {"metrics.json", "samples.png", "vlb_terms.png", "data.json", "few_steps.json", "few_steps.png"}
     run = only_train(tmp_path / "run", "--max_train_steps 1", *few)
     network = run.averaged_network()
     with torch.no_grad():
         next(network.parameters()).add_(1)
     spacing = run.scheduler.config.timestep_spacing
     run.scheduler.register_to_config(timestep_spacing="trailing")  # a part that differs too
+    for name in measured:
+        (tmp_path / "run" / name).write_text("{}")
     found = set()
-    for count in range(9):
+    for count in range(20):
         run.folder = shutil.copytree(tmp_path / "run", tmp_path / f"{count}")
         pid = os.fork()
         if pid == 0:
@@ -814,10 +820,37 @@ def test_a_killed_save_leaves_no_half_of_two_pipelines(tmp_path, few, only_train
         loaded = DDPMVLBPipeline.from_pretrained(run.folder)
         parts = same_weights(loaded.unet.state_dict(), network.state_dict()), loaded.scheduler.config.timestep_spacing
         assert parts in ((False, spacing), (True, "trailing"))
+        left = {path.name for path in run.folder.iterdir()} & measured
+        assert left == (set() if parts[0] else measured)
         found.add("new" if parts[0] else "old")
         if ended:
             break
     assert found == {"old", "none", "new"} and not list(run.folder.glob(".pipeline-*"))
+
+
+def test_a_power_cut_finds_a_whole_pipeline(tmp_path, few, only_train, monkeypatch):
+    """All files are on the disk before they have their names, and those before model_index.json has its own."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def replaced(source, target):
+        done.append(("replace", Path(target).name))
+        replace(source, target)
+
+    run = only_train(tmp_path, "--max_train_steps 1", *few)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    train.save_pipeline(run, run.averaged_network())
+    first = next(i for i, (event, _) in enumerate(done) if event == "replace")
+    written = {path.name for name in ("unet", "scheduler") for path in (tmp_path / name).iterdir()}
+    assert {name for _, name in done[:first]} == {*written, "model_index.json", "unet", "scheduler", "new"}
+    assert done[-2:] == [("replace", "model_index.json"), ("fsync", tmp_path.name)]
+    assert done[-3] == ("fsync", tmp_path.name) and done.count(("fsync", tmp_path.name)) == 3
+    moves = [i for i, change in enumerate(done) if change in (("replace", "unet"), ("replace", "scheduler"))]
+    assert done[min(moves[2:]) - 1] == ("fsync", tmp_path.name)
 
 
 def test_bf16(few_base, tmp_path, few):
@@ -1175,6 +1208,13 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", replaced)
     reporting.write_json({"a": 1}, tmp_path / "a.json")
     assert done == [str(tmp_path / "a.json.partial"), "replace", str(tmp_path)]
+
+
+def test_training_images_are_looked_at_where_data_is_loaded(monkeypatch):
+    """Where a fault of one process ends all; later, all would look at them, and each meet it on its own."""
+    data = train.load_data(parse_args([], ""))
+    monkeypatch.setattr(type(data.train), "__getitems__", lambda *args: pytest.fail("decoded again"))
+    assert len(data.train_fingerprint) == 32 and data.train_fingerprint != data.record["test_fingerprint"]
 
 
 # As commands
