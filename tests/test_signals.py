@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from reliability_support import (  # noqa: F401
     before,
     check_same,
     environment,
-    far,
     few,
     interrupt_twice,
     names,
@@ -36,7 +34,7 @@ from reliability_support import (  # noqa: F401
     wait_for,
     within_step,
 )
-from test_train import free_port, launch_two
+from test_train import free_port
 
 # Signals
 
@@ -74,7 +72,7 @@ def test_a_signal_during_the_end(tmp_path, few, where, options):
     again = ran(tmp_path, EVERY, RESUME, *few, whole=True)
     assert json.loads((tmp_path / "metrics.json").read_text())["train"]["steps"] == STEPS
     assert "checkpoint-30." in again.out and "Test bits/dim" in again.out
-    assert f"Step 30 is not before the last one, {STEPS}: nothing is trained, and the checkpoint is" in again.out
+    assert f"checkpoint-30 has all of --max_train_steps {STEPS} (or --num_epochs): give more to train on." in again.out
 
 
 @pytest.mark.parametrize("seconds, at_once", [(2.2, True), (0.3, False)])
@@ -169,13 +167,3 @@ def test_one_of_two_processes_is_stopped(tmp_path, few, attempt):
         assert process.wait(25) == 0, log.read_text()[-3000:]
     said = re.search(r"Stopped at step (\d+) by (SIGTERM|another process)", log.read_text())
     assert (folder / f"checkpoint-{said[1]}" / "random_states_1.pkl").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_go_on(tmp_path, few):
-    """From checkpoint-10 on, the weights agree to 1e-6 of each tensor's norm with those of an uninterrupted run."""
-    options = " ".join(map(str, [f"--max_train_steps {STEPS} {EVERY} --logger none", *few]))
-    launch_two(tmp_path, options)
-    shutil.move(tmp_path / "checkpoint-30", tmp_path / "straight")
-    launch_two(tmp_path, f"{options} --resume_from_checkpoint checkpoint-10")
-    assert far(tmp_path / "straight", tmp_path / "checkpoint-30") < 1e-6
