@@ -165,9 +165,11 @@ def optimal_paths(costs: Tensor, first: Tensor, max_steps: int) -> Paths:
     if not bool(first.isfinite().all()):
         raise ValueError(f"`first` must be finite, but at t={int((~first.isfinite()).nonzero()[0])} it is not.")
     table = torch.where(below, costs, math.inf)
+    # One buffer: a new table for each step, freed between what is kept, can leave the heap full of holes.
+    extended = torch.empty_like(table)
     best, reached, previous = first, [first[-1]], [torch.zeros(total, dtype=torch.int64)]
     for _ in range(1, max_steps):
-        best, came_from = (table + best).min(1)
+        best, came_from = torch.add(table, best, out=extended).min(1)
         reached.append(best[-1])
         previous.append(came_from)
     return Paths(torch.stack(reached), torch.stack(previous))
