@@ -14,12 +14,12 @@ from ddpm_vlb import (
     spaced_timesteps,
     step_costs,
 )
-from ddpm_vlb.respacing import VARIANCES
+from ddpm_vlb.respacing import ALL_SPACINGS, VARIANCES
 from ddpm_vlb.step_statistics import crossfitted_cost
 
 FIXED = ("fixed_small", "fixed_large")
 GAIN = 1e-3  # nats per dimension
-EVEN = ("leading", "linspace", "trailing", "quadratic")
+EVEN = ALL_SPACINGS[:-1]
 
 
 @dataclass(frozen=True, eq=False)

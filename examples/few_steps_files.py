@@ -1,6 +1,7 @@
 """Where optimize_timesteps.py writes: into the checkpoint, by one rename, or a whole pipeline elsewhere."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import tempfile
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from few_steps_report import plot
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from launching import prepare_output_dir
 from reporting import to_disk, write_json
 
@@ -98,6 +101,10 @@ def store(args: argparse.Namespace, pipeline: DDPMVLBPipeline, result: dict[str,
         for name in kept:
             if (source / name).is_file():
                 shutil.copyfile(source / name, made / name)
+        if not source.is_dir():  # its license is in the card
+            with contextlib.suppress(EntryNotFoundError):
+                card = hf_hub_download(args.model, "README.md", revision=args.revision, cache_dir=args.cache_dir)
+                shutil.copyfile(card, made / "README.md")
         write_results(result, made)
         move_into(made, folder, Path(aside, "before"))
     return folder

@@ -63,12 +63,11 @@ from ddpm_vlb import (
     spread_knots,
 )
 from ddpm_vlb.estimation import SECOND_DRAWS
-from ddpm_vlb.respacing import VARIANCES
+from ddpm_vlb.respacing import ALL_SPACINGS, VARIANCES
 from ddpm_vlb.step_statistics import FEW_IMAGES, MIN_IMAGES
 
 DECODER_VALUES = 2**20  # kept of all knots together
 PIXEL_VALUES = 2**26  # of the variances of each pixel of all steps together
-ORDER = ("leading", "linspace", "trailing", "quadratic", "optimal")
 
 
 def _several(text: str) -> int:
@@ -348,7 +347,7 @@ def optimize(run: Optimization) -> tuple[dict[str, Any], Found]:
     for own, entry in zip(found.candidates, rows):
         entry["stored"] = own.stored in found.paths
     compare(rows)
-    rows.sort(key=lambda entry: (entry["num_inference_steps"], ORDER.index(entry["path"])))
+    rows.sort(key=lambda entry: (entry["num_inference_steps"], ALL_SPACINGS.index(entry["path"])))
     whole = price_all_steps(run, found.errors)
     for entry in whole:
         del entry["per_image"]

@@ -471,6 +471,7 @@ def test_from_the_hub_and_back(base, models, tmp_path):  # noqa: F811
         options = (*FEW, "--num_images", 4, "--steps", 3, "--variance", "per_pixel")
         out = call(script, "--model", "tester/plain", "--output_dir", tmp_path / "few", *options)
         assert "per_pixel" in out and (tmp_path / "few" / "few_steps.json").is_file()
+        assert (tmp_path / "few" / "README.md").read_bytes() == server.files("tester/plain")["README.md"]
         pushed = call("-c", HUB, "up", tmp_path / "few", "tester/few")
         assert "x_0_mse-" in pushed
         call("-c", HUB, "down", tmp_path / "few", tmp_path / "folder.pt")
