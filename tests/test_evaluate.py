@@ -1056,7 +1056,7 @@ def launcher(processes):
     return [sys.executable, "-m", "accelerate.commands.launch", *arguments.split()]
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_several_processes(models, sets, straight, tmp_path, processes):
     """Each image once, with the values of one process, though none of the numbers divides the images."""
     options = ("--model", models["small"], *sets["grey"].options, "--output_dir", tmp_path / "run", *FEW)
@@ -1326,6 +1326,7 @@ script("--model", model, "--dataset_name", "some/thing", "--output_dir", output)
 """
 
 
+@pytest.mark.slow
 def test_a_model_and_a_data_set_on_the_hub(models, sets, tmp_path):
     """By their names, over the network, with the real client: the numbers of the same files in folders."""
     upload = """
@@ -1349,6 +1350,7 @@ for kind, folder in zip(("model", "dataset"), sys.argv[1:]):
     assert hub["per_image"] == folder["per_image"] and hub["data"]["fingerprint"] == folder["data"]["fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached(models, tmp_path):
     """For the model and for the data: one line with the option, the name and what to look at, and exit code 1."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}

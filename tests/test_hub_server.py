@@ -411,6 +411,7 @@ def test_no_commit_is_lost_when_many_come_at_once(run, server):
     assert files == {f"{i}.txt": f"{i} ".encode() * 300_000 for i in range(16)}
 
 
+@pytest.mark.slow
 def test_diffusers_pushes_and_loads(run, server):
     """A stock pipeline that was pushed loads from the Hub, and from the cache after that, weight for weight."""
     said = run(

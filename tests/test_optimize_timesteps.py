@@ -118,8 +118,10 @@ def test_the_model_stays_as_it_was(base, models):  # noqa: F811
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 6])
-@pytest.mark.parametrize("spacing", [None, "optimal", *EVEN])
+# Each spacing with some number of steps, and each number with some spacing.
+@pytest.mark.parametrize(
+    "steps, spacing", [(1, None), (3, None), (6, "optimal"), *zip((1, 3, 6, 3), EVEN)], ids=lambda value: str(value)
+)
 def test_evaluate_scores_exactly_these_chains(base, sets, tmp_path, monkeypatch, steps, spacing):  # noqa: F811
     """evaluate.py on the saved files gives the number of the table, of the stored chain and of any other."""
     import evaluate

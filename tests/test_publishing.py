@@ -523,6 +523,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["hub", "folder"])
 def test_one_repository_loads_in_three_ways(trained, tmp_path, where):
     """Each way in a fresh process with empty caches: the run's weights bit for bit, and the same images.
@@ -551,6 +552,7 @@ def test_one_repository_loads_in_three_ways(trained, tmp_path, where):
     assert float(((images["ours"] > 0) & (images["ours"] < 1)).float().mean()) > 0.1
 
 
+@pytest.mark.slow
 def test_a_hub_that_fails_kills_no_run(tmp_path):
     """Every commit is refused: training ends as ever, the result is whole on disk, the way to upload it is told."""
     with HubServer() as server:
