@@ -25,7 +25,10 @@ def check_output(args: argparse.Namespace) -> None:
     """Refuse what could not be written at the end."""
     if args.output_dir is None:
         if not Path(args.model).is_dir():
-            raise ValueError(f"--model {args.model} is on the Hub: say with --output_dir where the pipeline shall go.")
+            raise ValueError(
+                f"--model {args.model} is no folder. If it is a Hub name, say with --output_dir where the pipeline shall "
+                "go."
+            )
         prepare_output_dir(Path(args.model))
         return
     folder = Path(args.output_dir)

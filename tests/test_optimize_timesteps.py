@@ -362,7 +362,7 @@ def test_killed_while_it_is_stored(optimized, models, monkeypatch, at):  # noqa:
         ("--steps 2 --output_dir {used}", "holds something else already (thesis.tex)"),
         ("--steps 2 --output_dir {trained}", "holds something else already (checkpoint-10)"),
         ("--steps 2 --split train", "--split train leaves only 'test'"),
-        ("--steps 2 --model nobody", "--model nobody is on the Hub: say with --output_dir"),
+        ("--steps 2 --model nobody", "--model nobody is no folder. If it is a Hub name, say with --output_dir"),
         ("--steps 2 --model nobody --output_dir {new}", "no such folder, and it is no Hub name"),
     ],
 )

@@ -160,6 +160,7 @@ def test_the_sdist_builds_the_same_wheel(built):
     assert first == second
 
 
+@pytest.mark.slow
 def test_the_wheel_imports_without_a_word(built, tmp_path):
     """Unpacked anywhere, it imports from there, all of it, and prints nothing on either stream."""
     wheel = built / "unpacked" / "wheel"

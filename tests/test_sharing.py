@@ -391,6 +391,7 @@ def test_a_stock_pipeline_that_holds_our_scheduler_loads_from_nowhere(ours):
     assert ours.said["mixed"] is not None
 
 
+@pytest.mark.slow
 def test_offline(shared, ours):
     """Cut off from the Hub, what was loaded once loads again, and what was not is a clear error; nobody is asked."""
     before = len(shared.server.requests)
