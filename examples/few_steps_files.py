@@ -26,8 +26,8 @@ def check_output(args: argparse.Namespace) -> None:
     if args.output_dir is None:
         if not Path(args.model).is_dir():
             raise ValueError(
-                f"--model {args.model} is no folder. If it is a Hub name, say with --output_dir where the pipeline shall "
-                "go."
+                f"--model {args.model} is no folder. If it is a Hub name, say with --output_dir where the pipeline "
+                "shall go."
             )
         prepare_output_dir(Path(args.model))
         return
