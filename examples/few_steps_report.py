@@ -88,7 +88,7 @@ def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
                 [row["num_inference_steps"] for row in own],
                 [row[value] for row in own],
                 bars,
-                color=colours[variance],
+                color=colours[variance] if axis is axes[1] else f"C{paths.index(name)}",
                 linestyle=styles[name],
                 marker="o",
                 markersize=4,
