@@ -1056,7 +1056,8 @@ def launcher(processes):
     return [sys.executable, "-m", "accelerate.commands.launch", *arguments.split()]
 
 
-@pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2, 3])
 def test_several_processes(models, sets, straight, tmp_path, processes):
     """Each image once, with the values of one process, though none of the numbers divides the images."""
     options = ("--model", models["small"], *sets["grey"].options, "--output_dir", tmp_path / "run", *FEW)

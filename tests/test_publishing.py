@@ -575,6 +575,7 @@ def test_a_hub_that_fails_kills_no_run(tmp_path):
         assert files.keys() >= RESULT | set(publish.CODE_FILES) and b"license: mit" in files["README.md"]
 
 
+@pytest.mark.slow
 def test_a_wrong_token_is_told_before_training(tmp_path):
     """One line and an exit code, no step of training, nothing made."""
     with HubServer() as server:
