@@ -478,8 +478,11 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             timesteps = sorted((int(t) for t in timesteps), reverse=True)
         if timesteps is None and num_inference_steps is None and timestep_spacing is None:
             return self._process(None).to(device, dtype)
-        path = self._path(num_inference_steps, timesteps, timestep_spacing)
-        return self._process(path, path is self._paths.get(len(path.timesteps))).to(device, dtype)
+        return self._process(self._path(num_inference_steps, timesteps, timestep_spacing)).to(device, dtype)
+
+    def _is_stored(self, path: StoredPath | None) -> bool:
+        """Whether it is a stored path itself; the same steps by hand have the short chain's own decoder."""
+        return path is not None and path is self._paths.get(len(path.timesteps))
 
     def _path(
         self, num_inference_steps: int | None, timesteps: Sequence[int] | None, timestep_spacing: str | None
@@ -497,7 +500,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     "`timestep_spacing` is for `num_inference_steps`: `timesteps` are the steps themselves."
                 )
-            return StoredPath(self._checked_steps(timesteps), self.config.get("reverse_variance", "network"))
+            return StoredPath(self._checked_steps(timesteps), self._whole.variance)
         assert num_inference_steps is not None
         whole = isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool)
         stored = self._paths.get(int(num_inference_steps)) if whole else None
@@ -510,7 +513,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             )
         spacing, offset = timestep_spacing or self.config.timestep_spacing, self.config.steps_offset
         chosen = spaced_timesteps(spacing, num_inference_steps, len(self), offset)
-        return StoredPath(tuple(chosen), self.config.get("reverse_variance", "network"))
+        return StoredPath(tuple(chosen), self._whole.variance)
 
     def _checked_steps(self, timesteps: Sequence[int]) -> tuple[int, ...]:
         chosen = tuple(int(t) for t in timesteps)
@@ -526,13 +529,13 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             )
         return chosen
 
-    def _process(self, path: StoredPath | None, stored: bool = False, eta: float = 1.0) -> ReverseProcess:
+    def _process(self, path: StoredPath | None, eta: float = 1.0) -> ReverseProcess:
         """The reverse process of a path, or of the training chain."""
         ascending = None if path is None else sorted(path.timesteps)
         if self._blind is not None and (ascending is None or self._blind in ascending):
             return self._reverse_of(self._forward)  # raises, and says why
-        variance = self.config.get("reverse_variance", "network") if path is None else path.variance
-        shift = path.decoder_shift if path is not None and stored else None
+        variance = self._whole.variance if path is None else path.variance
+        shift = path.decoder_shift if path is not None and self._is_stored(path) else None
         process = self._training
         if ascending is not None and (shift is not None or len(ascending) < len(process.forward)):
             process = process.respace(ascending, shift if variance == "network" else None)
@@ -560,20 +563,15 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             )
         return self._errors.at(timesteps, variance)
 
-    def _visit(
-        self,
-        path: StoredPath,
-        device: torch.device | str | None,
-        stored: bool = False,
-        eta: float = 1.0,
-    ) -> None:
+    def _visit(self, path: StoredPath, device: torch.device | str | None, eta: float = 1.0) -> None:
         """Make a path the chain that `step` walks."""
-        if self._visited != (path, stored, eta):
-            self._chain = self._process(path, stored, eta)
+        visited = path, self._is_stored(path), eta
+        if self._visited != visited:
+            self._chain = self._process(path, eta)
             last = len(path.timesteps) - 1
             self._index = {timestep: last - i for i, timestep in enumerate(path.timesteps)}
             self._chains: dict[tuple[torch.device, torch.dtype], tuple[ReverseProcess, Tensor]] = {}
-            self._visited = (path, stored, eta)
+            self._visited = visited
         self.timesteps = torch.tensor(path.timesteps, dtype=torch.int64, device=device)
 
     def set_timesteps(
@@ -599,7 +597,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
                 unknown spacing, no stored path, `eta` outside [0, 1], or variances that are not there.
         """
         path = self._path(num_inference_steps, timesteps, timestep_spacing)
-        self._visit(path, device, path is self._paths.get(len(path.timesteps)), eta)
+        self._visit(path, device, eta)
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(path.timesteps)
 
