@@ -295,14 +295,11 @@ class ForwardProcess:
             coef_x_t = gather(self.posterior_mean_coef_x_t, t, x_t)
             log_variance = gather(self.posterior_log_variance, t, x_t)
         else:
-            log_alpha, log_beta = self._transition(t, s)
-            log_abar_t, log_abar_s = self._log_abar(t), self._log_abar(s)
-            log_noise_t, noise_s = torch.log(-torch.expm1(log_abar_t)), -torch.expm1(log_abar_s)
-            coef_x_0 = _like(torch.exp(0.5 * log_abar_s + log_beta - log_noise_t), x_t)
-            coef_x_t = _like(torch.exp(0.5 * log_alpha - log_noise_t) * noise_s, x_t)
-            point = noise_s == 0
-            log_ratio = torch.where(point, 0.0, torch.log(torch.where(point, 1.0, noise_s)) - log_noise_t)
-            log_variance = _like(log_beta + log_ratio, x_t)
+            _, log_beta = self._transition(t, s)
+            posterior = posterior_coefficients(self._log_abar(t), self._log_abar(s))
+            coef_x_0, coef_x_t = _like(posterior.x_0, x_t), _like(posterior.x_t, x_t)
+            point = posterior.variance == 0
+            log_variance = _like(torch.where(point, log_beta, posterior.variance.log()), x_t)
         mean = coef_x_0 * x_0 + coef_x_t * x_t
         return DiagonalGaussian(mean, log_variance.expand_as(mean))
 
