@@ -47,6 +47,15 @@ class Paths(NamedTuple):
         return path[::-1]
 
 
+def earlier(total: int) -> Tensor:
+    """Whether s is before t, (T, T) at [t, s].
+
+    Args:
+        total: T.
+    """
+    return torch.ones(total, total, dtype=torch.bool).tril(-1)
+
+
 def transitions(forward: ForwardProcess) -> Transitions:
     """r and D between any two steps of a chain.
 
@@ -58,7 +67,7 @@ def transitions(forward: ForwardProcess) -> Transitions:
     beta = -torch.expm1(log_abar[:, None] - log_abar[None, :])
     snr_gap = log_abar.exp()[None, :] * beta / (noise[:, None] * noise[None, :])
     log_range = noise.log()[:, None] - noise.log()[None, :]
-    below = torch.ones_like(snr_gap, dtype=torch.bool).tril(-1)
+    below = earlier(len(root))
     return Transitions(torch.where(below, snr_gap, 1.0), torch.where(below, log_range, 1.0))
 
 
@@ -158,7 +167,7 @@ def optimal_paths(costs: Tensor, first: Tensor, max_steps: int) -> Paths:
         raise ValueError(
             f"`max_steps` must be an integer in 1 .. {total}, the length of the chain, but got {max_steps!r}."
         )
-    below = torch.ones_like(costs, dtype=torch.bool).tril(-1)
+    below = earlier(total)
     bad = (~costs.isfinite() & below).nonzero()
     if len(bad):
         raise ValueError(f"`costs` must be finite, but from t={int(bad[0, 0])} to s={int(bad[0, 1])} it is not.")

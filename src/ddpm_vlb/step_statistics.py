@@ -27,7 +27,7 @@ from torch import Tensor
 from .distributions import DiagonalGaussian
 from .evaluation import Conditioning, Model, check_conditioning, check_data, image_generator, model_output, rows_of
 from .forward_process import ForwardProcess, posterior_coefficients
-from .optimal_paths import Chebyshev, Transitions, analytic_costs, fixed_costs, priced, transitions
+from .optimal_paths import Chebyshev, Transitions, analytic_costs, earlier, fixed_costs, priced, transitions
 from .respacing import SquaredErrors, interpolate_log
 from .reverse_process import ReverseProcess
 
@@ -324,7 +324,7 @@ def step_costs(statistics: StepStatistics, reverse: ReverseProcess, variance: st
 
 
 def _per_pixel_costs(pairs: Transitions, statistics: StepStatistics, total: int) -> Tensor:
-    below = torch.ones_like(pairs.snr_gap, dtype=torch.bool).tril(-1)
+    below = earlier(total)
     log_gap = pairs.snr_gap.clamp(min=1e-300).log()
     inside = log_gap[below] if bool(below.any()) else log_gap
     gaps = Chebyshev.between(float(inside.min()), float(inside.max()), GAP_NODES)
@@ -341,8 +341,7 @@ def _learned_costs(pairs: Transitions, statistics: StepStatistics, reverse: Reve
         v = _linear(knots, means[:, 0], total)[:, None]
         precision, weighted = (interpolate_log(knots, means[:, i], every)[:, None] for i in (1, 2))
         root = reverse.forward.log_alphas_cumprod.cpu()
-        below = torch.ones_like(pairs.snr_gap, dtype=torch.bool).tril(-1)
-        small = torch.where(below, posterior_coefficients(root[:, None], root[None, :]).variance, 1.0)
+        small = torch.where(earlier(total), posterior_coefficients(root[:, None], root[None, :]).variance, 1.0)
         return 0.5 * (v - small.log() - 1 + small * (precision + pairs.snr_gap * weighted))
     nodes = _range_nodes(reverse.forward)
     shape = nodes.rows_at(_linear(knots, means[:, :RANGE_NODES], total), pairs.log_range)
@@ -432,7 +431,7 @@ def crossfitted_cost(
     """
     knots, indices = statistics.knots, torch.as_tensor(path)
     total = float(costs.crossfitted_decoder[indices[0]])
-    gaps = transitions(reverse.forward).snr_gap[indices[1:], indices[:-1]]
+    gaps = transitions(reverse.forward.respace(path)).snr_gap.diagonal(-1)
     for half in (0, 1) if len(gaps) else ():
         if variance == "analytic":
             fitted = statistics.curve(half).reshape(-1, *[1] * (statistics.squared.ndim - 2))
