@@ -56,7 +56,7 @@ RECORD = """
 """.split()
 MIN_DEGREES = 20  # of freedom of the noise standard error
 PICTURES = ("vlb_terms.png", "per_image.png")
-FORMAT = 3  # of partial results; raise it when their meaning changes
+FORMAT = 4  # of partial results; raise it when their meaning changes
 
 
 def _levels(text: str) -> int | None:
@@ -224,35 +224,30 @@ def load_data(args: argparse.Namespace, network: NetworkShape, check: bool) -> S
         )
 
 
-class Evaluation:
-    """What the parts of an evaluation share."""
+class Checkpoint:
+    """A checkpoint, held-out images, and how the network is called; loaded by all processes.
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
+    Args:
+        args: of the script.
+        accelerator: of the run.
+        script: named before messages.
+    """
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, script: str):
         self.args, self.accelerator = args, accelerator
 
         def load() -> tuple[DDPMVLBPipeline, ScoringData]:
             pipeline = load_pipeline(args)
             return pipeline, load_data(args, network_shape(pipeline, args), accelerator.is_main_process)
 
-        self.pipeline, data = main_first(accelerator, load, "evaluate.py", ValueError, OSError)
+        self.pipeline, data = main_first(accelerator, load, script, ValueError, OSError)
         record = broadcast_object_list([data.record])[0]  # with the main process's fingerprints
         self.data: ScoringData = dataclasses.replace(data, record=record)
         self.unet = self.pipeline.unet.to(accelerator.device).eval()
         self.weights = fingerprint_of(self.unet)
-        self.network = json.loads(self.unet.to_json_string())
         self.dims = self.batch([0])[0].numel()
-        reverse = chain(args, self.pipeline.scheduler, accelerator.device)
-        reverse = dataclasses.replace(reverse, levels=self.data.levels)
-        clipped = reverse.clip_sample or reverse.thresholding
-        first = clipped if args.clip_sample is None else args.clip_sample
-        both = [_with_clipping(reverse, first), _with_clipping(reverse, not first)]
         self.discrete = self.data.levels is not None
-        self.reverse, self.clips = both[0], first
-        # Unless a checkpoint of continuous data says so itself, clipping its values to [-1, 1] is nonsense.
-        self.also = both[1:] if self.discrete or clipped else []
         self.unit = "bits/dim" if self.discrete else "nats/dim of density"
-        self.key = self._key()
-        self.folder = Path(args.output_dir) if args.output_dir else default_folder(args.model)
 
     def model(self, x_t: Tensor, timesteps: Tensor, **conditioning: Tensor) -> Tensor:
         """The network, under the run's mixed precision."""
@@ -270,33 +265,57 @@ class Evaluation:
             return self.args.eval_batch_size * self.dims
         return 2**16 if self.accelerator.device.type == "cpu" else 2**20
 
-    def _key(self) -> str:
-        """A hash over everything that the numbers depend on."""
-        args, reverse = self.args, self.reverse
-        options = "estimator calls_per_image tolerance pilot_calls control_variate seed".split()
+    def key(self, processes: Sequence[ReverseProcess], **more: Any) -> str:
+        """A hash over everything that the scores of some processes depend on."""
         content = {
             "format": [FORMAT, importlib.metadata.version("ddpm-vlb")],
             "weights": self.weights,
-            "network": {name: value for name, value in self.network.items() if not name.startswith("_")},
+            "network": {k: v for k, v in json.loads(self.unet.to_json_string()).items() if not k.startswith("_")},
             "data": self.data.record,
-            "options": {name: getattr(args, name) for name in options},
             "mixed_precision": self.accelerator.mixed_precision,
             "values_per_call": self.values_per_call,
-            "process": [
-                reverse.prediction_type,
-                reverse.variance_type,
-                reverse.thresholding,
-                reverse.clip_sample_range,
-                reverse.dynamic_thresholding_ratio,
-                reverse.sample_max_value,
-                reverse.levels,
-                self.clips,
-                reverse.forward.timesteps.tolist(),
-                reverse.forward.betas.tolist(),
-                *variances_of(reverse),
-            ],
+            "processes": [described(process) for process in processes],
+            **more,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def described(reverse: ReverseProcess) -> list[Any]:
+    """All that tells one reverse process from another."""
+    m, first = reverse.x_0_mse, reverse.decoder_log_variance
+    return [
+        reverse.prediction_type,
+        reverse.variance_type,
+        reverse.clip_sample,
+        reverse.thresholding,
+        reverse.clip_sample_range,
+        reverse.dynamic_thresholding_ratio,
+        reverse.sample_max_value,
+        reverse.levels,
+        reverse.forward.timesteps.tolist(),
+        reverse.forward.betas.tolist(),
+        None if m is None else hashlib.sha256(m.double().cpu().numpy().tobytes()).hexdigest(),
+        None if first is None else torch.as_tensor(first).tolist(),
+        reverse.decoder_slope,
+    ]
+
+
+class Evaluation(Checkpoint):
+    """What the parts of an evaluation share."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
+        super().__init__(args, accelerator, "evaluate.py")
+        reverse = chain(args, self.pipeline.scheduler, accelerator.device)
+        reverse = dataclasses.replace(reverse, levels=self.data.levels)
+        clipped = reverse.clip_sample or reverse.thresholding
+        first = clipped if args.clip_sample is None else args.clip_sample
+        both = [_with_clipping(reverse, first), _with_clipping(reverse, not first)]
+        self.reverse, self.clips = both[0], first
+        # Unless a checkpoint of continuous data says so itself, clipping its values to [-1, 1] is nonsense.
+        self.also = both[1:] if self.discrete or clipped else []
+        options = "estimator calls_per_image tolerance pilot_calls control_variate seed".split()
+        self.run_key = self.key(both, options={name: getattr(args, name) for name in options})
+        self.folder = Path(args.output_dir) if args.output_dir else default_folder(args.model)
 
     def pilot(self, store: PartialScores) -> Pilot | None:
         """The pilot, or None for the full loop, which needs none."""
@@ -347,13 +366,6 @@ class Evaluation:
         """Score the images at `positions`."""
         unit = 1 / math.log(2) if self.discrete else 1.0
         return run_sweep(self.accelerator, scorer, self.batch, positions, sweep, store, what, unit)
-
-
-def variances_of(reverse: ReverseProcess) -> list[Any]:
-    """What says the variances of a process beside its type."""
-    m, first = reverse.x_0_mse, reverse.decoder_log_variance
-    errors = None if m is None else hashlib.sha256(m.double().cpu().numpy().tobytes()).hexdigest()
-    return [errors, None if first is None else torch.as_tensor(first).tolist(), reverse.decoder_slope]
 
 
 def _with_clipping(reverse: ReverseProcess, clip: bool) -> ReverseProcess:
@@ -450,7 +462,7 @@ def evaluate(run: Evaluation, store: PartialScores) -> tuple[VLBEstimate, dict[s
         "device": str(run.accelerator.device),
         "num_processes": run.accelerator.num_processes,
         "seconds": time.perf_counter() - started,
-        "key": run.key,
+        "key": run.run_key,
     }
     return estimate, metrics
 
@@ -500,7 +512,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     run = Evaluation(args, accelerator)
     folder = run.folder
     prepare_output_dir(folder)
-    known = broadcast_object_list([finished(folder, run.key) if accelerator.is_main_process else None])[0]
+    known = broadcast_object_list([finished(folder, run.run_key) if accelerator.is_main_process else None])[0]
     if known is not None:
         if accelerator.is_main_process:
             print(f"{folder / 'metrics.json'} already holds this evaluation: nothing to do.")
@@ -511,7 +523,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         print(f"{folder} holds another evaluation, which this one replaces; --output_dir keeps them apart.")
     if accelerator.is_main_process and args.num_images and len(run.data.scored) < args.num_images:
         print(f"The split {args.split!r} has only {len(run.data.scored)} images to score.")
-    store = PartialScores(folder / f"partial-{run.key[:16]}", accelerator.print, run.key)
+    store = PartialScores(folder / f"partial-{run.run_key[:16]}", accelerator.print, run.run_key)
     estimate, metrics = evaluate(run, store)
     if accelerator.is_main_process:
         plot_vlb_terms(estimate, folder / "vlb_terms.png", unit=run.unit)

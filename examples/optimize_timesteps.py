@@ -14,9 +14,7 @@ few_steps.json and few_steps.png beside it.
 import argparse
 import dataclasses
 import datetime
-import hashlib
 import importlib.metadata
-import json
 import math
 import shutil
 import sys
@@ -27,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
-from evaluate import add_data_options, load_data, load_pipeline, network_shape, variances_of
+from evaluate import Checkpoint, add_data_options
 from few_steps import (
     Candidate,
     chosen,
@@ -40,15 +38,12 @@ from few_steps_files import PARTIAL, check_output, store
 from few_steps_report import compare, print_differences, print_table
 from launching import main_first
 from reporting import score
-from scoring import PartialScores, fingerprint_of, run_sweep, shared, units
-from scoring_data import ScoringData
+from scoring import PartialScores, run_sweep, shared, units
 from stopping import leave
-from torch import Tensor
 from tqdm.auto import tqdm
 from train_options import HelpFormatter, not_negative_int, positive_int
 
 from ddpm_vlb import (
-    DDPMVLBPipeline,
     Pilot,
     ReverseProcess,
     SquaredErrors,
@@ -112,20 +107,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Optimization:
+class Optimization(Checkpoint):
     """What the parts of an optimization share."""
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
-        self.args, self.accelerator = args, accelerator
-
-        def load() -> tuple[DDPMVLBPipeline, ScoringData]:
-            check_output(args)
-            pipeline = load_pipeline(args)
-            return pipeline, load_data(args, network_shape(pipeline, args), accelerator.is_main_process)
-
-        self.pipeline, data = main_first(accelerator, load, "optimize_timesteps.py", ValueError, OSError)
-        self.data: ScoringData = dataclasses.replace(data, record=broadcast_object_list([data.record])[0])
-        self.unet = self.pipeline.unet.to(accelerator.device).eval()
+        main_first(accelerator, lambda: check_output(args), "optimize_timesteps.py", ValueError, OSError)
+        super().__init__(args, accelerator, "optimize_timesteps.py")
         scheduler = self.pipeline.scheduler
         scheduler.store_few_steps()  # what an earlier run has stored is replaced
         for steps in args.steps:
@@ -139,10 +126,6 @@ class Optimization:
                 "training images: score a split that was held out."
             )
         self.training = dataclasses.replace(scheduler.reverse_process(dtype=torch.float64), levels=self.data.levels)
-        self.discrete = self.data.levels is not None
-        self.unit = "bits/dim" if self.discrete else "nats/dim of density"
-        self.dims = self.batch([0])[0].numel()
-        self.weights = fingerprint_of(self.unet)
         self.partial = Path(args.output_dir or args.model) / f"{PARTIAL}scores"
         self.variances = variances_for(self.training)
         self.fitted = self._fitted()
@@ -169,22 +152,6 @@ class Optimization:
             )
         return [i * total // count for i in range(count)]
 
-    def model(self, x_t: Tensor, timesteps: Tensor, **conditioning: Tensor) -> Tensor:
-        """The network, under the run's mixed precision."""
-        with self.accelerator.autocast():
-            return self.unet(x_t.to(self.unet.dtype), timesteps, **conditioning).sample.float()
-
-    def batch(self, positions: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Held-out images."""
-        return self.data.batch(self.data.scored, positions)
-
-    @property
-    def values_per_call(self) -> int:
-        """Values in a network call."""
-        if self.args.eval_batch_size is not None:
-            return self.args.eval_batch_size * self.dims
-        return 2**16 if self.accelerator.device.type == "cpu" else 2**20
-
     @property
     def unit_of_a_nat(self) -> float:
         """What nats are multiplied by."""
@@ -197,11 +164,7 @@ class Optimization:
 
     def store(self, processes: list[ReverseProcess]) -> PartialScores:
         """Where the scores of a chain are kept until the end, for a run that is started again."""
-        content = [
-            *(self.weights, self.data.record, self.args.seed, self.values_per_call, self.accelerator.mixed_precision),
-            *([p.forward.timesteps.tolist(), p.variance_type, p.levels, *variances_of(p)] for p in processes),
-        ]
-        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        key = self.key(processes, seed=self.args.seed)
         return PartialScores(self.partial / key[:16], self.accelerator.print, key)
 
     def on_device(self, process: ReverseProcess) -> ReverseProcess:
