@@ -21,6 +21,7 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 from hub_server import HubServer
 from test_evaluate import (  # noqa: F401
     T,
+    fresh_accelerate,
     home,
     models,
     network,
@@ -44,13 +45,6 @@ def optimize(*options):
     """Optimize in this process, on the CPU; returns the content of few_steps.json."""
     reset_accelerate()
     return optimize_timesteps.main(["--cpu", *map(str, options)])
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")

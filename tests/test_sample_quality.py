@@ -18,14 +18,22 @@ import safetensors.torch
 import sample_quality
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DModel
 from feature_distances import compare, frechet_distance, kernel_distance, median_distance
 from features import FeatureModel, quiet
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import pdist
 from scoring import fingerprint_of
-from test_evaluate import T, launcher, network, ours, stock, strict_json
+from test_evaluate import (  # noqa: F401
+    T,
+    fresh_accelerate,
+    launcher,
+    network,
+    ours,
+    reset_accelerate,
+    stock,
+    strict_json,
+)
 from test_scoring_data import write_arrays, write_images
 
 from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, SquaredErrors, StoredPath
@@ -272,18 +280,6 @@ def test_images_are_resized_as_the_processor_says(home, viewers):
 
 
 # The script
-
-
-def reset_accelerate():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
