@@ -255,6 +255,37 @@ class Comparison:
         parts = sorted(gather_object(own), key=lambda part: part[0])
         return np.concatenate([part[1] for part in parts]), torch.cat([part[2] for part in parts])
 
+    def record(self, num_features: int) -> dict[str, Any]:
+        """What sample_quality.json says of the models, the data and the run."""
+        args, other = self.args, self.other.record["split"]
+        return {
+            "feature_model": {
+                "name_or_path": self.features.name,
+                "class": type(self.features.model).__name__,
+                "weights_sha256": fingerprint_of(self.features.model),
+                "num_features": num_features,
+                **({"training": self.training} if self.training else {}),
+            },
+            "num_bootstrap": args.num_bootstrap,
+            "seed": args.seed,
+            "model": {
+                "name_or_path": args.model,
+                "revision": args.revision,
+                "weights_sha256": fingerprint_of(self.pipeline.unet),
+                "timestep_spacing": self.pipeline.scheduler.config.timestep_spacing,
+            },
+            "data": {
+                **{
+                    name: self.test.record[name] for name in ("dataset_name", "dataset_config_name", "split", "levels")
+                },
+                "num_images": {args.split: self.test.total, other: self.other.total},
+            },
+            "options": {name: value for name, value in vars(args).items() if name != "output_dir"},
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "device": str(self.accelerator.device),
+            "num_processes": self.accelerator.num_processes,
+        }
+
 
 def measure(run: Comparison) -> dict[str, Any]:
     """All distances, as the content of sample_quality.json; the grids are written on the way."""
@@ -289,35 +320,9 @@ def measure(run: Comparison) -> dict[str, Any]:
             if run.accelerator.is_main_process:
                 few = min(len(made), len(shown))
                 plot_samples(made[:few] / 255, shown[:few] / 255, run.folder / f"samples-{steps}-{label}.png")
-    return {
-        "baseline": baseline,
-        "results": results,
-        "feature_model": {
-            "name_or_path": run.features.name,
-            "class": type(run.features.model).__name__,
-            "weights_sha256": fingerprint_of(run.features.model),
-            "num_features": y.shape[1],
-            **({"training": run.training} if run.training else {}),
-        },
-        "kernel": {"name": "gaussian", "sigma": sigma, "scale": MMD_SCALE, "median": run.features.sigma is None},
-        "num_bootstrap": args.num_bootstrap,
-        "seed": args.seed,
-        "model": {
-            "name_or_path": args.model,
-            "revision": args.revision,
-            "weights_sha256": fingerprint_of(run.pipeline.unet),
-            "timestep_spacing": run.pipeline.scheduler.config.timestep_spacing,
-        },
-        "data": {
-            **{name: run.test.record[name] for name in ("dataset_name", "dataset_config_name", "split", "levels")},
-            "num_images": {args.split: run.test.total, other: run.other.total},
-        },
-        "options": {name: value for name, value in vars(args).items() if name != "output_dir"},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "device": str(run.accelerator.device),
-        "num_processes": run.accelerator.num_processes,
-        "seconds": time.perf_counter() - started,
-    }
+    kernel = {"name": "gaussian", "sigma": sigma, "scale": MMD_SCALE, "median": run.features.sigma is None}
+    content = {"baseline": baseline, "results": results, "kernel": kernel}
+    return {**content, **run.record(y.shape[1]), "seconds": time.perf_counter() - started}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
