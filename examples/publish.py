@@ -37,7 +37,7 @@ PICTURES = ("samples.png", "vlb_terms.png")
 OPTIONS_FILE = "training_options.json"
 # What an upload removes where it does not bring it; other files of the repository stay.
 OURS = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "README.md", "metrics.json"]
-OURS += ["data.json", OPTIONS_FILE, *PICTURES, *CODE_FILES]
+OURS += ["scheduler/x_0_mse-*.safetensors", "data.json", OPTIONS_FILE, *PICTURES, *CODE_FILES]
 WEIGHTS = "unet/diffusion_pytorch_model"
 # In the weights of one precision; of another, such as fp16, there is a dot before and behind its name.
 SAME_WEIGHTS = [f"{WEIGHTS}.safetensors", f"{WEIGHTS}-*.safetensors", f"{WEIGHTS}.safetensors.index.json"]

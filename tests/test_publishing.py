@@ -24,7 +24,7 @@ from test_pipeline_ddpm_vlb import pipeline as tiny_pipeline
 from test_sharing import client_of
 from test_train import TINY, launch_two, reset_accelerate
 
-from ddpm_vlb import DDPMVLBPipeline
+from ddpm_vlb import DDPMVLBPipeline, SquaredErrors, StoredPath
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = [*TINY, "--cpu", "--max_train_steps", "3", "--validation_steps", "1", "--logger", "none"]
@@ -678,6 +678,20 @@ def test_publishing_again_undoes_nothing(hub, trained, tmp_path):
     publish.main([str(tmp_path / "half"), "--hub_model_id", "tester/half"])
     uploaded = safetensors.torch.load(hub.files("tester/half")["unet/diffusion_pytorch_model.safetensors"])
     assert {tensor.dtype for tensor in uploaded.values()} == {torch.float16}
+
+
+def test_stored_variances_are_those_of_the_last_upload(hub, tmp_path):
+    """The file that the configuration names goes with it, and takes the place of the one before."""
+    pipe = tiny_pipeline()
+    last, shape = len(pipe.scheduler) - 1, (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+    for value in (0.1, 0.2):
+        pixels = torch.full((2, *shape), value)
+        errors = SquaredErrors(torch.tensor([0, last]), torch.full((2,), value, dtype=torch.float64), pixels)
+        pipe.scheduler.store_few_steps([StoredPath((last, 0), "per_pixel")], errors)
+        pipe.save_pretrained(tmp_path / "few")
+        publish.main([str(tmp_path / "few"), "--hub_model_id", "tester/few"])
+        stored = [name for name in hub.files("tester/few") if "x_0_mse" in name]
+        assert stored == [f"scheduler/{pipe.scheduler.errors_file}"]
 
 
 @pytest.mark.parametrize(
