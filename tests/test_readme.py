@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluate
-import publish
 import pytest
-import train_options
 from accelerate.commands.config.config_args import load_config_from_file
 from hub_server import HubServer
+
+from ddpm_vlb.commands import evaluate, publish, train_options
 
 ROOT = Path(__file__).parents[1]
 NEEDS_A_HUB = {"sharing.md"}
@@ -119,7 +118,7 @@ def test_training_commands_parse(tmp_path, monkeypatch):
         if "--config" in options:
             Path(options[options.index("--config") + 1]).write_text("{}")
         if options != ["--help"]:
-            train_options.parse_args(options, "")
+            train_options.parse_args(options)
 
 
 def test_publishing_commands_parse():

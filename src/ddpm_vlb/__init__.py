@@ -1,21 +1,29 @@
 """Likelihood training and evaluation of denoising diffusion models, for Hugging Face diffusers."""
 
 from .distributions import DiagonalGaussian
-from .estimation import VLBEstimator, estimate_vlb
-from .evaluation import VLBTerms, check_data, evaluate_vlb
+from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, estimate_vlb
+from .evaluation import VLBTerms, check_data, evaluate_vlb, image_generator
 from .forward_process import Diffused, ForwardProcess
 from .gaussian_model import GaussianModel, covariance_eigenvalues, gaussian_model_terms
 from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vlb_loss, vlb_term
 from .model_card import model_card
 from .optimal_paths import optimal_paths
 from .pilot import ControlVariate, Pilot, fit_pilot
-from .pipeline_ddpm_vlb import DDPMVLBPipeline
-from .respacing import SquaredErrors, StoredPath, spaced_timesteps
-from .reverse_process import Prediction, ReverseProcess
-from .schedules import beta_start_for_levels, make_betas, rescale_betas_zero_snr
+from .pipeline_ddpm_vlb import CODE_FILES, DDPMVLBPipeline, forget_origin, write_code
+from .respacing import ALL_SPACINGS, TIMESTEP_SPACINGS, VARIANCES, SquaredErrors, StoredPath, spaced_timesteps
+from .reverse_process import PREDICTION_TYPES, VARIANCE_TYPES, Prediction, ReverseProcess
+from .schedules import BETA_SCHEDULES, beta_start_for_levels, make_betas, rescale_betas_zero_snr
 from .scheduling_ddpm_vlb import DDPMVLBScheduler
-from .scores import VLBEstimate, VLBScores, estimate_from_scores, merge_scores
-from .step_statistics import StepStatistics, collect_statistics, spread_knots, step_costs
+from .scores import VLBEstimate, VLBScores, compacted, estimate_from_scores, merge_scores
+from .step_statistics import (
+    FEW_IMAGES,
+    MIN_IMAGES,
+    StepStatistics,
+    collect_statistics,
+    crossfitted_cost,
+    spread_knots,
+    step_costs,
+)
 from .timestep_samplers import (
     ImportanceTimesteps,
     LossSecondMomentTimesteps,
@@ -26,6 +34,17 @@ from .timestep_samplers import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALL_SPACINGS",
+    "BETA_SCHEDULES",
+    "CODE_FILES",
+    "ESTIMATORS",
+    "FEW_IMAGES",
+    "MIN_IMAGES",
+    "PREDICTION_TYPES",
+    "SECOND_DRAWS",
+    "TIMESTEP_SPACINGS",
+    "VARIANCES",
+    "VARIANCE_TYPES",
     "ControlVariate",
     "DDPMVLBPipeline",
     "DDPMVLBScheduler",
@@ -50,13 +69,17 @@ __all__ = [
     "beta_start_for_levels",
     "check_data",
     "collect_statistics",
+    "compacted",
     "covariance_eigenvalues",
+    "crossfitted_cost",
     "estimate_from_scores",
     "estimate_vlb",
     "evaluate_vlb",
     "fit_pilot",
+    "forget_origin",
     "gaussian_model_terms",
     "hybrid_loss",
+    "image_generator",
     "make_betas",
     "merge_scores",
     "model_card",
@@ -70,4 +93,5 @@ __all__ = [
     "step_costs",
     "vlb_loss",
     "vlb_term",
+    "write_code",
 ]

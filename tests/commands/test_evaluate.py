@@ -1,4 +1,4 @@
-"""examples/evaluate.py: what it promises on the command line, in its files, and when things go wrong.
+"""examples/ddpm-vlb evaluate: what it promises on the command line, in its files, and when things go wrong.
 
 The checkpoints are saved by plain diffusers, the data sets by `datasets`; a chain of 20 steps is scored with networks
 that have learned nothing, which is as good a test of the arithmetic as any.
@@ -20,21 +20,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
-import evaluate
 import numpy as np
 import PIL.Image
 import psutil
 import pytest
 import reference
-import reporting
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from hub_server import HubServer
-from image_data import load_image_data
-from scoring import pilot_positions
-from test_scoring_data import write_arrays, write_images, write_splits, x_0_of
+from test_data import write_arrays, write_images, write_splits, x_0_of
 
 from ddpm_vlb import (
     DDPMVLBPipeline,
@@ -45,9 +41,14 @@ from ddpm_vlb import (
     estimate_vlb,
     fit_pilot,
 )
+from ddpm_vlb.commands import evaluate
 from ddpm_vlb.evaluation import image_generator
+from ddpm_vlb.runtime import reporting
+from ddpm_vlb.runtime.image_data import load_image_data
+from ddpm_vlb.scoring.checkpoint import fingerprint_of
+from ddpm_vlb.scoring.sweep import pilot_positions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 T, BETAS = 20, {"beta_start": 0.002, "beta_end": 0.3}
 TRAIN, TEST = 40, 23  # images; units of 2 leave one over
 BITS = 1 / math.log(2)
@@ -504,7 +505,7 @@ def test_stock_checkpoints(score, models, sets, model, data):
     for name in ("bits_per_dim", "noise_se", "image_se", "prior", "kl", "decoder"):
         assert metrics[name] == pytest.approx(getattr(hand, name), rel=1e-5, abs=1e-7)
     stock_unet = DDPMPipeline.from_pretrained(models[model]).unet
-    assert evaluate.fingerprint_of(stock_unet) == metrics["model"]["weights_sha256"]
+    assert fingerprint_of(stock_unet) == metrics["model"]["weights_sha256"]
 
 
 @pytest.mark.parametrize(
@@ -683,7 +684,7 @@ def test_a_stock_checkpoint_of_latents(tmp_path, sets):
     """Its config cannot say that its data is continuous: --levels none does."""
     model = stock(tmp_path / "model", 4, 4, 4, clip_sample=False)
     options = ("--model", model, *sets["latents"].options, *FEW, "--output_dir", tmp_path / "run")
-    with pytest.raises(ValueError, match="levels"):
+    with pytest.raises(SystemExit, match="levels"):
         run(*options)
     metrics = run(*options, "--levels", "none")
     hand = estimate_by_hand(model, sets["latents"], None, both=False)
@@ -809,10 +810,9 @@ def test_a_stopped_tolerance_run_goes_on(score, straight, tmp_path, monkeypatch,
 # Stopped and started again
 
 
-SLOWLY = f"""
+SLOWLY = """
 import sys, time
-sys.path.insert(0, {str(ROOT / "examples")!r})
-import evaluate
+from ddpm_vlb.commands import evaluate
 from ddpm_vlb import VLBEstimator
 
 score = VLBEstimator.score
@@ -1112,7 +1112,7 @@ def refused(monkeypatch, tmp_path, models, sets, calls):
         data = sets[data].options if data in sets else data
         output = () if "--output_dir" in options else ("--output_dir", tmp_path / "run")
         message = script(monkeypatch, "--model", models.get(model, model), *data, *output, *FEW, *options.split())
-        assert isinstance(message, str) and message.startswith("evaluate.py: ") and "\n" not in message.strip()
+        assert isinstance(message, str) and message.startswith("ddpm-vlb evaluate: ") and "\n" not in message.strip()
         assert re.search(pattern, message), message
         assert calls == [] and not (tmp_path / "run" / "metrics.json").exists()
 
@@ -1265,7 +1265,7 @@ def test_nan_from_the_network_stops_the_run(monkeypatch, models, tmp_path):
     options = nan_for_image(5, models, tmp_path)
     for _ in range(2):
         message = script(monkeypatch, *options)
-        assert re.fullmatch(r"evaluate\.py: NaN or infinity in .*\(timestep \d+\), image 5\.", message)
+        assert re.fullmatch(r"ddpm-vlb evaluate: NaN or infinity in .*\(timestep \d+\), image 5\.", message)
         assert not (tmp_path / "run" / "metrics.json").exists()
     assert positions_in(tmp_path / "run") == [0, 1, 2, 3]
 
@@ -1278,7 +1278,7 @@ def test_two_processes_without_data(models, tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Connection closed" not in done.stderr
-    assert done.stderr.count("evaluate.py: --dataset_name ") == 1 and 'evaluate.py", line' not in done.stderr
+    assert done.stderr.count("ddpm-vlb evaluate: --dataset_name ") == 1 and 'evaluate.py", line' not in done.stderr
 
 
 @pytest.mark.slow
@@ -1290,7 +1290,7 @@ def test_nan_on_one_of_two_processes_stops_both(models, tmp_path):
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode != 0 and not (tmp_path / "run" / "metrics.json").exists()
-        assert re.search(r"evaluate\.py: NaN or infinity in .*\(timestep \d+\), image 5\.", done.stderr)
+        assert re.search(r"ddpm-vlb evaluate: NaN or infinity in .*\(timestep \d+\), image 5\.", done.stderr)
 
 
 def test_nan_in_the_pilot_stops_the_run(monkeypatch, models, sets, tmp_path):
@@ -1312,7 +1312,6 @@ def test_nan_in_the_pilot_stops_the_run(monkeypatch, models, sets, tmp_path):
 PATIENTLY = f"""
 import runpy, sys, time
 time.sleep = lambda seconds: None  # the Hub's client waits half a minute before it gives up
-sys.path.insert(0, {str(ROOT / "examples")!r})
 
 def script(*options):
     sys.argv = ["evaluate.py", "--cpu", *options]
@@ -1361,5 +1360,7 @@ def test_a_hub_that_cannot_be_reached(models, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (model,), data = done.stdout.splitlines(), done.stderr.strip().splitlines()[-1]
     for name, message in (("--model", model), ("--dataset_name", data)):
-        assert message.startswith(f"evaluate.py: {name} some/thing cannot be loaded") and "HF_ENDPOINT" in message
+        assert (
+            message.startswith(f"ddpm-vlb evaluate: {name} some/thing cannot be loaded") and "HF_ENDPOINT" in message
+        )
     assert not (tmp_path / "run").exists()

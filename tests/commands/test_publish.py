@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
-import publish
 import pytest
 import safetensors.torch
 import torch
@@ -24,9 +23,12 @@ from test_pipeline_ddpm_vlb import pipeline as tiny_pipeline
 from test_sharing import client_of
 from test_train import TINY, launch_two, reset_accelerate
 
-from ddpm_vlb import DDPMVLBPipeline, SquaredErrors, StoredPath
+from ddpm_vlb import CODE_FILES, DDPMVLBPipeline, SquaredErrors, StoredPath
+from ddpm_vlb.commands import publish
+from ddpm_vlb.runtime.publisher import Publisher, explain
+from ddpm_vlb.runtime.staging import without_folders
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OPTIONS = [*TINY, "--cpu", "--max_train_steps", "3", "--validation_steps", "1", "--logger", "none"]
 RESULT = {
     "README.md",
@@ -70,7 +72,7 @@ def options(**changed):
 
 def publisher(hub, said, name="tester/run", waits=(0.01, 0.01)):
     """A publisher to a new repository, and what it reports in `said`."""
-    return publish.Publisher.open(name, {}, options(), said.append, waits=waits)
+    return Publisher.open(name, {}, options(), said.append, waits=waits)
 
 
 def titles(hub, name="tester/run", revision="main"):
@@ -218,7 +220,7 @@ def test_what_a_killed_run_left_is_removed(hub, tmp_path):
     """Snapshots lie in the output folder on their way; the next run removes those of one that was killed."""
     (tmp_path / ".upload-old").mkdir()
     (tmp_path / "checkpoint-1").mkdir()
-    own = publish.Publisher.open("tester/run", {}, options(), print, staging=tmp_path)
+    own = Publisher.open("tester/run", {}, options(), print, staging=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     seen = []
     assert own.finish(lambda folder: (seen.append(folder.parent), write(a_json=b"1")(folder)), "result", "step-1")
@@ -278,22 +280,22 @@ def test_a_tag_never_moves(hub):
 def test_a_name_without_a_user_is_completed(hub):
     """`digits` means the token's own namespace, and the full name is said."""
     said = []
-    assert publish.Publisher.open("digits", {}, options(), said.append).repo_id == "tester/digits"
+    assert Publisher.open("digits", {}, options(), said.append).repo_id == "tester/digits"
     assert said == [f"Uploading to {hub.endpoint}/tester/digits."]
 
 
 def test_a_private_repository(hub):
     """--hub_private_repo makes a private one, and refuses one that is public; without it the Hub decides."""
-    publish.Publisher.open("tester/secret", {}, options(private_repo=True), print)
+    Publisher.open("tester/secret", {}, options(private_repo=True), print)
     assert huggingface_hub.HfApi().model_info("tester/secret").private
     huggingface_hub.HfApi().create_repo("tester/open")
     with pytest.raises(SystemExit, match="public"):
-        publish.Publisher.open("tester/open", {}, options(private_repo=True), print)
+        Publisher.open("tester/open", {}, options(private_repo=True), print)
     seen = []
     own = huggingface_hub.HfApi.create_repo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.HfApi, "create_repo", lambda *a, **k: seen.append(k["private"]) or own(*a, **k))
-        publish.Publisher.open("tester/either", {}, options(), print)
+        Publisher.open("tester/either", {}, options(), print)
     assert seen == [None]
 
 
@@ -302,30 +304,30 @@ def test_a_repository_with_other_content_is_refused(hub):
     api = huggingface_hub.HfApi()
     api.create_repo("tester/other")
     api.upload_file(path_or_fileobj=b"# Mine", path_in_repo="README.md", repo_id="tester/other")
-    assert publish.Publisher.open("tester/other", {}, options(), print).repo_id == "tester/other"
+    assert Publisher.open("tester/other", {}, options(), print).repo_id == "tester/other"
     api.upload_file(path_or_fileobj=b"x", path_in_repo="pytorch_model.bin", repo_id="tester/other")
     with pytest.raises(SystemExit, match=r"something else already \(README\.md, pytorch_model\.bin\)"):
-        publish.Publisher.open("tester/other", {}, options(overwrite=True), print)
+        Publisher.open("tester/other", {}, options(overwrite=True), print)
     assert hub.files("tester/other")["pytorch_model.bin"] == b"x"
 
 
 def test_another_run_is_not_overwritten(hub):
     """The same run goes on in its repository; another one is refused, unless --hub_overwrite is given."""
     run = {"seed": 0, "output_dir": "/a/run", "max_train_steps": 10, "hub_license": "mit"}
-    publish.Publisher.open("tester/run", run, options(), print).begin(run)
+    Publisher.open("tester/run", run, options(), print).begin(run)
     assert json.loads(hub.files("tester/run")["training_options.json"])["output_dir"] == "./run"
     longer = {**run, "output_dir": "/b/run", "max_train_steps": 20, "hub_license": None}
-    publish.Publisher.open("tester/run", longer, options(), print)
+    Publisher.open("tester/run", longer, options(), print)
     other = {**run, "seed": 1}
     with pytest.raises(SystemExit, match="another run already.*--hub_overwrite"):
-        publish.Publisher.open("tester/run", other, options(), print)
-    publish.Publisher.open("tester/run", other, options(overwrite=True), print)
+        Publisher.open("tester/run", other, options(), print)
+    Publisher.open("tester/run", other, options(overwrite=True), print)
 
 
 def test_no_right_to_write_is_told_at_the_start(hub):
     """A repository that one may read but not write passes as far as its name does; the first file is refused."""
-    publish.Publisher.open("tester/run", {}, options(), print)
-    own = publish.Publisher.open("tester/run", {}, options(), print)
+    Publisher.open("tester/run", {}, options(), print)
+    own = Publisher.open("tester/run", {}, options(), print)
     hub.fail("POST", "/preupload/|/commit/", times=1000, status=403)
     with pytest.raises(SystemExit, match="--hub_model_id tester/run: your token may not do this"):
         own.begin({})
@@ -335,7 +337,7 @@ def test_no_right_to_write_is_told_at_the_start(hub):
 def test_a_license_that_the_hub_does_not_know(hub):
     """It is refused before anything is made."""
     with pytest.raises(SystemExit, match="--hub_license Apache 2.0.*license"):
-        publish.Publisher.open("tester/run", {}, options(license="Apache 2.0"), print)
+        Publisher.open("tester/run", {}, options(license="Apache 2.0"), print)
     assert not huggingface_hub.HfApi().repo_exists("tester/run")
 
 
@@ -359,7 +361,7 @@ def test_what_the_hub_refuses_is_said_at_the_start(hub, monkeypatch, tmp_path, n
     elif token != "right":
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(SystemExit, match=message) as refusal:
-        publish.Publisher.open(name, {}, options(), print)
+        Publisher.open(name, {}, options(), print)
     said = str(refusal.value.code)
     assert said.startswith("--hub_model_id") and "\n" not in said
     assert hub.token not in said and (token in (None, "right") or token not in said)
@@ -369,14 +371,14 @@ def test_a_hub_that_is_not_there(hub, monkeypatch):
     """A connection that is refused is one line as well."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(SystemExit, match="--hub_model_id tester/run"):
-        publish.Publisher.open("tester/run", {}, options(), print)
+        Publisher.open("tester/run", {}, options(), print)
 
 
 def test_signed_addresses_are_not_told():
     """The storage's addresses hold credentials: what is said of an error ends where their query begins."""
     error = OSError("403 for url: https://storage/file?X-Amz-Signature=secret&b=c\n\nand more")
-    assert publish.explain(error) == "403 for url: https://storage/file and more"
-    assert publish.explain(ValueError()) == "ValueError"
+    assert explain(error) == "403 for url: https://storage/file and more"
+    assert explain(ValueError()) == "ValueError"
 
 
 def test_paths_are_cut(tmp_path, monkeypatch):
@@ -400,7 +402,7 @@ def test_paths_are_cut(tmp_path, monkeypatch):
         "long": "x" * 5000,
         "text": "1.79 of 17 levels",
     }
-    assert publish.without_folders(content) == {
+    assert without_folders(content) == {
         "output_dir": "./run",
         "train_data_dir": "./pictures",
         "config": "./options.yaml",
@@ -462,7 +464,7 @@ def test_a_snapshot_says_that_it_is_one(trained):
 def test_the_result_is_what_lies_on_disk(trained):
     """Weights and pictures bit for bit, the metrics but for paths, a card with the test's bound, the code, no logs."""
     files = trained.hub.files("tester/digits")
-    assert files.keys() == RESULT | {".gitattributes", *publish.CODE_FILES}
+    assert files.keys() == RESULT | {".gitattributes", *CODE_FILES}
     weights = "unet/diffusion_pytorch_model.safetensors"
     a, b = safetensors.torch.load(files[weights]), safetensors.torch.load_file(trained.run / weights)
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -568,11 +570,11 @@ def test_a_hub_that_fails_kills_no_run(tmp_path):
         }
         assert titles(server, "tester/digits") == ["Begin a run", "initial commit"]
         server._faults.clear()
-        (command,) = [shlex.split(line) for line in done.stdout.splitlines() if "examples/publish.py" in line]
+        (command,) = [shlex.split(line) for line in done.stdout.splitlines() if "ddpm-vlb publish" in line]
         again = run(server, tmp_path / "home", "publish.py", *command[2:])
         assert again.returncode == 0, again.stderr[-3000:]
         files = server.files("tester/digits", "step-3")
-        assert files.keys() >= RESULT | set(publish.CODE_FILES) and b"license: mit" in files["README.md"]
+        assert files.keys() >= RESULT | set(CODE_FILES) and b"license: mit" in files["README.md"]
 
 
 @pytest.mark.slow
@@ -593,7 +595,7 @@ def test_a_wrong_token_is_told_before_training(tmp_path):
 )
 def test_hub_options_need_an_upload(tmp_path, capsys, options):
     """An option of the upload without --push_to_hub is a mistake, and is said to be one."""
-    import train
+    from ddpm_vlb.commands import train
 
     with pytest.raises(SystemExit):
         train.main([*TINY, "--output_dir", str(tmp_path), *options.split()])
@@ -672,7 +674,7 @@ def test_publishing_again_undoes_nothing(hub, trained, tmp_path):
     huggingface_hub.HfApi().upload_file(path_or_fileobj=half, path_in_repo=name, repo_id="tester/twice")
     publish.main(command)
     files = hub.files("tester/twice")
-    assert files.keys() >= set(publish.CODE_FILES) and b"license: mit" in files["README.md"] and files[name] == half
+    assert files.keys() >= set(CODE_FILES) and b"license: mit" in files["README.md"] and files[name] == half
     pipe = tiny_pipeline()
     pipe.to(torch.float16).save_pretrained(tmp_path / "half")
     publish.main([str(tmp_path / "half"), "--hub_model_id", "tester/half"])

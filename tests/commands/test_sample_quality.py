@@ -1,4 +1,4 @@
-"""examples/sample_quality.py: the distances against closed forms, the features by hand, and the script as it is run.
+"""`ddpm-vlb sample-quality`: the distances against closed forms, the features by hand, and the script as it is run.
 
 The feature models are tiny and have learned nothing, but for the one that the script trains by itself.
 """
@@ -15,15 +15,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import safetensors.torch
-import sample_quality
 import torch
 import transformers
 from diffusers import UNet2DModel
-from feature_distances import compare, frechet_distance, kernel_distance, median_distance
-from features import FeatureModel, quiet
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import pdist
-from scoring import fingerprint_of
+from test_data import write_arrays, write_images
 from test_evaluate import (  # noqa: F401
     T,
     fresh_accelerate,
@@ -34,12 +31,15 @@ from test_evaluate import (  # noqa: F401
     stock,
     strict_json,
 )
-from test_scoring_data import write_arrays, write_images
 
 from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, SquaredErrors, StoredPath
+from ddpm_vlb.commands import sample_quality
 from ddpm_vlb.evaluation import image_generator
+from ddpm_vlb.quality.distances import compare, frechet_distance, kernel_distance, median_distance
+from ddpm_vlb.quality.features import FeatureModel, quiet
+from ddpm_vlb.scoring.checkpoint import fingerprint_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAIN, TEST, SIZE = 40, 23, 8
 CPU = torch.device("cpu")
 
@@ -113,7 +113,7 @@ def test_kernel_distance_is_the_double_sum(monkeypatch):
     x, y = rng.standard_normal((11, 3)), rng.standard_normal((8, 3)) + 0.5
     expected = pytest.approx([double_sum(x, y, 0.8, np.ones(11), np.ones(8))], rel=1e-10)
     assert kernel_distance(x, y, 0.8) == expected
-    monkeypatch.setattr("feature_distances.BLOCK", 3)
+    monkeypatch.setattr("ddpm_vlb.quality.distances.BLOCK", 3)
     assert kernel_distance(x, y, 0.8) == expected
 
 
@@ -371,7 +371,7 @@ def test_the_numbers_are_those_of_the_pictures(go, models, sets, viewers, tmp_pa
     count = content["results"][0]["num_samples"]
     chosen = [image_generator(0, position) for position in range(count)]
     images = torch.cat([pipeline(1, generator=[g], num_inference_steps=2, output_type="pt").images for g in chosen])
-    args = sample_quality.parse_args(["--model", str(models["digits"])])
+    args = sample_quality.build_parser().parse_args(["--model", str(models["digits"])])
     test = sample_quality.load_part(args, pipeline, "test", False, 1000)
     assert count == len(test.images) == 297 and set(test.images.unique().tolist()) == {
         round(k * 255 / 16) for k in range(17)
@@ -464,16 +464,16 @@ def test_variances(monkeypatch, go, few_steps, tmp_path):
 
 def test_variances_that_are_not_there(go, few_steps):
     """Optimal variances of a checkpoint without errors, and paths that no table has."""
-    with pytest.raises(ValueError, match="'analytic' needs `x_0_mse`"):
+    with pytest.raises(SystemExit, match="'analytic' needs `x_0_mse`"):
         go("grey", "grey", "--variance", "analytic")
     folder, _ = few_steps
-    with pytest.raises(ValueError, match="No path of 2 steps is stored"):
+    with pytest.raises(SystemExit, match="No path of 2 steps is stored"):
         go(folder, "grey", "--variance", "analytic", "--timestep_spacing", "optimal")
-    with pytest.raises(ValueError, match="No path of 7 steps is stored"):
+    with pytest.raises(SystemExit, match="No path of 7 steps is stored"):
         go(folder, "grey", "--timestep_spacing", "leading", "optimal", "--steps", 2, 7)
     table = json.loads((folder / "few_steps.json").read_text())
     (folder / "few_steps.json").write_text(json.dumps(table | {"model": {"weights_sha256": "another"}}))
-    with pytest.raises(ValueError, match="few_steps.json is of other weights"):
+    with pytest.raises(SystemExit, match="few_steps.json is of other weights"):
         go(folder, "grey", "--variance", "network")
 
 
@@ -494,7 +494,7 @@ def test_the_small_feature_model(go, tmp_path, capsys):
 
 def test_another_data_set_trains_another_feature_model(monkeypatch, go, tmp_path):
     """Into the same folder."""
-    monkeypatch.setattr("features.TRAIN_STEPS", 2)
+    monkeypatch.setattr("ddpm_vlb.quality.features.TRAIN_STEPS", 2)
     go("classes", "labelled", viewer=None)
     record = tmp_path / "run" / "feature_model" / "training.json"
     before = strict_json(record)
@@ -582,7 +582,7 @@ def refusal(monkeypatch, model, data, viewer, tmp_path, options=""):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "examples" / "sample_quality.py"), run_name="__main__")
     message = stop.value.code
-    assert isinstance(message, str) and message.startswith("sample_quality.py: ") and "\n" not in message.strip()
+    assert isinstance(message, str) and message.startswith("ddpm-vlb sample-quality: ") and "\n" not in message.strip()
     assert not (tmp_path / "run" / "sample_quality.json").exists()
     return message
 

@@ -16,27 +16,27 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
-import reporting
 import safetensors.torch
 import torch
-import train
-import training_loop
-import training_run
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
-from global_batches import GlobalBatches
 from hub_server import HubServer
-from image_data import from_record, load_image_data
-from reporting import baselines
-from scoring import pilot_positions
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_options import build_parser, parse_args
 
 from ddpm_vlb import DDPMVLBPipeline, VLBEstimate, estimate_vlb, fit_pilot
+from ddpm_vlb.commands import train
+from ddpm_vlb.commands.train_options import build_parser, parse_args
+from ddpm_vlb.recipes import train as recipe
+from ddpm_vlb.runtime import reporting
+from ddpm_vlb.runtime.image_data import from_record, load_image_data
+from ddpm_vlb.runtime.reporting import baselines
+from ddpm_vlb.scoring.sweep import pilot_positions
+from ddpm_vlb.training import run as training_run
+from ddpm_vlb.training.global_batches import GlobalBatches
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = (
     "--block_out_channels 8 8 --norm_num_groups 4 --train_batch_size 8 --ddpm_num_steps 20 --lr_warmup_steps 0 "
     "--calls_per_image 8 --num_test_images 8 --eval_batch_size 4 --ddpm_num_inference_steps 4"
@@ -126,7 +126,7 @@ def until_training(monkeypatch):
     def reached(run, validate):
         raise Reached
 
-    monkeypatch.setattr(train, "train", reached)
+    monkeypatch.setattr(recipe, "train", reached)
     return tiny
 
 
@@ -157,13 +157,13 @@ def no_pictures(monkeypatch):
 @pytest.fixture
 def train_batches(monkeypatch):
     """What `train_batch` was called with: (the step, x_0, the micro step) of each call."""
-    calls, train_batch = [], training_loop.train_batch
+    calls, train_batch = [], recipe.train_batch
 
     def record(run, x_0, micro_step, drawn):
         calls.append((run.progress.step, x_0, micro_step))
         return train_batch(run, x_0, micro_step, drawn)
 
-    monkeypatch.setattr(training_loop, "train_batch", record)
+    monkeypatch.setattr(recipe, "train_batch", record)
     return calls
 
 
@@ -198,18 +198,18 @@ def few_base(tmp_path_factory, few):
 
 def test_every_option_has_a_help_text():
     """And the help renders, with all of them in it."""
-    parser = build_parser("Title.")
+    parser = build_parser()
     page = parser.format_help()
     for action in parser._actions:
         assert action.help and action.help.strip(), action.option_strings
         assert action.option_strings[0] in page
-    assert "Title." in page
+    assert "8x8 digits" in page
 
 
 @pytest.mark.parametrize("name", SHARED_WITH_DIFFUSERS + ALSO_IN_DIFFUSERS_OTHER_SCRIPTS)
 def test_options_are_named_as_in_diffusers(name):
     """Where diffusers' scripts have a feature too, they and we call it the same."""
-    assert f"--{name}" in build_parser("")._option_string_actions
+    assert f"--{name}" in build_parser()._option_string_actions
 
 
 def test_defaults_of_the_objectives():
@@ -217,14 +217,14 @@ def test_defaults_of_the_objectives():
     chosen = {
         objective: (args.variance_type, args.timestep_sampler)
         for objective in ("vlb", "hybrid", "simple")
-        for args in [parse_args(["--objective", objective], "")]
+        for args in [parse_args(["--objective", objective])]
     }
     assert chosen == {
         "vlb": ("learned_range", "gaussian"),
         "hybrid": ("learned_range", "low_discrepancy"),
         "simple": ("fixed_small", "low_discrepancy"),
     }
-    args = parse_args("--variance_type fixed_large --timestep_sampler uniform".split(), "")
+    args = parse_args("--variance_type fixed_large --timestep_sampler uniform".split())
     assert (args.variance_type, args.timestep_sampler) == ("fixed_large", "uniform")
 
 
@@ -232,18 +232,18 @@ def test_defaults_of_the_objectives():
 def test_network_calls_come_in_replicates(calls, capsys):
     """--calls_per_image is taken as it is where it makes two replicates or more, and refused otherwise."""
     if calls >= 2:
-        assert parse_args(["--calls_per_image", str(calls)], "").calls_per_image == calls
+        assert parse_args(["--calls_per_image", str(calls)]).calls_per_image == calls
         return
     with pytest.raises(SystemExit):
-        parse_args(["--calls_per_image", str(calls)], "")
+        parse_args(["--calls_per_image", str(calls)])
     assert "--calls_per_image" in capsys.readouterr().err
 
 
 def test_more_sampled_steps_than_the_chain_has_are_refused(capsys):
     """A number that was given is never changed silently; the default fits itself to the chain."""
-    assert parse_args(["--ddpm_num_steps", "20"], "").ddpm_num_inference_steps == 20
+    assert parse_args(["--ddpm_num_steps", "20"]).ddpm_num_inference_steps == 20
     with pytest.raises(SystemExit):
-        parse_args("--ddpm_num_steps 20 --ddpm_num_inference_steps 21".split(), "")
+        parse_args("--ddpm_num_steps 20 --ddpm_num_inference_steps 21".split())
     assert "--ddpm_num_inference_steps 21" in capsys.readouterr().err
 
 
@@ -321,9 +321,9 @@ def test_bad_options_are_refused(tmp_path, capsys, options):
 def test_unknown_names_list_the_choices(capsys, option):
     """The message says what there is to choose from."""
     with pytest.raises(SystemExit):
-        parse_args([f"--{option}", "nonsense"], "")
+        parse_args([f"--{option}", "nonsense"])
     message = capsys.readouterr().err.partition("error: ")[2]
-    choices = build_parser("")._option_string_actions[f"--{option}"].choices
+    choices = build_parser()._option_string_actions[f"--{option}"].choices
     assert all(choice in message for choice in choices)
 
 
@@ -350,12 +350,12 @@ def test_an_unknown_data_set_of_the_hub_is_refused(tmp_path, until_training, mon
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.endpoint)
         with pytest.raises(SystemExit) as refusal:
             until_training(tmp_path, "--dataset_name nobody/nothing", "--cache_dir", tmp_path / "cache")
-    assert refusal.value.code.startswith("train.py: --dataset_name nobody/nothing cannot be loaded: ")
+    assert refusal.value.code.startswith("ddpm-vlb train: --dataset_name nobody/nothing cannot be loaded: ")
     assert "\n" not in refusal.value.code and "HF_ENDPOINT" in refusal.value.code
     assert any("nobody/nothing" in request.path for request in server.requests)
 
 
-@pytest.mark.parametrize("name", build_parser("")._option_string_actions["--lr_scheduler"].choices)
+@pytest.mark.parametrize("name", build_parser()._option_string_actions["--lr_scheduler"].choices)
 def test_every_learning_rate_schedule_can_be_made(tmp_path, until_training, few, name):
     """No choice is offered that cannot work."""
     with pytest.raises(Reached):
@@ -378,7 +378,7 @@ def config(tmp_path, content, *argv, name="options.yaml"):
     """Parse a config file's content, and the command line after it."""
     text = content if isinstance(content, str) else yaml.safe_dump(content)
     (tmp_path / name).write_text(text)
-    return parse_args(["--config", str(tmp_path / name), *argv], "")
+    return parse_args(["--config", str(tmp_path / name), *argv])
 
 
 def test_config_gives_every_type(tmp_path):
@@ -392,7 +392,7 @@ def test_config_gives_every_type(tmp_path):
     assert args.max_train_steps == 7 and args.block_out_channels == [16, 8] and args.attention_levels == []
     assert args.use_ema is False and args.random_flip is True
     assert (args.objective, args.output_dir, args.resolution) == ("hybrid", "a b", None)
-    assert args.train_batch_size == parse_args([], "").train_batch_size
+    assert args.train_batch_size == parse_args([]).train_batch_size
 
 
 def test_config_may_be_json(tmp_path):
@@ -407,7 +407,7 @@ def test_the_command_line_overrides_the_config(tmp_path):
     options = "--learning_rate 5e-4 --use_ema --block_out_channels 4".split()
     args = config(tmp_path, content, *options)
     assert (args.learning_rate, args.block_out_channels, args.use_ema, args.seed) == (5e-4, [4], True, 5)
-    args = parse_args([*options, f"--config={tmp_path / 'options.yaml'}"], "")
+    args = parse_args([*options, f"--config={tmp_path / 'options.yaml'}"])
     assert (args.learning_rate, args.block_out_channels, args.use_ema, args.seed) == (5e-4, [4], True, 5)
 
 
@@ -443,7 +443,7 @@ def test_a_bad_config_is_refused(tmp_path, capsys, content, message):
 def test_a_missing_config_is_named(tmp_path, capsys):
     """With its path."""
     with pytest.raises(SystemExit) as stop:
-        parse_args(["--config", str(tmp_path / "missing.yaml")], "")
+        parse_args(["--config", str(tmp_path / "missing.yaml")])
     assert stop.value.code == 2
     assert "missing.yaml cannot be read" in capsys.readouterr().err
 
@@ -562,12 +562,12 @@ def test_what_the_tracker_is_told(weights):
         lr_scheduler=SimpleNamespace(get_last_lr=lambda: [0.5]),
         progress=SimpleNamespace(skipped=2),
     )
-    statistics = training_loop.Statistics(run)
+    statistics = recipe.Statistics(run)
     t = torch.tensor([[0, 0, 1, 2], [7, 6, 3, 0]])  # none in the third quartile
     draws, values = torch.rand(2, 4, generator=numbers), torch.rand(2, 4, len(weights), generator=numbers).double()
     for i in range(2):
-        drawn = training_loop.Drawn(t[i], draws[i], t[i] > 9)
-        statistics.add(drawn, training_loop.Shared(values[i], 3.0 + i, False), seconds=2.0, waited=0.5)
+        drawn = recipe.Drawn(t[i], draws[i], t[i] > 9)
+        statistics.add(drawn, recipe.Shared(values[i], 3.0 + i, False), seconds=2.0, waited=0.5)
     told = statistics.take()
     flat, w, v = t.flatten(), draws.flatten().double(), values.reshape(8, -1)
     columns = {f"loss_{name}": v[:, i] for i, name in enumerate(weights)}
@@ -701,20 +701,20 @@ def test_training_lowers_the_bound(tmp_path, few, no_pictures, objective):
 def test_every_batch_has_noise_of_its_own(tmp_path, few, only_train, monkeypatch):
     """Standard normal, another draw for each step, micro step and process; t is drawn anew as well."""
     drawn = []
-    vlb_loss = training_loop.vlb_loss
+    vlb_loss = recipe.vlb_loss
 
     def record(reverse, model_output, diffused, **options):
         drawn.append(diffused)
         return vlb_loss(reverse, model_output, diffused, **options)
 
-    monkeypatch.setattr(training_loop, "vlb_loss", record)
+    monkeypatch.setattr(recipe, "vlb_loss", record)
     run = only_train(tmp_path, "--max_train_steps 4 --gradient_accumulation_steps 2 --train_batch_size 32", *few)
     images = next(run.data.train.batches(32))
     run.batches = GlobalBatches(154, 32, 1, 0, 2, 0)
-    global_draw = training_loop.draw(run)
+    global_draw = recipe.draw(run)
     for rank in (0, 1):
         run.batches.rank = rank
-        training_loop.train_batch(run, images, 0, global_draw)
+        recipe.train_batch(run, images, 0, global_draw)
     assert len(drawn) == 10
     noise = torch.stack([diffused.noise.flatten() for diffused in drawn])
     # Independent normal draws correlate by 1/sqrt(n): six of these standard errors are never reached.
@@ -971,7 +971,7 @@ def test_a_network_that_breaks_in_its_last_step_is_not_scored(tmp_path, few):
 
 def test_a_loss_that_is_not_finite_is_skipped_with_a_gradient_scaler(tmp_path, few, only_train, monkeypatch):
     """Also where the gradient is finite, which alone is what the scaler looks at: weights and average stay."""
-    accelerator_of, loss_terms, update = train.make_accelerator, training_loop.loss_terms, training_loop.update
+    accelerator_of, loss_terms, update = train.make_accelerator, recipe.loss_terms, recipe.update
     moved = []
 
     def scaled(*args):
@@ -993,8 +993,8 @@ def test_a_loss_that_is_not_finite_is_skipped_with_a_gradient_scaler(tmp_path, f
         moved.append(any(not torch.equal(a, b) for a, b in zip(before, after)))
 
     monkeypatch.setattr(train, "make_accelerator", scaled)
-    monkeypatch.setattr(training_loop, "loss_terms", broken)
-    monkeypatch.setattr(training_loop, "update", watched)
+    monkeypatch.setattr(recipe, "loss_terms", broken)
+    monkeypatch.setattr(recipe, "update", watched)
     run = only_train(tmp_path, "--max_train_steps 5 --lr_scheduler constant", *few)
     assert moved == [True, True, False, True, True] and run.progress.skipped == 1
 
@@ -1114,10 +1114,10 @@ def test_random_flip_only_mirrors(tmp_path, few, only_train):
     """Those images are mirrored left to right that are drawn to be, half of them (to 5 standard errors)."""
     x_0 = torch.randn(6, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     mirrored = torch.tensor([True, False, True, True, False, False])
-    flipped = training_loop.random_flip(x_0, mirrored)
+    flipped = recipe.random_flip(x_0, mirrored)
     assert torch.equal(flipped[mirrored], x_0[mirrored].flip(-1)) and torch.equal(flipped[~mirrored], x_0[~mirrored])
     run = only_train(tmp_path, "--max_train_steps 1 --random_flip --train_batch_size 1000", *few)
-    assert abs(training_loop.draw(run).mirrored.double().mean() - 0.5) < 5 * 0.5 / 1000**0.5
+    assert abs(recipe.draw(run).mirrored.double().mean() - 0.5) < 5 * 0.5 / 1000**0.5
 
 
 # Baselines
@@ -1212,7 +1212,7 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 def test_training_images_are_looked_at_where_data_is_loaded(monkeypatch):
     """Where a fault of one process ends all; later, all would look at them, and each meet it on its own."""
-    data = train.load_data(parse_args([], ""))
+    data = train.load_data(parse_args([]))
     monkeypatch.setattr(type(data.train), "__getitems__", lambda *args: pytest.fail("decoded again"))
     assert len(data.train_fingerprint) == 32 and data.train_fingerprint != data.record["test_fingerprint"]
 
@@ -1280,8 +1280,9 @@ def test_two_processes_resume(tmp_path):
 ROUNDS = """
 import sys
 import torch
-import train, training_run
 from accelerate import PartialState
+from ddpm_vlb.commands import train
+from ddpm_vlb.training import run as training_run
 eigenvalues, finish = training_run.covariance_eigenvalues, train.finish
 
 def rounded(x_0):
@@ -1300,8 +1301,7 @@ def test_two_processes_draw_from_the_same_probabilities(tmp_path, few):
     """Also where their machines round differently; here, one would find twice the variances."""
     (tmp_path / "rounds.py").write_text(ROUNDS)
     options = "--max_train_steps 2 --timestep_sampler gaussian"
-    more = {"script": str(tmp_path / "rounds.py"), "PYTHONPATH": os.pathsep.join([str(ROOT / "examples"), *sys.path])}
-    launch_two(tmp_path / "run", " ".join([options, *few]), **more)
+    launch_two(tmp_path / "run", " ".join([options, *few]), script=str(tmp_path / "rounds.py"))
     assert torch.equal(*(torch.load(tmp_path / "run" / f"probabilities-{rank}") for rank in (0, 1)))
 
 
@@ -1311,7 +1311,7 @@ def test_two_processes_without_data(tmp_path):
     started = time.monotonic()
     errors = launch_two(tmp_path / "run", f"--train_data_dir {tmp_path / 'nothing'}", code=1)
     assert time.monotonic() - started < 60
-    assert errors.count(f"train.py: `train_data_dir` '{tmp_path / 'nothing'}' is not a folder.") == 1
+    assert errors.count(f"ddpm-vlb train: `train_data_dir` '{tmp_path / 'nothing'}' is not a folder.") == 1
     assert "Another process" not in errors and 'train.py", line' not in errors
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from image_data import load_image_data
-from scoring_data import Arrays, NetworkShape, load_scoring_data
 from sklearn.datasets import load_digits
+
+from ddpm_vlb.runtime.image_data import load_image_data
+from ddpm_vlb.scoring.data import Arrays, NetworkShape, load_scoring_data
 
 GREY = NetworkShape(channels=1, size=(8, 8), levels=256, classes=None)
 COLOUR = NetworkShape(channels=3, size=(6, 8), levels=256, classes=None)

@@ -7,25 +7,25 @@ import shutil
 
 import numpy as np
 import pytest
-import scoring
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given
 from hypothesis import strategies as st
-from scoring import (
+from torch import nn
+
+from ddpm_vlb import DDPMVLBScheduler, VLBEstimator, VLBScores, fit_pilot, merge_scores
+from ddpm_vlb.scoring import sweep as scoring
+from ddpm_vlb.scoring.checkpoint import fingerprint_of
+from ddpm_vlb.scoring.sweep import (
     PartialScores,
     RunningEstimate,
     Saver,
-    fingerprint_of,
     pilot_positions,
     run_sweep,
     shared,
     units,
 )
-from torch import nn
-
-from ddpm_vlb import DDPMVLBScheduler, VLBEstimator, VLBScores, fit_pilot, merge_scores
 
 T, LEVELS = 6, 17
 REVERSE = DDPMVLBScheduler(num_train_timesteps=T, levels=LEVELS).reverse_process()

@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import training_loop
-from checkpoints import Checkpoints
 from reliability_support import (  # noqa: F401
     EVERY,
     KILLED,
@@ -33,7 +31,10 @@ from reliability_support import (  # noqa: F401
     run,
     straight,
 )
-from stopping import clear_faults
+
+from ddpm_vlb.recipes import train as recipe
+from ddpm_vlb.runtime.stopping import clear_faults
+from ddpm_vlb.training.checkpoints import Checkpoints
 
 # Killed while a checkpoint is written
 
@@ -150,7 +151,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, straight, few, begin, ev
     assert sum(name.startswith("size") for name in found) >= 1
     for name in ("change-0", "size-0", max(states)):
         run = begin(states[name])
-        assert training_loop.train(run, None)
+        assert recipe.train(run, None)
         check_same(states[name] / "checkpoint-30", straight / "checkpoint-30")
 
 

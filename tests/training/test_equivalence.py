@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from global_batches import GlobalBatches, Noise, seed_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import ROOT, few, free_port  # noqa: F401
+
+from ddpm_vlb.training.global_batches import GlobalBatches, Noise, seed_of
 
 OBJECTIVES = ("simple", "hybrid", "vlb")
 SAMPLERS = ("uniform", "low_discrepancy", "loss_second_moment", "gaussian")
@@ -31,7 +32,7 @@ def launch_worker(processes: int, runs: list[str]) -> None:
     port = free_port()
     several = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     several += f"--dynamo_backend no --main_process_port {port}"
-    command = [sys.executable, *(several.split() if processes == 2 else ()), "tests/training_worker.py"]
+    command = [sys.executable, *(several.split() if processes == 2 else ()), "tests/training/training_worker.py"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, json.dumps(runs)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600

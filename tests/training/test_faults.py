@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from image_data import load_image_data
 from reliability_support import (  # noqa: F401
     EVERY,
     RESUME,
@@ -37,8 +36,10 @@ from reliability_support import (  # noqa: F401
     straight,
     tensors_of,
 )
-from stopping import lost_contact
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ddpm_vlb.runtime.image_data import load_image_data
+from ddpm_vlb.runtime.stopping import lost_contact
 
 # Divergence
 

@@ -4,18 +4,18 @@ import math
 
 import pytest
 import torch
-import train
-import training_loop
 from test_train import few, fresh_accelerate, no_pictures, only_train, reset_accelerate, tiny  # noqa: F401
 
 from ddpm_vlb import LossSecondMomentTimesteps
+from ddpm_vlb.commands import train
+from ddpm_vlb.recipes import train as recipe
 
 
 @pytest.mark.parametrize("objective", ["vlb", "hybrid", "simple"])
 def test_only_the_network_is_in_half_precision(tmp_path, few, only_train, monkeypatch, objective):  # noqa: F811
     """Under bf16 its convolutions are; x_0, x_t, noise, weights, losses, gradients and the average are in float32."""
     seen = {}
-    train_batch, share = training_loop.train_batch, training_loop.share
+    train_batch, share = recipe.train_batch, recipe.share
 
     def watched_batch(run, x_0, micro_step, drawn):
         hook = run.unet.conv_in.register_forward_hook(
@@ -33,7 +33,7 @@ def test_only_the_network_is_in_half_precision(tmp_path, few, only_train, monkey
         return share(run, parts, norm)
 
     def watched_loss(name):
-        loss = getattr(training_loop, name)
+        loss = getattr(recipe, name)
 
         def watched(reverse, output, diffused, *args, **options):
             result = loss(reverse, output, diffused, *args, **options)
@@ -42,10 +42,10 @@ def test_only_the_network_is_in_half_precision(tmp_path, few, only_train, monkey
             seen[f"{name} of"], seen[name] = output.dtype, result.dtype
             return result
 
-        monkeypatch.setattr(training_loop, name, watched)
+        monkeypatch.setattr(recipe, name, watched)
 
-    monkeypatch.setattr(training_loop, "train_batch", watched_batch)
-    monkeypatch.setattr(training_loop, "share", watched_share)
+    monkeypatch.setattr(recipe, "train_batch", watched_batch)
+    monkeypatch.setattr(recipe, "share", watched_share)
     for name in ("vlb_loss", "simple_loss"):
         watched_loss(name)
     only_train(tmp_path, f"--max_train_steps 2 --mixed_precision bf16 --objective {objective}", *few)
@@ -59,13 +59,13 @@ def test_only_the_network_is_in_half_precision(tmp_path, few, only_train, monkey
 def test_the_noise_of_the_first_steps_survives_half_precision(tmp_path, few, only_train, monkeypatch):  # noqa: F811
     """x_t is sqrt(alphabar_t) x_0 and all of its noise, to float32's rounding, at every t: bf16 would lose it."""
     seen = []
-    vlb_loss = training_loop.vlb_loss
+    vlb_loss = recipe.vlb_loss
 
     def watched(reverse, output, diffused, **options):
         seen.append((reverse, diffused))
         return vlb_loss(reverse, output, diffused, **options)
 
-    monkeypatch.setattr(training_loop, "vlb_loss", watched)
+    monkeypatch.setattr(recipe, "vlb_loss", watched)
     options = "--max_train_steps 2 --mixed_precision bf16 --ddpm_num_steps 4000 --ddpm_beta_schedule squaredcos_cap_v2"
     only_train(tmp_path, f"{options} --timestep_sampler low_discrepancy --train_batch_size 200", *few)
     for reverse, (x_0, x_t, t, noise) in seen:

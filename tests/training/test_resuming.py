@@ -8,7 +8,6 @@ import shutil
 
 import numpy as np
 import pytest
-from image_data import load_image_data
 from reliability_support import (  # noqa: F401
     EVERY,
     HARD,
@@ -33,6 +32,8 @@ from reliability_support import (  # noqa: F401
 )
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ddpm_vlb.runtime.image_data import load_image_data
 
 # Resuming
 

@@ -19,26 +19,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import accelerate.accelerator
-import launching
 import pytest
 import torch
-import train
-import training_loop
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, patch_environment
 from diffusers import UNet2DModel
-from image_data import load_image_data
 from test_equivalence import difference as difference_of
 from test_train import ROOT, TINY, few, free_port, reset_accelerate, same_weights, weights  # noqa: F401
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
-from training_run import full
 
 from ddpm_vlb import DDPMVLBPipeline, evaluate_vlb
+from ddpm_vlb.commands import train
+from ddpm_vlb.recipes import train as recipe
+from ddpm_vlb.runtime import launching
+from ddpm_vlb.runtime.image_data import load_image_data
+from ddpm_vlb.training.run import full
 
 CHECKED = "what each process holds was checked"
 # With a warm-up, as in test_equivalence.py, and clipping in most steps.
@@ -112,7 +110,7 @@ def check_after_training(run, kind):
 def spoil(what):
     """Of the third step the gradient alone is not finite, or the loss alone."""
 
-    def broken(run, output, diffused, original=training_loop.loss_terms):
+    def broken(run, output, diffused, original=recipe.loss_terms):
         terms = original(run, output, diffused)
         if run.progress.step != 2:
             return terms
@@ -120,14 +118,14 @@ def spoil(what):
         extra = (sums - sums.detach()).sqrt() if what == "gradient" else torch.full_like(sums, torch.inf)
         return terms + extra[:, None]
 
-    training_loop.loss_terms = broken
+    recipe.loss_terms = broken
 
 
 def watch(seen):
     """Note of each step whether the loss was finite, and whether weights, averages and history moved, by name."""
     last = {}
 
-    def watched(run, drawn, shared, original=training_loop.update):
+    def watched(run, drawn, shared, original=recipe.update):
         original(run, drawn, shared)
         groups = {
             "weights": list(run.unet.parameters()),
@@ -140,7 +138,7 @@ def watch(seen):
         assert now["history"] and math.isfinite(shared.norm) != run.optimizer.step_was_skipped
         seen.append("".join(name[0] for name in now if not same[name]) or "-")
 
-    training_loop.update = watched
+    recipe.update = watched
 
 
 def refuse_files(name, rank):

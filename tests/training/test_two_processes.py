@@ -12,11 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import pytest
 import torch
-import train
 from accelerate import Accelerator
 from reliability_support import (  # noqa: F401
     HARD,
@@ -36,8 +33,10 @@ from reliability_support import (  # noqa: F401
     wait_for,
     within_step,
 )
-from stopping import leave
 from test_train import free_port
+
+from ddpm_vlb.commands import train
+from ddpm_vlb.runtime.stopping import leave
 
 # With a history of losses that is full before step 13, and dropout, which each process draws for itself.
 OPTIONS = f"--checkpointing_steps 5 --max_train_steps {STEPS} {HARD}"

@@ -1,9 +1,9 @@
 """Bits/dim of a diffusers DDPM checkpoint, with error bars, at a fiftieth of the full loop's cost.
 
-    accelerate launch examples/evaluate.py --model runs/digits
-    accelerate launch examples/evaluate.py --model google/ddpm-cifar10-32 --dataset_name cifar10 --image_column img
-    accelerate launch examples/evaluate.py --model runs/digits --tolerance 0.002
-    accelerate launch examples/evaluate.py --model runs/digits --estimator full --num_images 96
+    ddpm-vlb evaluate --model runs/digits
+    ddpm-vlb evaluate --model google/ddpm-cifar10-32 --dataset_name cifar10 --image_column img
+    ddpm-vlb evaluate --model runs/digits --tolerance 0.002
+    ddpm-vlb evaluate --model runs/digits --estimator full --num_images 96
 
 Any DDPMPipeline with a DDPMScheduler will do, ours or stock, from a folder or the Hub. Writes metrics.json,
 vlb_terms.png (L_t against t) and per_image.png to --output_dir. Started again it goes on where it was stopped.
@@ -12,12 +12,9 @@ vlb_terms.png (L_t against t) and per_image.png to --output_dir. Started again i
 import argparse
 import dataclasses
 import datetime
-import hashlib
-import importlib.metadata
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,17 +23,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
-from image_data import HUB_HINT, named_data
-from launching import main_first, prepare_output_dir
-from reporting import describe, plot_per_image, plot_vlb_terms, score, write_json
-from scoring import PartialScores, fingerprint_of, run_sweep, shared
-from scoring_data import NetworkShape, ScoringData, load_scoring_data
-from stopping import leave
 from torch import Tensor
-from train_options import HelpFormatter, not_negative_int, positive_float, positive_int
 
 from ddpm_vlb import (
-    DDPMVLBPipeline,
+    ALL_SPACINGS,
+    ESTIMATORS,
+    SECOND_DRAWS,
     DDPMVLBScheduler,
     Pilot,
     ReverseProcess,
@@ -46,68 +38,40 @@ from ddpm_vlb import (
     estimate_from_scores,
     fit_pilot,
 )
-from ddpm_vlb.estimation import ESTIMATORS, SECOND_DRAWS
-from ddpm_vlb.respacing import ALL_SPACINGS
-from ddpm_vlb.scores import Scores
+from ddpm_vlb.commands.options import (
+    SWITCH,
+    Parser,
+    add_machine_options,
+    add_model_options,
+    add_scored_options,
+    at_least_two,
+    not_negative_int,
+    positive_float,
+    positive_int,
+)
+from ddpm_vlb.runtime.launching import prepare_output_dir
+from ddpm_vlb.runtime.reporting import describe, plot_per_image, plot_vlb_terms, provenance, score, write_json
+from ddpm_vlb.runtime.stopping import leave, refused
+from ddpm_vlb.scoring.checkpoint import Checkpoint, default_folder
+from ddpm_vlb.scoring.sweep import PartialScores, Scores, enough_replicates, run_sweep, shared
 
-RECORD = """
-    dataset_name dataset_config_name train_data_dir image_column train_split test_split resolution test_fingerprint
-    num_images
-""".split()
-MIN_DEGREES = 20  # of freedom of the noise standard error
 PICTURES = ("vlb_terms.png", "per_image.png")
-FORMAT = 4  # of partial results; raise it when their meaning changes
-
-
-def _levels(text: str) -> int | None:
-    if text.lower() == "none":
-        return None
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, or none for continuous data, but got {text}")
-    return value
-
-
-def add_data_options(data: Any) -> None:
-    """Options that say which images to score.
-
-    Args:
-        data: a group of a parser's arguments.
-    """
-    data.add_argument(
-        "--dataset_name", help="Hub name, local folder or file; default: the model's data.json, else the digits."
-    )
-    data.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
-    data.add_argument("--split", default="test", help="Split to score.")
-    data.add_argument("--image_column", default="image", help="Column of images, or of arrays (C, H, W).")
-    data.add_argument("--label_column", help="Column of class labels for a class-conditional network; default: label.")
-    data.add_argument("--resolution", type=positive_int, help="Resize and crop images to this size.")
-    data.add_argument("--num_images", type=positive_int, help="Score only the first so many; default: all.")
-    data.add_argument(
-        "--levels",
-        type=_levels,
-        default=argparse.SUPPRESS,
-        help="Levels of the data on [-1, 1], or none for continuous; default: what the checkpoint says.",
-    )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help texts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument("--model", required=True, help="Pipeline to score: a folder or a Hub name.")
-    parser.add_argument("--revision", help="Its branch, tag or commit on the Hub.")
-    parser.add_argument("--output_dir", help="Folder for the results; default: evaluation/ in the model's.")
-    parser.add_argument("--cache_dir", help="Where downloads are kept.")
-
-    add_data_options(parser.add_argument_group("data"))
+    parser = Parser("evaluate", __doc__)
+    add_model_options(parser, "score", "Folder for the results; default: evaluation/ in the model's.")
+    add_scored_options(parser)
 
     estimator = parser.add_argument_group("estimator")
     estimator.add_argument("--estimator", choices=ESTIMATORS, default="importance", help="full: T calls an image.")
-    estimator.add_argument("--calls_per_image", type=int, default=20, help="Network calls for each image, at least 2.")
+    estimator.add_argument(
+        "--calls_per_image", type=at_least_two, default=20, help="Network calls for each image, at least 2."
+    )
     estimator.add_argument("--tolerance", type=positive_float, help="Go on until the noise SE is below this.")
     estimator.add_argument("--pilot_calls", type=positive_int, default=1024, help="Network calls of the pilot.")
-    estimator.add_argument("--control_variate", action=switch, default=True, help="Subtract what is known of L_t.")
+    estimator.add_argument("--control_variate", action=SWITCH, default=True, help="Subtract what is known of L_t.")
     estimator.add_argument("--seed", type=not_negative_int, default=0, help="Of t and noise.")
 
     chain = parser.add_argument_group("chain")
@@ -119,13 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="Of --num_inference_steps; default: the stored path of so many steps, else the checkpoint's spacing.",
     )
     chain.add_argument(
-        "--clip_sample", action=switch, help="Which number comes first (both are printed); default: the checkpoint's."
+        "--clip_sample", action=SWITCH, help="Which number comes first (both are printed); default: the checkpoint's."
     )
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--eval_batch_size", type=positive_int, help="(image, t) pairs in a network call.")
-    machine.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: accelerate's setting.")
-    machine.add_argument("--cpu", action=switch, default=False, help="Use the CPU even if there is a GPU.")
+    add_machine_options(parser)
     return parser
 
 
@@ -133,8 +94,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the options."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.calls_per_image < 2:
-        parser.error(f"--calls_per_image {args.calls_per_image} must be at least 2: one call has no error bar")
     if args.num_inference_steps is not None and args.timesteps is not None:
         parser.error("pass only one of --num_inference_steps and --timesteps")
     if args.timestep_spacing is not None and args.num_inference_steps is None:
@@ -142,26 +101,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.tolerance is not None and args.estimator == "full":
         parser.error("--tolerance is for --estimator importance: the full loop has a fixed number of calls")
     return args
-
-
-def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
-    """The checkpoint as a pipeline of ours."""
-    folder = Path(args.model)
-    if not folder.is_dir() and (args.model.count("/") != 1 or args.model.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"--model {args.model}: there is no such folder, and it is no Hub name (user/name).")
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"--model {args.model}: the folder holds no pipeline (no model_index.json).")
-    try:
-        pipeline = DDPMVLBPipeline.from_pretrained(args.model, revision=args.revision, cache_dir=args.cache_dir)
-    except Exception as error:  # the Hub client, diffusers and safetensors raise whatever they like
-        hint = "" if folder.is_dir() else f" {HUB_HINT}"
-        raise ValueError(f"--model {args.model} cannot be loaded: {error}{hint}") from error
-    if not isinstance(pipeline.scheduler, DDPMVLBScheduler):
-        raise ValueError(
-            f"--model {args.model} has a {type(pipeline.scheduler).__name__}, whose chain has no variational bound. "
-            "Replace it, `DDPMVLBScheduler.from_config(pipeline.scheduler.config)`, and save the pipeline again."
-        )
-    return pipeline
 
 
 def chain(args: argparse.Namespace, scheduler: DDPMVLBScheduler, device: torch.device) -> ReverseProcess:
@@ -177,134 +116,11 @@ def chain(args: argparse.Namespace, scheduler: DDPMVLBScheduler, device: torch.d
     )
 
 
-def network_shape(pipeline: DDPMVLBPipeline, args: argparse.Namespace) -> NetworkShape:
-    """What the checkpoint says of its data."""
-    config = pipeline.unet.config
-    size = config.get("sample_size")
-    size = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
-    levels = stated = pipeline.scheduler.config.get("levels", 256)
-    if "levels" in args and stated != 256 and args.levels != stated:
-        raise ValueError(f"--levels {args.levels} contradicts the checkpoint, whose scheduler says `levels` {stated}.")
-    if "levels" in args:
-        levels = args.levels
-    return NetworkShape(config.in_channels, size, levels, pipeline.num_classes)
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The data.json beside a model, if there is one."""
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text())
-        missing = [name for name in RECORD if name not in record]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if missing:
-        raise ValueError(f"{path} is no record of train.py: it lacks {missing}. Name the data with `--dataset_name`.")
-    return record
-
-
-def load_data(args: argparse.Namespace, network: NetworkShape, check: bool) -> ScoringData:
-    """The images to score, and others for the pilot; all of them checked, if asked for."""
-    record = Path(args.model) / "data.json"
-    with named_data(args.dataset_name or f"of {record}"):
-        return load_scoring_data(
-            network,
-            args.split,
-            read_record(record),
-            args.dataset_name,
-            args.dataset_config_name,
-            args.image_column,
-            args.label_column,
-            args.resolution,
-            args.num_images,
-            args.cache_dir,
-            "levels" in args,
-            check,
-        )
-
-
-class Checkpoint:
-    """A checkpoint, held-out images, and how the network is called; loaded by all processes.
-
-    Args:
-        args: of the script.
-        accelerator: of the run.
-        script: named before messages.
-    """
-
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, script: str):
-        self.args, self.accelerator = args, accelerator
-
-        def load() -> tuple[DDPMVLBPipeline, ScoringData]:
-            pipeline = load_pipeline(args)
-            return pipeline, load_data(args, network_shape(pipeline, args), accelerator.is_main_process)
-
-        self.pipeline, data = main_first(accelerator, load, script, ValueError, OSError)
-        record = broadcast_object_list([data.record])[0]  # with the main process's fingerprints
-        self.data: ScoringData = dataclasses.replace(data, record=record)
-        self.unet = self.pipeline.unet.to(accelerator.device).eval()
-        self.weights = fingerprint_of(self.unet)
-        self.dims = self.batch([0])[0].numel()
-        self.discrete = self.data.levels is not None
-        self.unit = "bits/dim" if self.discrete else "nats/dim of density"
-
-    def model(self, x_t: Tensor, timesteps: Tensor, **conditioning: Tensor) -> Tensor:
-        """The network, under the run's mixed precision."""
-        with self.accelerator.autocast():
-            return self.unet(x_t.to(self.unet.dtype), timesteps, **conditioning).sample.float()
-
-    def batch(self, positions: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images to score."""
-        return self.data.batch(self.data.scored, positions)
-
-    @property
-    def values_per_call(self) -> int:
-        """Values in a network call: as many as keep the device busy, or as asked for."""
-        if self.args.eval_batch_size is not None:
-            return self.args.eval_batch_size * self.dims
-        return 2**16 if self.accelerator.device.type == "cpu" else 2**20
-
-    def key(self, processes: Sequence[ReverseProcess], **more: Any) -> str:
-        """A hash over everything that the scores of some processes depend on."""
-        content = {
-            "format": [FORMAT, importlib.metadata.version("ddpm-vlb")],
-            "weights": self.weights,
-            "network": {k: v for k, v in json.loads(self.unet.to_json_string()).items() if not k.startswith("_")},
-            "data": self.data.record,
-            "mixed_precision": self.accelerator.mixed_precision,
-            "values_per_call": self.values_per_call,
-            "processes": [described(process) for process in processes],
-            **more,
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def described(reverse: ReverseProcess) -> list[Any]:
-    """All that tells one reverse process from another."""
-    m, first = reverse.x_0_mse, reverse.decoder_log_variance
-    return [
-        reverse.prediction_type,
-        reverse.variance_type,
-        reverse.clip_sample,
-        reverse.thresholding,
-        reverse.clip_sample_range,
-        reverse.dynamic_thresholding_ratio,
-        reverse.sample_max_value,
-        reverse.levels,
-        reverse.forward.timesteps.tolist(),
-        reverse.forward.betas.tolist(),
-        None if m is None else hashlib.sha256(m.double().cpu().numpy().tobytes()).hexdigest(),
-        None if first is None else torch.as_tensor(first).tolist(),
-        reverse.decoder_slope,
-    ]
-
-
 class Evaluation(Checkpoint):
     """What the parts of an evaluation share."""
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
-        super().__init__(args, accelerator, "evaluate.py")
+        super().__init__(args, accelerator, "evaluate")
         reverse = chain(args, self.pipeline.scheduler, accelerator.device)
         reverse = dataclasses.replace(reverse, levels=self.data.levels)
         clipped = reverse.clip_sample or reverse.thresholding
@@ -374,19 +190,6 @@ def _with_clipping(reverse: ReverseProcess, clip: bool) -> ReverseProcess:
     return reverse if reverse.thresholding else dataclasses.replace(reverse, clip_sample=True)
 
 
-def enough_replicates(calls: int, images: int) -> int | None:
-    """Replicates that give the noise SE some 20 degrees of freedom, which few images alone do not; None for many."""
-    if images >= MIN_DEGREES:
-        return None
-    divisors = [r for r in range(2, calls + 1) if calls % r == 0]
-    return next((r for r in divisors if images * (r - 1) >= MIN_DEGREES), divisors[-1])
-
-
-def default_folder(model: str) -> Path:
-    """The folder of a model's evaluation."""
-    return Path(model) / "evaluation" if Path(model).is_dir() else Path("runs") / model.replace("/", "--")
-
-
 def importance(run: Evaluation, pilot: Pilot | None, store: PartialScores) -> tuple[Scores, Scores]:
     """Sweeps over all images until the noise standard error is below the tolerance; one, where there is none."""
     positions, tolerance = range(len(run.data.scored)), run.args.tolerance
@@ -430,7 +233,6 @@ def evaluate(run: Evaluation, store: PartialScores) -> tuple[VLBEstimate, dict[s
     estimate = estimate_from_scores(scores, second)
     by_clipping = zip(("clipped", "unclipped") if run.clips else ("unclipped", "clipped"), (estimate, *estimate.also))
     scale = 1.0 if run.discrete else math.log(2)
-    packages = ("ddpm-vlb", "torch", "diffusers", "accelerate", "datasets")
     metrics = {
         **score(estimate, run.discrete),
         "unit": run.unit,
@@ -457,10 +259,7 @@ def evaluate(run: Evaluation, store: PartialScores) -> tuple[VLBEstimate, dict[s
             "levels": run.data.levels,
         },
         "data": run.data.record,
-        "options": {name: value for name, value in vars(args).items() if name != "output_dir"},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "device": str(run.accelerator.device),
-        "num_processes": run.accelerator.num_processes,
+        **provenance(run.accelerator, args),
         "seconds": time.perf_counter() - started,
         "key": run.run_key,
     }
@@ -503,6 +302,7 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
     print(f"metrics.json, vlb_terms.png and per_image.png are in {folder}.")
 
 
+@refused("evaluate")
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Score a checkpoint. Returns the metrics (on the main process)."""
     args = parse_args(argv)
@@ -538,7 +338,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as problem:
-        sys.exit(f"evaluate.py: {problem}")
+    main()

@@ -1,12 +1,12 @@
 r"""Find the best few steps and variances of a trained checkpoint, and store them in it.
 
-    accelerate launch examples/optimize_timesteps.py --model runs/digits --steps 5 10 25 50
-    accelerate launch examples/optimize_timesteps.py --model google/ddpm-cifar10-32 --dataset_name cifar10 \
+    ddpm-vlb optimize-timesteps --model runs/digits --steps 5 10 25 50
+    ddpm-vlb optimize-timesteps --model google/ddpm-cifar10-32 --dataset_name cifar10 \
         --image_column img --steps 10 25 --output_dir runs/cifar10-few
 
 Images of the training split say what each step between any two timesteps would cost; dynamic programming finds the
 cheapest chains of K steps; held-out images and fresh noise score these and the usual ones, by the network itself.
-Afterwards `DDPMVLBPipeline.from_pretrained(...)(num_inference_steps=10)` samples, and `evaluate.py
+Afterwards `DDPMVLBPipeline.from_pretrained(...)(num_inference_steps=10)` samples, and `ddpm-vlb evaluate
 --num_inference_steps 10` scores, the stored chain; stock diffusers loads and samples the checkpoint as before. Writes
 few_steps.json and few_steps.png beside it.
 """
@@ -14,10 +14,8 @@ few_steps.json and few_steps.png beside it.
 import argparse
 import dataclasses
 import datetime
-import importlib.metadata
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,25 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
-from evaluate import Checkpoint, add_data_options
-from few_steps import (
-    Candidate,
-    chosen,
-    even_candidates,
-    optimal_candidates,
-    respaced,
-    variances_for,
-)
-from few_steps_files import PARTIAL, check_output, store
-from few_steps_report import compare, print_differences, print_table
-from launching import main_first
-from reporting import score
-from scoring import PartialScores, run_sweep, shared, units
-from stopping import leave
 from tqdm.auto import tqdm
-from train_options import HelpFormatter, not_negative_int, positive_int
 
 from ddpm_vlb import (
+    ALL_SPACINGS,
+    FEW_IMAGES,
+    MIN_IMAGES,
+    SECOND_DRAWS,
+    VARIANCES,
     Pilot,
     ReverseProcess,
     SquaredErrors,
@@ -57,29 +44,41 @@ from ddpm_vlb import (
     spaced_timesteps,
     spread_knots,
 )
-from ddpm_vlb.estimation import SECOND_DRAWS
-from ddpm_vlb.respacing import ALL_SPACINGS, VARIANCES
-from ddpm_vlb.step_statistics import FEW_IMAGES, MIN_IMAGES
+from ddpm_vlb.commands.options import (
+    Parser,
+    add_machine_options,
+    add_model_options,
+    add_scored_options,
+    at_least_two,
+    not_negative_int,
+    positive_int,
+)
+from ddpm_vlb.few_steps.candidates import (
+    Candidate,
+    chosen,
+    even_candidates,
+    optimal_candidates,
+    respaced,
+    same_chains,
+    variances_for,
+)
+from ddpm_vlb.few_steps.files import PARTIAL, check_output, store
+from ddpm_vlb.few_steps.report import compare, print_differences, print_table
+from ddpm_vlb.runtime.launching import main_first
+from ddpm_vlb.runtime.reporting import provenance, score
+from ddpm_vlb.runtime.stopping import leave, refused
+from ddpm_vlb.scoring.checkpoint import Checkpoint
+from ddpm_vlb.scoring.sweep import PartialScores, run_sweep, shared, units
 
 DECODER_VALUES = 2**20  # kept of all knots together
 PIXEL_VALUES = 2**26  # of the variances of each pixel of all steps together
 
 
-def _several(text: str) -> int:
-    value = positive_int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, one for each end of the chain, but got {text}")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help texts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="Pipeline to optimize: a folder or a Hub name.")
-    parser.add_argument("--revision", help="Its branch, tag or commit on the Hub.")
+    parser = Parser("optimize-timesteps", __doc__)
+    add_model_options(parser, "optimize", "Write the whole pipeline here and leave --model as it is.")
     parser.add_argument("--steps", type=positive_int, nargs="+", required=True, help="Numbers of steps K.")
-    parser.add_argument("--output_dir", help="Write the whole pipeline here and leave --model as it is.")
-    parser.add_argument("--cache_dir", help="Where downloads are kept.")
     parser.add_argument(
         "--variance",
         choices=("auto", *VARIANCES),
@@ -92,18 +91,14 @@ def build_parser() -> argparse.ArgumentParser:
         default="network",
         help="Store this one for all other chains too, the whole one among them.",
     )
-    data = parser.add_argument_group("data")
-    add_data_options(data)
+    add_scored_options(parser)
     estimate = parser.add_argument_group("estimate")
     estimate.add_argument("--num_fit_images", type=positive_int, default=1024, help="Training images, at most 2048.")
-    estimate.add_argument("--num_knots", type=_several, default=100, help="Timesteps to visit with each, at least 2.")
-    estimate.add_argument("--seed", type=not_negative_int, default=0, help="Of the noise.")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--eval_batch_size", type=positive_int, help="(image, t) pairs in a network call.")
-    machine.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: accelerate's setting.")
-    machine.add_argument(
-        "--cpu", action=argparse.BooleanOptionalAction, default=False, help="Use the CPU even if there is a GPU."
+    estimate.add_argument(
+        "--num_knots", type=at_least_two, default=100, help="Timesteps to visit with each, at least 2."
     )
+    estimate.add_argument("--seed", type=not_negative_int, default=0, help="Of the noise.")
+    add_machine_options(parser)
     return parser
 
 
@@ -111,8 +106,8 @@ class Optimization(Checkpoint):
     """What the parts of an optimization share."""
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
-        main_first(accelerator, lambda: check_output(args), "optimize_timesteps.py", ValueError, OSError)
-        super().__init__(args, accelerator, "optimize_timesteps.py")
+        main_first(accelerator, lambda: check_output(args), "optimize-timesteps", ValueError, OSError)
+        super().__init__(args, accelerator, "optimize-timesteps")
         scheduler = self.pipeline.scheduler
         scheduler.store_few_steps()  # what an earlier run has stored is replaced
         for steps in args.steps:
@@ -200,14 +195,6 @@ def collect(run: Optimization) -> StepStatistics:
     for part in parts[1:]:
         total = total.merge(part)
     return total
-
-
-def same_chains(candidates: list[Candidate]) -> list[list[Candidate]]:
-    """The candidates that one network output can score together."""
-    groups: dict[tuple[int, ...], list[Candidate]] = {}
-    for own in candidates:
-        groups.setdefault(own.timesteps, []).append(own)
-    return list(groups.values())
 
 
 def price(run: Optimization, candidates: list[Candidate]) -> list[dict[str, Any]]:
@@ -314,8 +301,7 @@ def optimize(run: Optimization) -> tuple[dict[str, Any], Found]:
     whole = price_all_steps(run, found.errors)
     for entry in whole:
         del entry["per_image"]
-    args, packages = run.args, ("ddpm-vlb", "torch", "diffusers", "accelerate", "datasets")
-    weight = found.pseudo_images
+    args, weight = run.args, found.pseudo_images
     result = {
         "rows": rows,
         "all_steps": whole,
@@ -328,10 +314,7 @@ def optimize(run: Optimization) -> tuple[dict[str, Any], Found]:
         "seed": args.seed,
         "model": {"name_or_path": args.model, "revision": args.revision, "weights_sha256": run.weights},
         "data": run.data.record,
-        "options": {name: value for name, value in vars(args).items() if name != "output_dir"},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "device": str(run.accelerator.device),
-        "num_processes": run.accelerator.num_processes,
+        **provenance(run.accelerator, args),
     }
     return result, found
 
@@ -348,6 +331,7 @@ def report(run: Optimization, result: dict[str, Any], folder: Path) -> None:
     print(f"{result['fit_split']!r}. What is stored (*) is in {folder}, with few_steps.json and few_steps.png.")
 
 
+@refused("optimize-timesteps")
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Optimize a checkpoint. Returns the content of few_steps.json (on the main process)."""
     args = build_parser().parse_args(argv)
@@ -368,7 +352,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as problem:
-        sys.exit(f"optimize_timesteps.py: {problem}")
+    main()

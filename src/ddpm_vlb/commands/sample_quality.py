@@ -1,11 +1,11 @@
 r"""How good a DDPM's samples are in few steps: distances between features of samples and of test images.
 
-    accelerate launch examples/sample_quality.py --model runs/digits --steps 5 10 25 50
-    accelerate launch examples/sample_quality.py --model runs/digits --timestep_spacing leading trailing
-    accelerate launch examples/sample_quality.py --model me/cifar --dataset_name cifar10 --image_column img \
+    ddpm-vlb sample-quality --model runs/digits --steps 5 10 25 50
+    ddpm-vlb sample-quality --model runs/digits --timestep_spacing leading trailing
+    ddpm-vlb sample-quality --model me/cifar --dataset_name cifar10 --image_column img \
         --feature_model facebook/dinov2-base
 
-For each number of steps and spacing: the Frechet distance and the kernel distance of feature_distances.py, with
+For each number of steps and spacing: the Frechet distance and the kernel distance of quality/distances.py, with
 bootstrap errors, beside those of as many training images, which no sampler beats but by chance or by copying. The
 features are those of any vision model of `transformers`; without --feature_model a small ViT is trained on the labels
 of the training images and kept in feature_model/. Writes sample_quality.json, sample_quality.png and a picture
@@ -16,10 +16,8 @@ Sources: Heusel et al. 2017 (FID); Stein et al. 2023 (with DINOv2); Jayasumana e
 
 import argparse
 import datetime
-import importlib.metadata
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,44 +28,36 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from evaluate import default_folder, load_data, load_pipeline, network_shape
-from feature_distances import MMD_SCALE, compare, median_distance
-from features import ENOUGH, FeatureModel, small_model
-from launching import main_first, prepare_output_dir
-from quality_report import plot, report
-from reporting import plot_samples, write_json
-from scoring import fingerprint_of
-from stopping import leave
 from torch import Tensor
 from tqdm import tqdm
-from train_options import HelpFormatter, not_negative_int, positive_int
 
-from ddpm_vlb import StoredPath, check_data
-from ddpm_vlb.evaluation import image_generator
-from ddpm_vlb.respacing import ALL_SPACINGS, VARIANCES
+from ddpm_vlb import ALL_SPACINGS, VARIANCES, StoredPath, check_data, image_generator
+from ddpm_vlb.commands.options import (
+    SWITCH,
+    Parser,
+    add_data_options,
+    add_model_options,
+    at_least_two,
+    not_negative_int,
+    positive_int,
+)
+from ddpm_vlb.quality.distances import MMD_SCALE, compare, median_distance
+from ddpm_vlb.quality.features import ENOUGH, FeatureModel, small_model
+from ddpm_vlb.quality.report import plot, report
+from ddpm_vlb.runtime.launching import main_first, prepare_output_dir
+from ddpm_vlb.runtime.reporting import plot_samples, provenance, write_json
+from ddpm_vlb.runtime.stopping import leave, refused
+from ddpm_vlb.scoring.checkpoint import default_folder, fingerprint_of, load_data, load_pipeline, network_shape
 
 SPACINGS = ("default", *ALL_SPACINGS)
 MAX_SAMPLES, MAX_LABELS, SHOWN = 1000, 10_000, 64
-PACKAGES = ("ddpm-vlb", "torch", "diffusers", "transformers", "accelerate", "datasets")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help texts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="Pipeline to sample: a folder or a Hub name.")
-    parser.add_argument("--revision", help="Its branch, tag or commit on the Hub.")
-    parser.add_argument("--output_dir", help="Folder for the results; default: sample_quality/ in the model's.")
-    parser.add_argument("--cache_dir", help="Where downloads are kept.")
-
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset_name", help="Hub name, local folder or file; default: the model's data.json, else the digits."
-    )
-    data.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
-    data.add_argument("--split", default="test", help="Split to compare with.")
-    data.add_argument("--image_column", default="image", help="Column of images.")
-    data.add_argument("--label_column", help="Column of class labels; default: label.")
-    data.add_argument("--resolution", type=positive_int, help="Resize and crop images to this size.")
+    parser = Parser("sample-quality", __doc__)
+    add_model_options(parser, "sample", "Folder for the results; default: sample_quality/ in the model's.")
+    add_data_options(parser, "compare with")
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--steps", type=positive_int, nargs="+", default=[5, 10, 25, 50], help="Numbers of steps K.")
@@ -79,30 +69,20 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("stored", *VARIANCES),
         nargs="+",
         default=["stored"],
-        help="stored: what the checkpoint says; the others of every chain (optimize_timesteps.py makes them).",
+        help="stored: what the checkpoint says; the others of every chain (`ddpm-vlb optimize-timesteps` makes them).",
     )
     sampling.add_argument(
-        "--num_samples", type=positive_int, help=f"default: as many as images to compare with, at most {MAX_SAMPLES}."
+        "--num_samples", type=at_least_two, help=f"default: as many as images to compare with, at most {MAX_SAMPLES}."
     )
     sampling.add_argument("--eval_batch_size", type=positive_int, default=64, help="Images sampled at once.")
     sampling.add_argument("--seed", type=not_negative_int, default=0, help="Of the samples and the bootstrap.")
 
     distances = parser.add_argument_group("distances")
     distances.add_argument("--feature_model", help="Vision model, a folder or a Hub name; default: a small ViT.")
-    distances.add_argument("--num_bootstrap", type=positive_int, default=200, help="Resampled sets for the errors.")
+    distances.add_argument("--num_bootstrap", type=at_least_two, default=200, help="Resampled sets for the errors.")
 
-    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="Use the CPU in any case.")
+    parser.add_argument("--cpu", action=SWITCH, default=False, help="Use the CPU in any case.")
     return parser
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the options."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    for name in ("num_samples", "num_bootstrap"):
-        if getattr(args, name) == 1:
-            parser.error(f"--{name} 1 must be at least 2: one has no spread")
-    return args
 
 
 @dataclass(frozen=True)
@@ -163,7 +143,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, folder: Path):
         self.args, self.accelerator, self.folder = args, accelerator, folder
         self.walked: list[int] = []
-        main_first(accelerator, self._load, "sample_quality.py", ValueError, OSError)
+        main_first(accelerator, self._load, "sample-quality", ValueError, OSError)
         self.pipeline.to(accelerator.device)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -218,9 +198,9 @@ class Comparison:
             rows, weights = content["rows"], content["model"]["weights_sha256"]
             optimal = [row for row in rows if row["path"] == "optimal"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no file of optimize_timesteps.py: {error!r}.") from error
+            raise ValueError(f"{path} is no file of `ddpm-vlb optimize-timesteps`: {error!r}.") from error
         if weights != fingerprint_of(self.pipeline.unet):
-            raise ValueError(f"{path} is of other weights. Run optimize_timesteps.py again, or remove it.")
+            raise ValueError(f"{path} is of other weights. Run `ddpm-vlb optimize-timesteps` again, or remove it.")
         return optimal
 
     def _small_model(self, scored: Part) -> dict[str, Any]:
@@ -280,10 +260,7 @@ class Comparison:
                 },
                 "num_images": {args.split: self.test.total, other: self.other.total},
             },
-            "options": {name: value for name, value in vars(args).items() if name != "output_dir"},
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "device": str(self.accelerator.device),
-            "num_processes": self.accelerator.num_processes,
+            **provenance(self.accelerator, args, "transformers"),
         }
 
 
@@ -325,9 +302,10 @@ def measure(run: Comparison) -> dict[str, Any]:
     return {**content, **run.record(y.shape[1]), "seconds": time.perf_counter() - started}
 
 
+@refused("sample-quality")
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Compare a checkpoint's samples. Returns the content of sample_quality.json (on the main process)."""
-    args = parse_args(argv)
+    args = build_parser().parse_args(argv)
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # for the main process's bootstrap
     accelerator = Accelerator(cpu=args.cpu, kwargs_handlers=[patience])
     near = Path(args.model) if Path(args.model).is_dir() else default_folder(args.model)
@@ -342,7 +320,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as problem:
-        sys.exit(f"sample_quality.py: {problem}")
+    main()

@@ -1,10 +1,4 @@
-"""Train a likelihood-based DDPM on images, score its test bits/dim, sample it, and save it as a diffusers pipeline.
-
-Without options: scikit-learn's 8x8 digits with their own 17 levels, in a few minutes on a CPU.
-
-    accelerate launch examples/train.py
-    accelerate launch examples/train.py --dataset_name ylecun/mnist --block_out_channels 32 64 --max_train_steps 20000
-"""
+"""`ddpm-vlb train`: around the loop of the recipe, validation, the final score, and what is saved and uploaded."""
 
 import argparse
 import contextlib
@@ -13,29 +7,31 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from diffusers import UNet2DModel
-from image_data import ImageData, Images, load_image_data, named_data
-from launching import check_shared, main_first, make_accelerator, prepare_output_dir
-from publish import describe_folder, open_publisher, repair_command, stage_result
-from reporting import baselines, describe, plot_samples, plot_vlb_terms, score, to_disk, write_json
-from scoring import Stopped, pilot_positions, run_sweep, shared
-from stopping import clear_faults, leave, refused
 from torch import Tensor
 from tqdm.auto import tqdm
-from train_options import parse_args
-from training_loop import train
-from training_run import Run
 
 from ddpm_vlb import Pilot, VLBEstimate, VLBEstimator, estimate_from_scores, fit_pilot
+from ddpm_vlb.commands.train_options import build_parser, parse_args  # noqa: F401
+from ddpm_vlb.recipes import train as recipe
+from ddpm_vlb.runtime.image_data import ImageData, Images, load_image_data, named_data
+from ddpm_vlb.runtime.launching import check_shared, main_first, make_accelerator, prepare_output_dir
+from ddpm_vlb.runtime.publisher import open_publisher, repair_command
+from ddpm_vlb.runtime.reporting import baselines, describe, plot_samples, plot_vlb_terms, score, to_disk, write_json
+from ddpm_vlb.runtime.staging import describe_folder, stage_result
+from ddpm_vlb.runtime.stopping import clear_faults, leave, refused
+from ddpm_vlb.scoring.sweep import Stopped, pilot_positions, run_sweep, shared
+from ddpm_vlb.training.run import Run
 
+Loop = Callable[[Run, Callable[[Run], object]], bool]
 SNAPSHOT_STEPS = 100
-# Files of a pipeline's folder, also optimize_timesteps.py's, that belong to that pipeline alone.
+# Files of a pipeline's folder, also of `ddpm-vlb optimize-timesteps`, that belong to that pipeline alone.
 MEASURED = ("metrics.json", "samples.png", "vlb_terms.png", "data.json", "few_steps.json", "few_steps.png")
 
 
@@ -226,7 +222,7 @@ def publish(run: Run) -> None:
         print(f"  {repair_command(args, publisher.repo_id)}")
 
 
-def train_and_finish(run: Run) -> dict[str, Any] | None:
+def train_and_finish(run: Run, loop: Loop) -> dict[str, Any] | None:
     """Train, score and save; None on the other processes, and where the run was asked to stop."""
     args, accelerator = run.args, run.accelerator
     with run.stop, clear_faults(run.folder, run.checkpoints.advice):
@@ -246,7 +242,7 @@ def train_and_finish(run: Run) -> dict[str, Any] | None:
             f"{args.gradient_accumulation_steps} x {args.train_batch_size}."
         )
         try:
-            if train(run, validate):
+            if loop(run, validate):
                 return finish(run)
         except Stopped:
             pass  # while scoring: the last step is in a checkpoint already
@@ -273,22 +269,28 @@ def load_data(args: argparse.Namespace) -> ImageData:
     return data
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """Train, score and save. Returns the metrics (on the main process, of a run that came to its end)."""
-    args = parse_args(argv, str(__doc__))
+def main(argv: Sequence[str] | None = None, loop: Loop | None = None) -> dict[str, Any] | None:
+    """Train, score and save. Returns the metrics (on the main process, of a run that came to its end).
+
+    Args:
+        argv: the options; those of the command line when None.
+        loop: called with the run and a function that validates it, for all steps that are left; False says that it was
+            asked to stop, and has saved its state. The recipe's own when None.
+    """
+    args = parse_args(argv)
     folder = Path(args.output_dir)
-    with refused(OSError):
+    with refused("train", (OSError,)):
         prepare_output_dir(folder)
     accelerator = make_accelerator(args, folder)
     check_shared(accelerator, folder)
     set_seed(args.seed)
-    with refused(ValueError, OSError), clear_faults(folder, lambda: "Nothing has been trained yet"):
-        data = main_first(accelerator, lambda: load_data(args), "train.py", ValueError, OSError)
+    with refused("train", (ValueError, OSError)), clear_faults(folder, lambda: "Nothing has been trained yet"):
+        data = main_first(accelerator, lambda: load_data(args), "train", ValueError, OSError)
         run = Run(args, accelerator, data, folder)
     run.publisher = open_publisher(accelerator, args)
     metrics = None
     try:
-        metrics = train_and_finish(run)
+        metrics = train_and_finish(run, loop or recipe.train)
     finally:
         if metrics is None and run.publisher is not None:
             run.publisher.close()
@@ -299,5 +301,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

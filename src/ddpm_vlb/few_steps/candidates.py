@@ -1,4 +1,4 @@
-"""The chains of few steps that optimize_timesteps.py compares, and which of them are stored."""
+"""The chains of few steps that `ddpm-vlb optimize-timesteps` compares, and which of them are stored."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,16 +6,17 @@ from dataclasses import dataclass
 import torch
 
 from ddpm_vlb import (
+    ALL_SPACINGS,
+    VARIANCES,
     ReverseProcess,
     SquaredErrors,
     StepStatistics,
     StoredPath,
+    crossfitted_cost,
     optimal_paths,
     spaced_timesteps,
     step_costs,
 )
-from ddpm_vlb.respacing import ALL_SPACINGS, VARIANCES
-from ddpm_vlb.step_statistics import crossfitted_cost
 
 FIXED = ("fixed_small", "fixed_large")
 GAIN = 1e-3  # nats per dimension
@@ -143,3 +144,11 @@ def chosen(candidates: list[Candidate], variance: str) -> StoredPath:
             best = own
     assert best.stored is not None
     return best.stored
+
+
+def same_chains(candidates: list[Candidate]) -> list[list[Candidate]]:
+    """The candidates that one network output can score together."""
+    groups: dict[tuple[int, ...], list[Candidate]] = {}
+    for own in candidates:
+        groups.setdefault(own.timesteps, []).append(own)
+    return list(groups.values())

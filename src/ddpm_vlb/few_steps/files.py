@@ -1,4 +1,4 @@
-"""Where optimize_timesteps.py writes: into the checkpoint, by one rename, or a whole pipeline elsewhere."""
+"""Where `ddpm-vlb optimize-timesteps` writes: into the checkpoint, by one rename, or a whole pipeline elsewhere."""
 
 import argparse
 import contextlib
@@ -8,13 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from few_steps_report import plot
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from launching import prepare_output_dir
-from reporting import to_disk, write_json
 
 from ddpm_vlb import DDPMVLBPipeline
+from ddpm_vlb.few_steps.report import plot
+from ddpm_vlb.runtime.launching import prepare_output_dir
+from ddpm_vlb.runtime.reporting import to_disk, write_json
 
 MEASURED = ("metrics.json", "samples.png", "vlb_terms.png", "README.md")  # with the network's own variance
 WRITTEN = {"model_index.json", "unet", "scheduler", "data.json", "few_steps.json", "few_steps.png", *MEASURED}
@@ -83,7 +83,7 @@ def store(args: argparse.Namespace, pipeline: DDPMVLBPipeline, result: dict[str,
     """Write the checkpoint, whose scheduler has all that is to be stored, the numbers and the picture.
 
     Args:
-        args: of optimize_timesteps.py.
+        args: of `ddpm-vlb optimize-timesteps`.
         pipeline: the checkpoint.
         result: the content of few_steps.json.
     """
@@ -92,7 +92,9 @@ def store(args: argparse.Namespace, pipeline: DDPMVLBPipeline, result: dict[str,
         store_in_place(pipeline, source)
         write_results(result, source)
         if args.reverse_variance != "network" and (source / "metrics.json").is_file():
-            print(f"{source / 'metrics.json'} is of the network's own variance: evaluate.py scores the new one.")
+            print(
+                f"{source / 'metrics.json'} is of the network's own variance: `ddpm-vlb evaluate` scores the new one."
+            )
         return source
     folder = Path(args.output_dir)
     # In the folder itself, which may be a mount point.

@@ -1,4 +1,4 @@
-"""The table and the picture of optimize_timesteps.py, and what its rows differ by."""
+"""The table and the picture of `ddpm-vlb optimize-timesteps`, and what its rows differ by."""
 
 import math
 from pathlib import Path

@@ -18,7 +18,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from reporting import write_json
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -31,6 +30,8 @@ from transformers import (
     ViTImageProcessor,
 )
 from transformers.utils import logging
+
+from ddpm_vlb.runtime.reporting import write_json
 
 Labelled = tuple[Tensor, Tensor]  # images and their labels (N,)
 CLIP_SIGMA = 10.0  # of CMMD

@@ -1,11 +1,12 @@
-"""The table and the picture of sample_quality.py."""
+"""The table and the picture of `ddpm-vlb sample-quality`."""
 
 import math
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from feature_distances import MMD_SCALE
+
+from ddpm_vlb.quality.distances import MMD_SCALE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -17,7 +17,8 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
-from stopping import end, refused
+
+from ddpm_vlb.runtime.stopping import end, refused
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         raise SystemExit(
             "FSDP 1 flattens the parameters, which the average needs one by one: set fsdp_version: 2 (Accelerate 1.6)."
         )
-    with refused(ImportError):  # DeepSpeed, or a tracker
+    with refused("train", (ImportError,)):  # DeepSpeed, or a tracker
         accelerator = Accelerator(
             cpu=args.cpu,
             mixed_precision=args.mixed_precision,
@@ -101,13 +102,13 @@ def check_sharding(accelerator: Accelerator) -> None:
         raise SystemExit("ZeRO 3 leaves no process the parameters that it averages: set zero_stage: 2, or take FSDP.")
 
 
-def main_first(accelerator: Accelerator, load: Callable[[], T], script: str, *kinds: type[Exception]) -> T:
+def main_first(accelerator: Accelerator, load: Callable[[], T], command: str, *kinds: type[Exception]) -> T:
     """What `load` returns, on the main process first, which fills the caches; a fault of one ends all.
 
     Args:
         accelerator: of the run.
         load: called once on each process.
-        script: named before the message.
+        command: its name behind `ddpm-vlb`, put before the message.
         kinds: exceptions that name what the user can mend, for whose message no traceback is needed.
 
     Raises:
@@ -124,7 +125,7 @@ def main_first(accelerator: Accelerator, load: Callable[[], T], script: str, *ki
         if faults:
             if error is not None and (accelerator.num_processes == 1 or not isinstance(error, kinds)):
                 raise error
-            end(accelerator, f"{script}: {faults[0]}")
+            end(accelerator, f"ddpm-vlb {command}: {' '.join(faults[0].split())}")
     return loaded[0]
 
 

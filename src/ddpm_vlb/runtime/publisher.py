@@ -1,16 +1,8 @@
-"""Upload a finished run to the Hub: the pipeline, its card, the pictures, the metrics and the training options.
-
-train.py does the same by itself with --push_to_hub. Here it is for a run that was trained without, or whose upload
-failed, and to put what evaluate.py measured into the card.
-
-    python examples/publish.py runs/digits --hub_model_id me/digits
-    python examples/publish.py runs/digits --hub_model_id me/digits --evaluations runs/digits/evaluation/metrics.json
-"""
+"""Uploads to the Hub: in the background, again where they fail, never in the way of training."""
 
 import argparse
 import contextlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -25,16 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HfHubHTTPError, disable_progress_bars
-from reporting import write_json
-from scoring import fingerprint_of
-from stopping import end
 from tqdm.auto import tqdm
 
-from ddpm_vlb import DDPMVLBPipeline, model_card
-from ddpm_vlb.pipeline_ddpm_vlb import CODE_FILES, forget_origin, write_code
+from ddpm_vlb import CODE_FILES
+from ddpm_vlb.runtime.staging import OPTIONS_FILE, PICTURES, without_folders
+from ddpm_vlb.runtime.stopping import end
 
-PICTURES = ("samples.png", "vlb_terms.png")
-OPTIONS_FILE = "training_options.json"
 # What an upload removes where it does not bring it; other files of the repository stay.
 OURS = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "README.md", "metrics.json"]
 OURS += ["scheduler/x_0_mse-*.safetensors", "data.json", OPTIONS_FILE, *PICTURES, *CODE_FILES]
@@ -43,27 +31,8 @@ WEIGHTS = "unet/diffusion_pytorch_model"
 SAME_WEIGHTS = [f"{WEIGHTS}.safetensors", f"{WEIGHTS}-*.safetensors", f"{WEIGHTS}.safetensors.index.json"]
 # Options that may differ in one and the same run.
 NOT_THE_RUN_S = ("max_train_steps", "num_epochs", "resume_from_checkpoint", "config", "push_to_hub", "logger")
-PATHS = ("output_dir", "train_data_dir", "cache_dir", "config", "logging_dir")
 WAITS = (5.0, 30.0)
 _PREFIX = ".upload-"
-
-
-def add_hub_options(group: Any) -> None:
-    """The options of an upload, named as in diffusers' scripts where it has them.
-
-    Args:
-        group: a parser or a group of its options.
-    """
-    switch = argparse.BooleanOptionalAction
-    group.add_argument("--hub_model_id", help="Name of the repository; default: the folder's, in your namespace.")
-    group.add_argument(
-        "--hub_private_repo", action=switch, help="Make the repository private; default: as the Hub does."
-    )
-    group.add_argument("--hub_include_code", action=switch, help="Upload the code of DDPMVLBPipeline as well.")
-    group.add_argument("--hub_license", help="License of the weights as the Hub names it, mit say; default: unknown.")
-    group.add_argument(
-        "--hub_overwrite", action=switch, help="Replace another run that the repository holds; its tags stay."
-    )
 
 
 class Publisher:
@@ -329,177 +298,10 @@ def repair_command(args: argparse.Namespace, repo_id: str) -> str:
         args: its options.
         repo_id: of the repository.
     """
-    command = ["python", "examples/publish.py", args.output_dir, "--hub_model_id", repo_id]
+    command = ["ddpm-vlb", "publish", args.output_dir, "--hub_model_id", repo_id]
     if args.hub_license != "unknown":
         command += ["--hub_license", args.hub_license]
     for name in ("hub_private_repo", "hub_include_code", "hub_overwrite"):
         if getattr(args, name):
             command.append(f"--{name}")
     return shlex.join(command)
-
-
-def without_folders(content: Any) -> Any:
-    """The same content with this machine's paths cut to their last part, which is nobody's business on the Hub.
-
-    Args:
-        content: what JSON can hold.
-    """
-    if isinstance(content, Mapping):
-        return {key: _cut(value) if key in PATHS else without_folders(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [without_folders(value) for value in content]
-    if isinstance(content, str) and content:
-        parts = content.count("/") + content.count("\\")
-        local = content.startswith(("/", "~", "./", "../")) or "\\" in content or ":" in content.split("/")[0]
-        # A name of the Hub has one slash at most; what is there as a file is no such name.
-        if local or (parts == 1 and os.path.exists(content)) or (parts > 1 and "\n" not in content):
-            return _cut(content)
-    return content
-
-
-def _cut(content: Any) -> Any:
-    if not isinstance(content, str) or not content:
-        return content
-    last = content.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
-    return f"./{last}"
-
-
-def describe_folder(
-    pipeline: DDPMVLBPipeline,
-    folder: Path,
-    repo_id: str,
-    metrics: dict[str, Any],
-    args: argparse.Namespace,
-    evaluations: Sequence[Mapping[str, Any]] = (),
-    status: str | None = None,
-) -> None:
-    """Write what goes with a saved pipeline: metrics, training options and the card, in what may be published of them.
-
-    Args:
-        pipeline: that was saved.
-        folder: where it was saved, and where the pictures lie.
-        repo_id: of the repository.
-        metrics: train.py's.
-        args: the options --hub_license and --hub_include_code.
-        evaluations: evaluate.py's metrics.
-        status: a sentence on top of the card.
-    """
-    metrics, evaluations = without_folders(metrics), without_folders(evaluations)
-    if metrics:
-        write_json(metrics, folder / "metrics.json")
-    # Also the mark by which a repository is known as one that this script may write to.
-    write_json(metrics.get("options", {}), folder / OPTIONS_FILE)
-    if "data" in metrics:
-        write_json(metrics["data"], folder / "data.json")
-    pictures = [name for name in PICTURES if (folder / name).exists()]
-    card = model_card(
-        pipeline,
-        repo_id,
-        training=metrics,
-        evaluations=evaluations,
-        pictures=pictures,
-        license=args.hub_license,
-        includes_code=bool(args.hub_include_code),
-        status=status,
-    )
-    card.save(folder / "README.md")
-
-
-def stage_result(
-    result: Path,
-    repo_id: str,
-    metrics: dict[str, Any],
-    args: argparse.Namespace,
-    evaluations: Sequence[Mapping[str, Any]] = (),
-) -> Callable[[Path], None]:
-    """What writes a finished run into a folder as it is to be uploaded.
-
-    Args:
-        result: train.py's output folder, or any saved pipeline.
-        repo_id: of the repository.
-        metrics: its metrics.json, or nothing.
-        args: the options --hub_license and --hub_include_code.
-        evaluations: evaluate.py's metrics.
-    """
-
-    def make(folder: Path) -> None:
-        pipeline = DDPMVLBPipeline.from_pretrained(result)
-        for part in ("unet", "scheduler"):
-            shutil.copytree(result / part, folder / part)
-        shutil.copyfile(result / "model_index.json", folder / "model_index.json")
-        if args.hub_include_code:
-            write_code(folder)
-        forget_origin(folder)
-        for name in PICTURES:
-            if (result / name).exists():
-                shutil.copyfile(result / name, folder / name)
-        describe_folder(pipeline, folder, repo_id, metrics, args, evaluations)
-
-    return make
-
-
-def read_metrics(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-    """A metrics.json.
-
-    Args:
-        path: of the file.
-        needed: keys that it must have.
-
-    Raises:
-        SystemExit: it is not there, no JSON, or lacks a key.
-    """
-    try:
-        metrics = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read: {error}") from error
-    missing = [key for key in needed if key not in metrics] if isinstance(metrics, dict) else list(needed)
-    if missing or not isinstance(metrics, dict):
-        train = " It is train.py's, which is read by itself." if "train" in metrics else ""
-        raise SystemExit(f"{path} is no metrics.json of evaluate.py: it has no {missing}.{train}")
-    return metrics
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The options and their help texts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="train.py's --output_dir, or any saved pipeline.")
-    add_hub_options(parser)
-    parser.add_argument(
-        "--evaluations", type=Path, nargs="+", default=[], help="metrics.json files of evaluate.py, or their folders."
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Upload a run and tag it."""
-    args = build_parser().parse_args(argv)
-    if not (args.folder / "model_index.json").is_file():
-        more = " Its run is not finished: it has checkpoints." if list(args.folder.glob("checkpoint-*")) else ""
-        raise SystemExit(f"{args.folder} holds no pipeline: there is no model_index.json in it.{more}")
-    needed = ("bits_per_dim", "timesteps", "data", "num_images", "network_calls_per_image")
-    paths = [path / "metrics.json" if path.is_dir() else path for path in args.evaluations]
-    evaluations = [read_metrics(path, needed) for path in dict.fromkeys(paths)]
-    hashes = {(own.get("model") or {}).get("weights_sha256") for own in evaluations} - {None}
-    if hashes and hashes != {fingerprint_of(DDPMVLBPipeline.from_pretrained(args.folder).unet)}:
-        raise SystemExit(f"--evaluations are of other weights than those in {args.folder}: score this model again.")
-    metrics = args.folder / "metrics.json"
-    content = read_metrics(metrics) if metrics.exists() else {}
-    options = content.get("options", {})
-    # What is not said again is as it was.
-    args.hub_license = args.hub_license or options.get("hub_license") or "unknown"
-    if args.hub_include_code is None:
-        args.hub_include_code = bool(options.get("hub_include_code"))
-    name = args.hub_model_id or args.folder.resolve().name
-    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
-        raise SystemExit(f"{name!r} is no name of a repository: give one with --hub_model_id.")
-    publisher = Publisher.open(name, options, args, stale=(*OURS, *SAME_WEIGHTS))
-    make = stage_result(args.folder, publisher.repo_id, content, args, evaluations)
-    steps = content.get("train", {}).get("steps")
-    tag = "result" if steps is None else f"step-{steps}"
-    if publisher.finish(make, f"Upload {args.folder.resolve().name}", tag) is None:
-        raise SystemExit("Nothing was published. Mend what is said above, and run the same command again.")
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main()

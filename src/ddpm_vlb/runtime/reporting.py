@@ -1,5 +1,7 @@
 """What a run leaves behind beside the pipeline: baselines, pictures and metrics.json."""
 
+import argparse
+import importlib.metadata
 import json
 import lzma
 import math
@@ -10,13 +12,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from image_data import Images
+from accelerate import Accelerator
 from torch import Tensor
 
 from ddpm_vlb import VLBEstimate
+from ddpm_vlb.runtime.image_data import Images
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+PACKAGES = ("ddpm-vlb", "torch", "diffusers", "accelerate", "datasets")
 
 
 def integer_levels(images: Images, limit: int | None = None) -> np.ndarray:
@@ -176,6 +181,27 @@ def describe(scores: dict[str, Any], unit: str = "bits/dim") -> str:
     value = scores["nats_per_dim"] if scores["bits_per_dim"] is None else scores["bits_per_dim"]
     noise, images = (f"{scores[name]:.3f}" if scores[name] else "n/a" for name in ("noise_se", "image_se"))
     return f"{value:.3f} +- {noise} (noise) +- {images} (images) {unit}"
+
+
+def versions(*more: str) -> dict[str, str]:
+    """The versions of the packages that numbers depend on, and of some more."""
+    return {name: importlib.metadata.version(name) for name in (*PACKAGES, *more)}
+
+
+def provenance(accelerator: Accelerator, args: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """How a result came about: options, versions, device and number of processes.
+
+    Args:
+        accelerator: of the run.
+        args: its options.
+        more: packages beyond the usual ones.
+    """
+    return {
+        "options": {name: value for name, value in vars(args).items() if name != "output_dir"},
+        "versions": versions(*more),
+        "device": str(accelerator.device),
+        "num_processes": accelerator.num_processes,
+    }
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

@@ -17,9 +17,12 @@ from typing import NoReturn
 
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import get_int_from_env
 
 REPEATS = 2.0  # seconds within which a launcher may pass on what the terminal has sent already
 PAUSE = 0.5
+PATIENCE = 5.0
+MENDABLE = (ValueError, OSError, FloatingPointError)  # bad values, the system's faults, a network's NaN
 
 
 class Stop:
@@ -125,10 +128,11 @@ def clear_faults(folder: Path, advice: Callable[[], str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def refused(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn exceptions that name what the user can mend into their message alone.
+def refused(command: str, kinds: tuple[type[Exception], ...] = MENDABLE) -> Iterator[None]:
+    """Turn exceptions that name what the user can mend into one line.
 
     Args:
+        command: its name behind `ddpm-vlb`.
         kinds: which.
 
     Raises:
@@ -137,7 +141,15 @@ def refused(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise SystemExit(f"train.py: {error}") from error
+        if process_index() > 0:
+            # What is wrong for all is told by the main process, at whose end the launcher ends this one.
+            time.sleep(PATIENCE)
+        raise SystemExit(f"ddpm-vlb {command}: {' '.join(str(error).split())}") from error
+
+
+def process_index() -> int:
+    """This process's number, also before Accelerate is asked."""
+    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The images that evaluate.py scores, in the order of the data set, and others of the same kind for its pilot.
+"""The images that `ddpm-vlb evaluate` scores, in the order of the data set, and others of the same kind for its pilot.
 
 Beside image files these may be arrays (C, H, W): integers are levels; floats are x_0 itself, already on its levels
 in [-1, 1], or continuous (latents).
@@ -12,7 +12,10 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from image_data import (
+from torch import Tensor
+
+from ddpm_vlb import check_data
+from ddpm_vlb.runtime.image_data import (
     GREY_MODES,
     Images,
     decode_image,
@@ -22,10 +25,7 @@ from image_data import (
     load_splits,
     make_splits,
 )
-from scoring import pilot_positions
-from torch import Tensor
-
-from ddpm_vlb import check_data
+from ddpm_vlb.scoring.sweep import pilot_positions
 
 RESERVED_SHARE = 10  # of a data set of one split every tenth image goes to the pilot, at most 1024
 
@@ -121,7 +121,7 @@ def load_scoring_data(
     Args:
         network: what the checkpoint takes. Its 256 levels, the default where a stock checkpoint says nothing, give way
             to the digits' own 17.
-        split: a split of the data set; with a `record`, "train", "validation" or "test" as train.py made them.
+        split: a split of the data set; with a `record`, "train", "validation" or "test" as `ddpm-vlb train` made them.
         record: a data.json, read when no data set is named; else the digits.
         dataset_name: a Hub name, a local folder or a data file.
         dataset_config_name: its configuration, if it has several.

@@ -6,7 +6,6 @@ what is missing.
 """
 
 import contextlib
-import hashlib
 import os
 import time
 import uuid
@@ -21,9 +20,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_vlb import Pilot, VLBEstimator, VLBScores, merge_scores
-from ddpm_vlb.scores import Scores, compacted
+from ddpm_vlb import Pilot, VLBEstimator, VLBScores, compacted, merge_scores
 
+MIN_DEGREES = 20  # of freedom of the noise standard error
+Scores = tuple[VLBScores, ...]
+"""Of the same images, one for each reverse process."""
 Batch = Callable[[list[int]], tuple[Tensor, dict[str, Tensor]]]
 """Images by their positions, and the network's further arguments for them."""
 
@@ -232,16 +233,15 @@ def shared(accelerator: Accelerator, make: Callable[[], Pilot]) -> Pilot:
     return Pilot.from_state_dict(broadcast_object_list(state)[0])
 
 
-def fingerprint_of(module: torch.nn.Module) -> str:
-    """A hash over all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
 def pilot_positions(total: int, dims: int) -> list[int]:
     """Positions of pilot images, spread over the data: up to 2048, fewer where they are large."""
     count = min(total, 2048, max(64, 2**25 // dims))
     return [i * total // count for i in range(count)]
+
+
+def enough_replicates(calls: int, images: int) -> int | None:
+    """Replicates that give the noise SE some 20 degrees of freedom, which few images alone do not; None for many."""
+    if images >= MIN_DEGREES:
+        return None
+    divisors = [r for r in range(2, calls + 1) if calls % r == 0]
+    return next((r for r in divisors if images * (r - 1) >= MIN_DEGREES), divisors[-1])

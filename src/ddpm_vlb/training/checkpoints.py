@@ -11,16 +11,17 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from reporting import to_disk, write_json
-from stopping import end, lost_contact
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm.auto import tqdm
+
+from ddpm_vlb.runtime.reporting import to_disk, write_json
+from ddpm_vlb.runtime.stopping import end, lost_contact
 
 MANIFEST = "checkpoint.json"
 RUN_FILE = ".run.json"
@@ -345,14 +346,9 @@ def _read(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _chunks(path: Path, size: int = 2**22) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while chunk := file.read(size):
-            yield chunk
-
-
 def _crc32(path: Path) -> int:
     value = 0
-    for chunk in _chunks(path):
-        value = zlib.crc32(chunk, value)
+    with open(path, "rb") as file:
+        while chunk := file.read(2**22):
+            value = zlib.crc32(chunk, value)
     return value

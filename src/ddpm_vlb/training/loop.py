@@ -1,39 +1,18 @@
-"""The training loop: what is drawn, the step, what is logged of it, and what happens when it is not finite."""
+"""Parts of the training loop: what processes share of a step, what is logged of it, and when it is not finite."""
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import DistributedType
-from global_batches import seed_of
-from stopping import end
 from torch import Tensor
 from tqdm.auto import tqdm
-from training_run import Run, full
 
-from ddpm_vlb import Diffused, LossSecondMomentTimesteps, simple_loss, vlb_loss
+from ddpm_vlb.runtime.stopping import end
+from ddpm_vlb.training.run import Run, full
 
-LOGGING_STEPS = 10
 QUARTILES = 4
-
-
-def random_flip(x_0: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror those images of (B, C, H, W) left to right for which `mirrored` (B,) is true."""
-    return torch.where(mirrored.to(x_0.device)[:, None, None, None], x_0.flip(-1), x_0)
-
-
-def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
-    """The terms of --objective, (B, terms), in the order of `run.term_weights`."""
-    values = []
-    for name in run.term_weights:
-        if name == "simple":
-            values.append(simple_loss(run.reverse, output, diffused, run.args.snr_gamma))
-        else:
-            frozen = run.args.objective == "hybrid"
-            values.append(vlb_loss(run.reverse, output, diffused, freeze_mean=frozen))
-    return torch.stack(values, dim=1)
 
 
 def weighted_sum(run: Run, terms: Tensor) -> Tensor:
@@ -48,31 +27,6 @@ class Drawn(NamedTuple):
     t: Tensor
     weights: Tensor
     mirrored: Tensor
-
-
-def draw(run: Run) -> Drawn:
-    """Chain indices t, their weights, and which images are mirrored; each (G,)."""
-    count = run.batches.global_batch_size
-    generator = torch.Generator().manual_seed(seed_of(run.args.seed, run.progress.step))
-    t, weights = run.sampler.sample(count, generator=generator)
-    mirrored = torch.rand(count, generator=generator) < (0.5 if run.args.random_flip else 0)
-    return Drawn(t, weights, mirrored)
-
-
-def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:
-    """Forward and backward of one micro batch; returns the values of the loss's terms, (B, terms)."""
-    device, rows = run.accelerator.device, run.batches.rows(micro_step)
-    x_0 = x_0.to(device, non_blocking=True)
-    t, weights, mirrored = (value[rows].to(device, non_blocking=True) for value in drawn)
-    if run.args.random_flip:
-        x_0 = random_flip(x_0, mirrored)
-    diffused = run.reverse.forward.diffuse(x_0, t, run.noise.draw(x_0, run.progress.step, rows))
-    if run.has_dropout:  # which draws from the global generator
-        torch.manual_seed(seed_of(run.args.seed, run.progress.step, "dropout", rows.start))
-    output = run.unet(diffused.x_t.to(run.input_dtype), run.reverse.forward.timesteps[t]).sample
-    terms = loss_terms(run, output, diffused)
-    run.accelerator.backward((weights * weighted_sum(run, terms)).mean())
-    return terms.detach()
 
 
 class Shared(NamedTuple):
@@ -107,23 +61,9 @@ def gradient_norm(run: Run) -> Tensor:
     return torch.as_tensor(math.inf if run.optimizer.step_was_skipped else norm)
 
 
-def update(run: Run, drawn: Drawn, shared: Shared) -> None:
-    """Take the step, or skip it where it is not finite."""
+def skip(run: Run, drawn: Drawn, shared: Shared) -> None:
+    """Tell which step was not taken and why; ends the run after --max_skipped_steps in a row."""
     progress, accelerator = run.progress, run.accelerator
-    if shared.finite:
-        run.optimizer.step()
-    elif accelerator.scaler is not None:
-        accelerator.scaler.update()  # it has seen in the clipping whether its scale is too large
-    run.optimizer.zero_grad()
-    run.lr_scheduler.step()
-    if shared.finite:
-        progress.skipped_in_a_row = 0
-        if isinstance(run.sampler, LossSecondMomentTimesteps):
-            run.sampler.update(drawn.t, weighted_sum(run, shared.values))
-        if run.ema is not None:
-            run.ema.step(run.unet.parameters())
-        run.checkpoints.proven()
-        return
     progress.skipped += 1
     progress.skipped_in_a_row += 1
     first = progress.step - progress.skipped_in_a_row + 1
@@ -225,61 +165,7 @@ def next_batch(run: Run, source: Iterator[Tensor]) -> Tensor:
         ) from error
 
 
-def step(run: Run, source: Iterator[Tensor], statistics: Statistics) -> Shared:
-    """One optimizer step: the micro batches, the update, and what the tracker is told of it later.
-
-    Args:
-        run: the run.
-        source: of micro batches.
-        statistics: that take it in.
-    """
-    started, waited, parts = time.perf_counter(), 0.0, []
-    drawn = draw(run)
-    for micro_step in range(run.args.gradient_accumulation_steps):
-        asked = time.perf_counter()
-        x_0 = next_batch(run, source)
-        waited += time.perf_counter() - asked
-        with run.accelerator.accumulate(run.unet):
-            parts.append(train_batch(run, x_0, micro_step, drawn))
-    shared = share(run, parts, gradient_norm(run))
-    update(run, drawn, shared)
-    seconds = time.perf_counter() - started
-    run.progress.step += 1
-    run.progress.seconds += seconds
-    statistics.add(drawn, shared, seconds, waited)
-    return shared
-
-
 def batches(run: Run) -> Iterator[Tensor]:
     """This process's micro batches from the run's next step on."""
     run.batches.first_step = run.progress.step
     return iter(run.loader)
-
-
-def train(run: Run, validate: Callable[[Run], object]) -> bool:
-    """Train to the last step; False if the run was asked to stop before, and has saved its state.
-
-    Args:
-        run: the run.
-        validate: called every --validation_steps.
-    """
-    args, accelerator, progress = run.args, run.accelerator, run.progress
-    source, statistics, every = batches(run), Statistics(run), run.args.checkpointing_steps
-    with tqdm(
-        total=run.max_steps, initial=progress.step, desc="Training", disable=not accelerator.is_local_main_process
-    ) as bar:
-        while progress.step < run.max_steps:
-            shared = step(run, source, statistics)
-            bar.update()
-            last = progress.step == run.max_steps
-            if progress.step % LOGGING_STEPS == 0 or last or shared.stop:
-                numbers = statistics.take()
-                bar.set_postfix({name: f"{numbers[name]:.3g}" for name in ("loss", "lr") if name in numbers})
-                accelerator.log(numbers, step=progress.step)
-            if shared.stop or last or (every and progress.step % every == 0):
-                run.checkpoints.save(progress.step)
-            if shared.stop:
-                return False
-            if progress.step % args.validation_steps == 0 and not last:
-                validate(run)
-    return True

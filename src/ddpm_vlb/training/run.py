@@ -1,22 +1,15 @@
 """What the parts of a training run share: the chain, the network and its average, the optimizer, the data's order."""
 
 import argparse
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType, broadcast_object_list
-from checkpoints import Checkpoints
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from global_batches import GlobalBatches, Noise
-from image_data import ImageData, Images
-from launching import main_first
-from publish import PATHS, Publisher
-from stopping import Stop, own_process_group
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -31,6 +24,14 @@ from ddpm_vlb import (
     beta_start_for_levels,
     covariance_eigenvalues,
 )
+from ddpm_vlb.runtime.image_data import ImageData, Images
+from ddpm_vlb.runtime.launching import main_first
+from ddpm_vlb.runtime.publisher import Publisher
+from ddpm_vlb.runtime.reporting import versions
+from ddpm_vlb.runtime.staging import PATHS
+from ddpm_vlb.runtime.stopping import Stop, own_process_group
+from ddpm_vlb.training.checkpoints import Checkpoints
+from ddpm_vlb.training.global_batches import GlobalBatches, Noise
 
 # Options that say what the network's output means.
 CHAIN = (
@@ -95,6 +96,12 @@ def build_unet(args: argparse.Namespace, data: ImageData) -> UNet2DModel:
     )
 
 
+def build_parts(args: argparse.Namespace, data: ImageData) -> tuple[DDPMVLBScheduler, UNet2DModel]:
+    """The chain and the network."""
+    scheduler, unet = build_scheduler(args, data.levels), build_unet(args, data)
+    return scheduler, unet.to(memory_format=torch.channels_last) if args.channels_last else unet
+
+
 def build_sampler(
     args: argparse.Namespace, reverse: ReverseProcess, train: Images, accelerator: Accelerator
 ) -> TimestepSampler:
@@ -108,7 +115,7 @@ def build_sampler(
             return covariance_eigenvalues(torch.cat(list(train.batches(256, limit=2048))))
 
         # Of one process: another machine's rounding would draw other t.
-        made = main_first(accelerator, make, "train.py", ValueError, OSError)
+        made = main_first(accelerator, make, "train", ValueError, OSError)
         eigenvalues = broadcast_object_list([made])[0]
         alphas_cumprod = reverse.forward.log_alphas_cumprod.exp()
         return ImportanceTimesteps.from_gaussian_model(alphas_cumprod, eigenvalues, 0.1)
@@ -228,12 +235,9 @@ class Run:
         self.args, self.accelerator, self.data, self.folder = args, accelerator, data, folder
         self.publisher: Publisher | None = None
         self.stop = Stop()
-        self.scheduler = build_scheduler(args, data.levels)
+        self.scheduler, unet = main_first(accelerator, lambda: build_parts(args, data), "train", ValueError, OSError)
         self.reverse = self.scheduler.reverse_process(accelerator.device)
         self.sampler = build_sampler(args, self.reverse, data.train, accelerator)
-        unet = build_unet(args, data)
-        if args.channels_last:
-            unet = unet.to(memory_format=torch.channels_last)
         self.network_config = unet.config
         self.has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())
         self.batches = GlobalBatches(
@@ -321,7 +325,6 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """What metrics.json says of the training."""
-        packages = ("ddpm-vlb", "torch", "diffusers", "accelerate", "datasets")
         return {
             "train": {
                 "seconds": self.progress.seconds,
@@ -332,7 +335,7 @@ class Run:
             },
             "data": self.data.record,
             "options": vars(self.args),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": versions(),
         }
 
 

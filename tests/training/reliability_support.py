@@ -24,12 +24,13 @@ import PIL.Image
 import pytest
 import safetensors.torch
 import torch
-import train
-import training_loop
 from sklearn.datasets import load_digits
 from test_train import TINY, reset_accelerate
 
-ROOT = Path(__file__).parents[1]
+from ddpm_vlb.commands import train
+from ddpm_vlb.recipes import train as recipe
+
+ROOT = Path(__file__).parents[2]
 KILLED = -signal.SIGKILL
 STEPS = 30
 EVERY = "--checkpointing_steps 5"
@@ -61,7 +62,7 @@ def _server():
     """The server to fork from; it must find the modules that it imports first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    paths = [str(Path(__file__).parent), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         multiprocessing.forkserver.ensure_running()
@@ -172,26 +173,26 @@ def small_files(run, size):
 
 def after_step(step, action):
     """A hook: act when a step is done, before its checkpoint."""
-    add = training_loop.Statistics.add
+    add = recipe.Statistics.add
 
     def then(self, *args):
         add(self, *args)
         if self.run.progress.step == step:
             action(self.run)
 
-    training_loop.Statistics.add = then
+    recipe.Statistics.add = then
 
 
 def within_step(step, action):
     """A hook: act amid a step."""
-    train_batch = training_loop.train_batch
+    train_batch = recipe.train_batch
 
     def acting(run, *args):
         if run.progress.step + 1 == step:
             action(run)
         return train_batch(run, *args)
 
-    training_loop.train_batch = acting
+    recipe.train_batch = acting
 
 
 def before(name, action):
@@ -207,19 +208,19 @@ def before(name, action):
 
 def bad_images(steps, micro_step=0):
     """A hook: all NaN, in one micro batch of the steps."""
-    train_batch = training_loop.train_batch
+    train_batch = recipe.train_batch
 
     def broken(run, x_0, micro, drawn):
         if run.progress.step + 1 in steps and micro == micro_step:
             x_0 = torch.full_like(x_0, torch.nan)
         return train_batch(run, x_0, micro, drawn)
 
-    training_loop.train_batch = broken
+    recipe.train_batch = broken
 
 
 def bad_loss(step, t):
     """A hook: the loss of the images at t is infinite in a step; for t = None it is finite, but its slope is not."""
-    loss_terms = training_loop.loss_terms
+    loss_terms = recipe.loss_terms
 
     def broken(run, output, diffused):
         terms = loss_terms(run, output, diffused)
@@ -230,7 +231,7 @@ def bad_loss(step, t):
         extra = steep if t is None else torch.where(diffused.t == t, torch.inf, 0.0)
         return terms + extra[:, None]
 
-    training_loop.loss_terms = broken
+    recipe.loss_terms = broken
 
 
 # Checkpoints' contents
@@ -345,7 +346,7 @@ def run(tmp_path_factory, few):
     reset_accelerate()
     options = map(str, few)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_and_finish", runs.append)
+        patch.setattr(train, "train_and_finish", lambda run, loop: runs.append(run))
         folder = str(tmp_path_factory.mktemp("own"))
         fixed = f"--cpu --logger none {EVERY} --max_train_steps {STEPS}".split()
         train.main([*TINY, *fixed, "--output_dir", folder, *options])

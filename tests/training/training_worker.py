@@ -1,18 +1,15 @@
 """Runs examples/train.py several times in one process, without scores and pictures; started by the tests' launches.
 
-accelerate launch tests/training_worker.py '["--output_dir a --seed 0", "--output_dir b --seed 1"]'
+accelerate launch tests/training/training_worker.py '["--output_dir a --seed 0", "--output_dir b --seed 1"]'
 """
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import train
+from ddpm_vlb.commands import train
 
 
 def main():

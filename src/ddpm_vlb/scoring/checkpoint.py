@@ -1,0 +1,185 @@
+"""A checkpoint as its commands take it: the pipeline, held-out images, and how the network is called."""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, ReverseProcess
+from ddpm_vlb.runtime.image_data import HUB_HINT, named_data
+from ddpm_vlb.runtime.launching import main_first
+from ddpm_vlb.scoring.data import NetworkShape, ScoringData, load_scoring_data
+
+RECORD = """
+    dataset_name dataset_config_name train_data_dir image_column train_split test_split resolution test_fingerprint
+    num_images
+""".split()
+FORMAT = 4  # of partial results; raise it when their meaning changes
+
+
+def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
+    """The checkpoint as a pipeline of ours."""
+    folder = Path(args.model)
+    if not folder.is_dir() and (args.model.count("/") != 1 or args.model.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"--model {args.model}: there is no such folder, and it is no Hub name (user/name).")
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"--model {args.model}: the folder holds no pipeline (no model_index.json).")
+    try:
+        pipeline = DDPMVLBPipeline.from_pretrained(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    except Exception as error:  # the Hub client, diffusers and safetensors raise whatever they like
+        hint = "" if folder.is_dir() else f" {HUB_HINT}"
+        raise ValueError(f"--model {args.model} cannot be loaded: {error}{hint}") from error
+    if not isinstance(pipeline.scheduler, DDPMVLBScheduler):
+        raise ValueError(
+            f"--model {args.model} has a {type(pipeline.scheduler).__name__}, whose chain has no variational bound. "
+            "Replace it, `DDPMVLBScheduler.from_config(pipeline.scheduler.config)`, and save the pipeline again."
+        )
+    return pipeline
+
+
+def network_shape(pipeline: DDPMVLBPipeline, args: argparse.Namespace) -> NetworkShape:
+    """What the checkpoint says of its data."""
+    config = pipeline.unet.config
+    size = config.get("sample_size")
+    size = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
+    levels = stated = pipeline.scheduler.config.get("levels", 256)
+    if "levels" in args and stated != 256 and args.levels != stated:
+        raise ValueError(f"--levels {args.levels} contradicts the checkpoint, whose scheduler says `levels` {stated}.")
+    if "levels" in args:
+        levels = args.levels
+    return NetworkShape(config.in_channels, size, levels, pipeline.num_classes)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The data.json beside a model, if there is one."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        missing = [name for name in RECORD if name not in record]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if missing:
+        raise ValueError(
+            f"{path} is no record of `ddpm-vlb train`: it lacks {missing}. Name the data with `--dataset_name`."
+        )
+    return record
+
+
+def load_data(args: argparse.Namespace, network: NetworkShape, check: bool) -> ScoringData:
+    """The images to score, and others for the pilot; all of them checked, if asked for."""
+    record = Path(args.model) / "data.json"
+    with named_data(args.dataset_name or f"of {record}"):
+        return load_scoring_data(
+            network,
+            args.split,
+            read_record(record),
+            args.dataset_name,
+            args.dataset_config_name,
+            args.image_column,
+            args.label_column,
+            args.resolution,
+            args.num_images,
+            args.cache_dir,
+            "levels" in args,
+            check,
+        )
+
+
+def default_folder(model: str) -> Path:
+    """The folder of a model's evaluation."""
+    return Path(model) / "evaluation" if Path(model).is_dir() else Path("runs") / model.replace("/", "--")
+
+
+class Checkpoint:
+    """A checkpoint, held-out images, and how the network is called; loaded by all processes.
+
+    Args:
+        args: of the script.
+        accelerator: of the run.
+        script: named before messages.
+    """
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, script: str):
+        self.args, self.accelerator = args, accelerator
+
+        def load() -> tuple[DDPMVLBPipeline, ScoringData]:
+            pipeline = load_pipeline(args)
+            return pipeline, load_data(args, network_shape(pipeline, args), accelerator.is_main_process)
+
+        self.pipeline, data = main_first(accelerator, load, script, ValueError, OSError)
+        record = broadcast_object_list([data.record])[0]  # with the main process's fingerprints
+        self.data: ScoringData = dataclasses.replace(data, record=record)
+        self.unet = self.pipeline.unet.to(accelerator.device).eval()
+        self.weights = fingerprint_of(self.unet)
+        self.dims = self.batch([0])[0].numel()
+        self.discrete = self.data.levels is not None
+        self.unit = "bits/dim" if self.discrete else "nats/dim of density"
+
+    def model(self, x_t: Tensor, timesteps: Tensor, **conditioning: Tensor) -> Tensor:
+        """The network, under the run's mixed precision."""
+        with self.accelerator.autocast():
+            return self.unet(x_t.to(self.unet.dtype), timesteps, **conditioning).sample.float()
+
+    def batch(self, positions: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images to score."""
+        return self.data.batch(self.data.scored, positions)
+
+    @property
+    def values_per_call(self) -> int:
+        """Values in a network call: as many as keep the device busy, or as asked for."""
+        if self.args.eval_batch_size is not None:
+            return self.args.eval_batch_size * self.dims
+        return 2**16 if self.accelerator.device.type == "cpu" else 2**20
+
+    def key(self, processes: Sequence[ReverseProcess], **more: Any) -> str:
+        """A hash over everything that the scores of some processes depend on."""
+        content = {
+            "format": [FORMAT, importlib.metadata.version("ddpm-vlb")],
+            "weights": self.weights,
+            "network": {k: v for k, v in json.loads(self.unet.to_json_string()).items() if not k.startswith("_")},
+            "data": self.data.record,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "values_per_call": self.values_per_call,
+            "processes": [described(process) for process in processes],
+            **more,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def fingerprint_of(module: torch.nn.Module) -> str:
+    """A hash over all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def described(reverse: ReverseProcess) -> list[Any]:
+    """All that tells one reverse process from another."""
+    m, first = reverse.x_0_mse, reverse.decoder_log_variance
+    return [
+        reverse.prediction_type,
+        reverse.variance_type,
+        reverse.clip_sample,
+        reverse.thresholding,
+        reverse.clip_sample_range,
+        reverse.dynamic_thresholding_ratio,
+        reverse.sample_max_value,
+        reverse.levels,
+        reverse.forward.timesteps.tolist(),
+        reverse.forward.betas.tolist(),
+        None if m is None else hashlib.sha256(m.double().cpu().numpy().tobytes()).hexdigest(),
+        None if first is None else torch.as_tensor(first).tolist(),
+        reverse.decoder_slope,
+    ]
