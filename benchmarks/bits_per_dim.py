@@ -1,6 +1,6 @@
 """Noise of the bits/dim estimators at the same network, images and number of calls; every draw a real network call.
 
-accelerate launch examples/train.py && python benchmarks/bits_per_dim.py --model runs/digits
+ddpm-vlb train && python benchmarks/bits_per_dim.py --model runs/digits
 
 Each row scores the same test images in independent replicates. The noise standard error of the mean over the images is
 taken from the spread of each image's values over the replicates, pooled over the images; its own error is a bootstrap
@@ -10,8 +10,6 @@ the distance of the row's mean from the full loop's, in standard errors of the t
 
 import argparse
 import dataclasses
-import sys
-from pathlib import Path
 
 import torch
 from environment import describe
@@ -32,9 +30,7 @@ from ddpm_vlb import (
     prior_kl,
     vlb_term,
 )
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from image_data import load_image_data
+from ddpm_vlb.runtime.image_data import load_image_data
 
 
 def noise_se(values: Tensor) -> tuple[float, float]:

@@ -1,14 +1,12 @@
 """Variance of the gradient of L_vlb under each timestep sampler, on a trained digits model.
 
-accelerate launch examples/train.py && python benchmarks/gradient_variance.py --model runs/digits
+ddpm-vlb train && python benchmarks/gradient_variance.py --model runs/digits
 
 The figure is the trace of the gradient's covariance over batches of fresh images, t and noise, relative to uniform t;
 the standard error is a jackknife over the batches.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 from environment import describe
@@ -23,9 +21,7 @@ from ddpm_vlb import (
     covariance_eigenvalues,
     vlb_loss,
 )
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from image_data import load_image_data
+from ddpm_vlb.runtime.image_data import load_image_data
 
 
 def main() -> None:

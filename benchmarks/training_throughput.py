@@ -28,13 +28,12 @@ from environment import describe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from image_data import load_image_data
-from launching import make_accelerator
-from train_options import parse_args
-from training_loop import Statistics, batches, step
-from training_run import Run
+from ddpm_vlb.commands.train_options import parse_args
+from ddpm_vlb.recipes.train import step
+from ddpm_vlb.runtime.image_data import load_image_data
+from ddpm_vlb.runtime.launching import make_accelerator
+from ddpm_vlb.training.loop import Statistics, batches
+from ddpm_vlb.training.run import Run
 
 BLOCK, BLOCKS, BATCH = 10, 40, 64
 HYBRID = ["--objective", "hybrid", "--logger", "none", "--cpu", "--max_train_steps", "100000"]
@@ -85,7 +84,7 @@ def our_loop(run: Run, waits: list[float]) -> Iterator[None]:
 def compare(workers: int) -> None:
     """Print the loops' rates, the ratios in blocks side by side, and how long ours waits for data."""
     with tempfile.TemporaryDirectory() as folder:
-        args = parse_args([*HYBRID, "--dataloader_num_workers", str(workers), "--output_dir", folder], "")
+        args = parse_args([*HYBRID, "--dataloader_num_workers", str(workers), "--output_dir", folder])
         accelerator = make_accelerator(args, Path(folder))
         torch.manual_seed(0)
         run, waits = Run(args, accelerator, load_image_data(), Path(folder)), list[float]()
@@ -117,9 +116,8 @@ def launched(processes: int) -> None:
         port = free.getsockname()[1]
     several = f"--multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}" if processes == 2 else ""
     with tempfile.TemporaryDirectory() as folder:
-        command = (
-            f"-m accelerate.commands.launch {several} --mixed_precision no --dynamo_backend no examples/train.py "
-        )
+        command = f"-m accelerate.commands.launch {several} --mixed_precision no --dynamo_backend no "
+        command += "-m ddpm_vlb.commands.train "
         command += "--objective hybrid --max_train_steps 120 --validation_steps 1000 --checkpointing_steps 0 "
         command += f"--train_batch_size {BATCH // processes} --output_dir {folder} --num_test_images 4 "
         command += "--eval_batch_size 1 --ddpm_num_inference_steps 2"

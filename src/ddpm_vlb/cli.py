@@ -73,10 +73,9 @@ def launch(name: str, argv: Sequence[str]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    parser = launch_command_parser()
-    names = (own._option_string_actions for own in (command.build_parser(), parser))
-    to_launch, to_command = split(argv, *names)
-    command.parse_args(to_command)
+    parser, own = launch_command_parser(), command.build_parser()
+    to_launch, to_command = split(argv, own._option_string_actions, parser._option_string_actions)
+    getattr(command, "parse_args", own.parse_args)(to_command)
     # Ctrl-C is for the processes, which save and end; this one waits for them.
     signal.signal(signal.SIGINT, lambda number, frame: None)
     try:

@@ -11,7 +11,6 @@ vlb_terms.png (L_t against t) and per_image.png to --output_dir. Started again i
 
 import argparse
 import dataclasses
-import datetime
 import json
 import math
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ddpm_vlb import (
@@ -49,8 +48,9 @@ from ddpm_vlb.commands.options import (
     positive_float,
     positive_int,
 )
-from ddpm_vlb.runtime.launching import prepare_output_dir
-from ddpm_vlb.runtime.reporting import describe, plot_per_image, plot_vlb_terms, provenance, score, write_json
+from ddpm_vlb.runtime.files import write_json
+from ddpm_vlb.runtime.launching import patient_accelerator, prepare_output_dir
+from ddpm_vlb.runtime.reporting import describe, plot_per_image, plot_vlb_terms, provenance, score
 from ddpm_vlb.runtime.stopping import leave, refused
 from ddpm_vlb.scoring.checkpoint import Checkpoint, default_folder
 from ddpm_vlb.scoring.sweep import PartialScores, Scores, enough_replicates, run_sweep, shared
@@ -306,9 +306,7 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Score a checkpoint. Returns the metrics (on the main process)."""
     args = parse_args(argv)
-    # Processes wait for the main one's pilot and for the slowest one's images, which may take hours.
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
-    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
+    accelerator = patient_accelerator(args)
     run = Evaluation(args, accelerator)
     folder = run.folder
     prepare_output_dir(folder)

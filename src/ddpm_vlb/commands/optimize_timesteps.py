@@ -13,7 +13,6 @@ few_steps.json and few_steps.png beside it.
 
 import argparse
 import dataclasses
-import datetime
 import math
 import shutil
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from ddpm_vlb import (
@@ -64,7 +63,7 @@ from ddpm_vlb.few_steps.candidates import (
 )
 from ddpm_vlb.few_steps.files import PARTIAL, check_output, store
 from ddpm_vlb.few_steps.report import compare, print_differences, print_table
-from ddpm_vlb.runtime.launching import main_first
+from ddpm_vlb.runtime.launching import main_first, patient_accelerator
 from ddpm_vlb.runtime.reporting import provenance, score
 from ddpm_vlb.runtime.stopping import leave, refused
 from ddpm_vlb.scoring.checkpoint import Checkpoint
@@ -324,10 +323,8 @@ def report(run: Optimization, result: dict[str, Any], folder: Path) -> None:
     print_table(result["all_steps"], run.unit)
     print_table(result["rows"], run.unit)
     print_differences(result["rows"], run.unit)
-    images = result["data"]["num_images"]
-    print(
-        f"\n{images} held-out images, every step a network call; paths and variances from {len(run.fitted)} images of"
-    )
+    images, fitted = result["data"]["num_images"], len(run.fitted)
+    print(f"\n{images} held-out images, every step a network call; paths and variances from {fitted} images of")
     print(f"{result['fit_split']!r}. What is stored (*) is in {folder}, with few_steps.json and few_steps.png.")
 
 
@@ -335,9 +332,7 @@ def report(run: Optimization, result: dict[str, Any], folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Optimize a checkpoint. Returns the content of few_steps.json (on the main process)."""
     args = build_parser().parse_args(argv)
-    # Processes wait for the slowest one's images, which may take hours.
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
-    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
+    accelerator = patient_accelerator(args)
     run = Optimization(args, accelerator)
     result, found = optimize(run)
     if accelerator.is_main_process:

@@ -15,7 +15,6 @@ Sources: Heusel et al. 2017 (FID); Stein et al. 2023 (with DINOv2); Jayasumana e
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import time
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,8 +43,9 @@ from ddpm_vlb.commands.options import (
 from ddpm_vlb.quality.distances import MMD_SCALE, compare, median_distance
 from ddpm_vlb.quality.features import ENOUGH, FeatureModel, small_model
 from ddpm_vlb.quality.report import plot, report
-from ddpm_vlb.runtime.launching import main_first, prepare_output_dir
-from ddpm_vlb.runtime.reporting import plot_samples, provenance, write_json
+from ddpm_vlb.runtime.files import write_json
+from ddpm_vlb.runtime.launching import main_first, patient_accelerator, prepare_output_dir
+from ddpm_vlb.runtime.reporting import plot_samples, provenance
 from ddpm_vlb.runtime.stopping import leave, refused
 from ddpm_vlb.scoring.checkpoint import default_folder, fingerprint_of, load_data, load_pipeline, network_shape
 
@@ -306,8 +306,7 @@ def measure(run: Comparison) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Compare a checkpoint's samples. Returns the content of sample_quality.json (on the main process)."""
     args = build_parser().parse_args(argv)
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # for the main process's bootstrap
-    accelerator = Accelerator(cpu=args.cpu, kwargs_handlers=[patience])
+    accelerator = patient_accelerator(args)
     near = Path(args.model) if Path(args.model).is_dir() else default_folder(args.model)
     folder = Path(args.output_dir) if args.output_dir else near / "sample_quality"
     content = measure(Comparison(args, accelerator, folder))

@@ -20,12 +20,13 @@ from tqdm.auto import tqdm
 from ddpm_vlb import Pilot, VLBEstimate, VLBEstimator, estimate_from_scores, fit_pilot
 from ddpm_vlb.commands.train_options import build_parser, parse_args  # noqa: F401
 from ddpm_vlb.recipes import train as recipe
+from ddpm_vlb.runtime.files import to_disk, write_json
 from ddpm_vlb.runtime.image_data import ImageData, Images, load_image_data, named_data
 from ddpm_vlb.runtime.launching import check_shared, main_first, make_accelerator, prepare_output_dir
 from ddpm_vlb.runtime.publisher import open_publisher, repair_command
-from ddpm_vlb.runtime.reporting import baselines, describe, plot_samples, plot_vlb_terms, score, to_disk, write_json
+from ddpm_vlb.runtime.reporting import baselines, describe, plot_samples, plot_vlb_terms, score
 from ddpm_vlb.runtime.staging import describe_folder, stage_result
-from ddpm_vlb.runtime.stopping import clear_faults, leave, refused
+from ddpm_vlb.runtime.stopping import MENDABLE, clear_faults, leave, refused
 from ddpm_vlb.scoring.sweep import Stopped, pilot_positions, run_sweep, shared
 from ddpm_vlb.training.run import Run
 
@@ -279,12 +280,12 @@ def main(argv: Sequence[str] | None = None, loop: Loop | None = None) -> dict[st
     """
     args = parse_args(argv)
     folder = Path(args.output_dir)
-    with refused("train", (OSError,)):
+    mendable = refused("train", (*MENDABLE, ImportError))
+    with mendable, clear_faults(folder, lambda: "Nothing has been trained yet"):
         prepare_output_dir(folder)
-    accelerator = make_accelerator(args, folder)
-    check_shared(accelerator, folder)
-    set_seed(args.seed)
-    with refused("train", (ValueError, OSError)), clear_faults(folder, lambda: "Nothing has been trained yet"):
+        accelerator = make_accelerator(args, folder)
+        check_shared(accelerator, folder)
+        set_seed(args.seed)
         data = main_first(accelerator, lambda: load_data(args), "train", ValueError, OSError)
         run = Run(args, accelerator, data, folder)
     run.publisher = open_publisher(accelerator, args)

@@ -13,8 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ddpm_vlb import DDPMVLBPipeline
 from ddpm_vlb.few_steps.report import plot
+from ddpm_vlb.runtime.files import to_disk, write_json
 from ddpm_vlb.runtime.launching import prepare_output_dir
-from ddpm_vlb.runtime.reporting import to_disk, write_json
 
 MEASURED = ("metrics.json", "samples.png", "vlb_terms.png", "README.md")  # with the network's own variance
 WRITTEN = {"model_index.json", "unet", "scheduler", "data.json", "few_steps.json", "few_steps.png", *MEASURED}

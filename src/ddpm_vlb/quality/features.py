@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ddpm_vlb.runtime.reporting import write_json
+from ddpm_vlb.runtime.files import write_json
 
 Labelled = tuple[Tensor, Tensor]  # images and their labels (N,)
 CLIP_SIGMA = 10.0  # of CMMD

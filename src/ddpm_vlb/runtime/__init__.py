@@ -9,9 +9,7 @@ _NEEDED = {
     "matplotlib": "matplotlib",
     "scipy": "scipy",
     "sklearn": "scikit-learn",
-    "tqdm": "tqdm",
     "transformers": "transformers",
-    "yaml": "pyyaml",
 }
 _missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
 if _missing:

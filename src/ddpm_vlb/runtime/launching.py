@@ -18,7 +18,7 @@ from accelerate.utils import (
     gather_object,
 )
 
-from ddpm_vlb.runtime.stopping import end, refused
+from ddpm_vlb.runtime.stopping import end
 
 T = TypeVar("T")
 
@@ -49,26 +49,25 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         folder: the output folder.
 
     Raises:
-        SystemExit: what was asked for cannot be had here.
+        ValueError, ImportError: what was asked for cannot be had here, or needs DeepSpeed or a tracker.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION", "1") != "2":
         # Before Accelerate's own settings of FSDP 1, which fail without a GPU.
-        raise SystemExit(
+        raise ValueError(
             "FSDP 1 flattens the parameters, which the average needs one by one: set fsdp_version: 2 (Accelerate 1.6)."
         )
-    with refused("train", (ImportError,)):  # DeepSpeed, or a tracker
-        accelerator = Accelerator(
-            cpu=args.cpu,
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.logger == "none" else args.logger,
-            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / args.logging_dir)),
-            dynamo_backend="inductor" if args.compile else None,
-            step_scheduler_with_optimizer=False,  # else it steps once for each process
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=args.ddp_timeout))],
-        )
+    accelerator = Accelerator(
+        cpu=args.cpu,
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.logger == "none" else args.logger,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / args.logging_dir)),
+        dynamo_backend="inductor" if args.compile else None,
+        step_scheduler_with_optimizer=False,  # else it steps once for each process
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=args.ddp_timeout))],
+    )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise SystemExit("--mixed_precision fp16 needs a GPU: on the CPU choose bf16 or no.")
+        raise ValueError("--mixed_precision fp16 needs a GPU: on the CPU choose bf16 or no.")
     check_sharding(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # What Accelerate would take from a prepared data loader, and the engine does by itself.
@@ -80,6 +79,17 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
     return accelerator
 
 
+def patient_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Of processes that wait for days: for the main one's pilot or bootstrap, and for the slowest one's images.
+
+    Args:
+        args: the options --cpu and, where there is one, --mixed_precision.
+    """
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
+    precision = getattr(args, "mixed_precision", None)
+    return Accelerator(cpu=args.cpu, mixed_precision=precision, kwargs_handlers=[patience])
+
+
 def check_sharding(accelerator: Accelerator) -> None:
     """Refuse what would be something else than what was asked for.
 
@@ -87,19 +97,19 @@ def check_sharding(accelerator: Accelerator) -> None:
         accelerator: of the run.
 
     Raises:
-        SystemExit: FSDP or DeepSpeed was asked for, but is not what runs, or not in a kind that works here.
+        ValueError: FSDP or DeepSpeed was asked for, but is not what runs, or not in a kind that works here.
     """
     state = accelerator.state
     asked = {"FSDP": DistributedType.FSDP, "DEEPSPEED": DistributedType.DEEPSPEED}
     for name, kind in asked.items():
         if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" and accelerator.distributed_type != kind:
-            raise SystemExit(
+            raise ValueError(
                 f"{name} was asked for, but Accelerate runs {accelerator.distributed_type.value} on this device "
                 f"({accelerator.device.type}): the network would not be sharded. {name} needs GPUs; on the CPU launch "
                 "without it."
             )
     if accelerator.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
-        raise SystemExit("ZeRO 3 leaves no process the parameters that it averages: set zero_stage: 2, or take FSDP.")
+        raise ValueError("ZeRO 3 leaves no process the parameters that it averages: set zero_stage: 2, or take FSDP.")
 
 
 def main_first(accelerator: Accelerator, load: Callable[[], T], command: str, *kinds: type[Exception]) -> T:

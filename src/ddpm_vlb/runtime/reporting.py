@@ -2,10 +2,8 @@
 
 import argparse
 import importlib.metadata
-import json
 import lzma
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -202,23 +200,3 @@ def provenance(accelerator: Accelerator, args: argparse.Namespace, *more: str) -
         "device": str(accelerator.device),
         "num_processes": accelerator.num_processes,
     }
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write JSON aside, bring it to the disk and rename it, so that nothing ever leaves half a file."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    to_disk(aside)
-    os.replace(aside, path)
-    to_disk(path.parent)
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_vlb import DDPMVLBPipeline, forget_origin, model_card, write_code
-from ddpm_vlb.runtime.reporting import write_json
+from ddpm_vlb.runtime.files import write_json
 
 PICTURES = ("samples.png", "vlb_terms.png")
 OPTIONS_FILE = "training_options.json"

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import uuid
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm.auto import tqdm
 
-from ddpm_vlb.runtime.reporting import to_disk, write_json
+from ddpm_vlb.runtime.files import crc32, hidden, read_json, remove, to_disk, write_json
 from ddpm_vlb.runtime.stopping import end, lost_contact
 
 MANIFEST = "checkpoint.json"
@@ -99,7 +98,7 @@ class Checkpoints:
             SystemExit: it could not be written; the earlier checkpoints are as they were.
         """
         path = self.folder / f"{_PREFIX}{step}"
-        aside, what = _hidden(path, "writing"), f"{path} could not be written"
+        aside, what = hidden(path, "writing"), f"{path} could not be written"
 
         def make_room() -> str:
             aside.mkdir()
@@ -137,7 +136,7 @@ class Checkpoints:
         if self._unproven and self.limit is not None and self.accelerator.is_main_process:
             for old in self.own()[: -self.limit]:
                 try:
-                    _remove(old)
+                    remove(old)
                 except OSError as error:  # a checkpoint too many ends no run
                     tqdm.write(f"{old} could not be removed: {error}")
         self._unproven = False
@@ -182,7 +181,7 @@ class Checkpoints:
         for pattern in _LEFT:  # by a run that was killed
             for left in self.folder.glob(pattern):
                 with contextlib.suppress(OSError):
-                    _remove(left)
+                    remove(left)
         return found
 
     def _look_for(self, name: str | None) -> tuple[str, dict[str, Any]] | None:
@@ -190,7 +189,7 @@ class Checkpoints:
             return None
         finished = _finished(self.folder)
         if name == "latest":
-            run = _read(self.folder / RUN_FILE).get("run")
+            run = read_json(self.folder / RUN_FILE).get("run")
             finished = [(path, manifest) for path, manifest in finished if run in (None, manifest.get("run"))]
             if not finished:
                 return None
@@ -215,7 +214,7 @@ class Checkpoints:
                     f"{'is missing' if found is None else f'has {found}'}. Remove {path.name} to go on from the one "
                     "before"
                 )
-            if _crc32(at) != checksum:
+            if crc32(at) != checksum:
                 raise ValueError(
                     f"{at} is damaged: its checksum differs. Remove {path.name} to go on from the one before"
                 )
@@ -241,7 +240,7 @@ class Checkpoints:
             if _step(path) >= step:
                 aside = self.folder / f"{kind}-{_step(path)}"
                 if aside.exists():
-                    _remove(aside)
+                    remove(aside)
                 os.replace(path, aside)
                 renamed.append(f"{path.name} to {aside.name}")
         return renamed
@@ -258,12 +257,12 @@ class Checkpoints:
             "run": self.run,
             "fixed": self.fixed,
             "free": self.free,
-            "files": {name: [file.stat().st_size, _crc32(file)] for name, file in files.items()},
+            "files": {name: [file.stat().st_size, crc32(file)] for name, file in files.items()},
         }
         write_json(manifest, aside / MANIFEST)
         for entry in (*aside.rglob("*"), aside):
             to_disk(entry)
-        replaced = _hidden(path, "replaced")
+        replaced = hidden(path, "replaced")
         if path.exists():  # of an earlier run
             os.replace(path, replaced)
         os.replace(aside, path)
@@ -313,20 +312,6 @@ def _named(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def _hidden(path: Path, why: str) -> Path:
-    """A name beside a path that nothing has, nor another process on the same folder will take."""
-    return path.with_name(f".{path.name.lstrip('.')}.{uuid.uuid4().hex[:8]}.{why}")
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder that may be in use, so that it is whole or gone for whoever writes or reads it."""
-    gone = path
-    if not path.name.endswith(".removed"):  # else a removal that was cut short
-        gone = _hidden(path, "removed")
-        os.replace(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
 def _step(path: Path) -> int:
     return int(path.name.removeprefix(_PREFIX))
 
@@ -334,21 +319,5 @@ def _step(path: Path) -> int:
 def _finished(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Checkpoints with a manifest, and that, by their steps."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    manifests = [(path, _read(path / MANIFEST)) for path in sorted(found, key=_step)]
+    manifests = [(path, read_json(path / MANIFEST)) for path in sorted(found, key=_step)]
     return [(path, manifest) for path, manifest in manifests if KEYS <= manifest.keys()]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file's content; nothing where it is not there or not whole."""
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
-    return {}
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(2**22):
-            value = zlib.crc32(chunk, value)
-    return value

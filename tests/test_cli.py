@@ -1,0 +1,212 @@
+"""The console command: whose option is whose, what is launched, what a copied recipe is, how mistakes are answered."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+from ddpm_vlb import cli
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "src" / "ddpm_vlb" / "recipes" / "train.py"
+TINY = "--max_train_steps 2 --train_batch_size 4 --block_out_channels 8 8 --norm_num_groups 4 --ddpm_num_steps 20"
+TINY += " --lr_warmup_steps 1 --calls_per_image 2 --eval_batch_size 4 --num_test_images 4 --cpu --logger none"
+
+
+def command(name):
+    return importlib.import_module(f"ddpm_vlb.commands.{name.replace('-', '_')}")
+
+
+# Whose option is whose
+
+
+def split(name, line):
+    names = (own._option_string_actions for own in (command(name).build_parser(), launch_command_parser()))
+    return [" ".join(part) for part in cli.split(line.split(), *names)]
+
+
+@pytest.mark.parametrize(
+    "line, launch, own",
+    [
+        ("", "", ""),
+        ("--num_processes 2 --seed 3", "--num_processes 2", "--seed 3"),
+        (
+            "--seed 3 --num_processes=2 --block_out_channels 8 16",
+            "--num_processes=2",
+            "--seed 3 --block_out_channels 8 16",
+        ),
+        ("--multi_gpu --no-use_ema", "--multi_gpu", "--no-use_ema"),
+        ("--config_file fsdp.yaml --config mine.yaml", "--config_file fsdp.yaml", "--config mine.yaml"),
+        ("--main-process-port 29501 --cpu", "--main-process-port 29501", "--cpu"),
+        ("--unheard_of 1 --machine_rank 1", "--machine_rank 1", "--unheard_of 1"),
+    ],
+)
+def test_options_find_their_owner(line, launch, own):
+    """In any order and form; what nobody knows goes to the command, which names it."""
+    assert split("train", line) == [launch, own]
+
+
+@pytest.mark.parametrize("name", cli.LAUNCHED)
+def test_an_option_of_both_is_the_command_s(name):
+    """The command hands these on to Accelerate; there are few, and all of them mean the same."""
+    own, launch = (set(p._option_string_actions) for p in (command(name).build_parser(), launch_command_parser()))
+    both = {option for option in own & launch if option.startswith("--")} - {"--help"}
+    assert both <= {"--cpu", "--mixed_precision", "--gradient_accumulation_steps"}
+    assert all(split(name, option) == ["", option] for option in both)
+
+
+# What is launched
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What `accelerate launch` is asked for, in place of doing it."""
+    asked = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", asked.append)
+    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+    return asked
+
+
+def test_a_command_is_accelerate_launch_of_its_module(launched):
+    """`ddpm-vlb optimize-timesteps --num_processes 2 --model a --steps 5`."""
+    cli.main("optimize-timesteps --num_processes 2 --model a --steps 5".split())
+    (args,) = launched
+    assert args.module and args.training_script == "ddpm_vlb.commands.optimize_timesteps"
+    assert args.training_script_args == "--model a --steps 5".split() and args.num_processes == 2
+
+
+@pytest.mark.parametrize("name", cli.LAUNCHED)
+def test_bad_options_are_answered_before_anything_is_launched(launched, capsys, name):
+    """By one line that names the option; nothing is launched."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--seed", "three"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and not launched
+    assert line.startswith(f"ddpm-vlb {name}: error: ") and "--seed" in line and "'three'" in line
+
+
+@pytest.mark.parametrize("name", [*cli.LAUNCHED, "publish"])
+def test_every_command_has_help(launched, capsys, name):
+    """Printed at once, with the command as the user types it."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and not launched
+    assert said.startswith(f"usage: ddpm-vlb {name} ") and f"ddpm-vlb {name}" in said.partition("\n\n")[2]
+
+
+def test_help_lists_the_commands(capsys):
+    """Without an argument too."""
+    for argv in ([], ["--help"], ["-h"]):
+        cli.main(argv)
+        said = capsys.readouterr().out
+        assert all(f"\n  {name} " in said for name in (*cli.LAUNCHED, *cli.OTHERS))
+
+
+def test_an_unknown_command_is_named():
+    """And those that are there."""
+    with pytest.raises(SystemExit, match="no command 'trian'; there are train, evaluate"):
+        cli.main(["trian"])
+
+
+def test_exit_codes_come_through(monkeypatch):
+    """Those of the process, and those of a process that a signal killed as a shell has them."""
+    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+    for code, expected in ((1, 1), (2, 2), (-9, 137)):
+
+        def fails(args, code=code):
+            raise subprocess.CalledProcessError(code, "train")
+
+        monkeypatch.setattr("accelerate.commands.launch.launch_command", fails)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train"])
+        assert stop.value.code == expected
+
+
+# Recipes
+
+
+def test_a_recipe_is_copied(tmp_path, capsys):
+    """As it is, and never over something else."""
+    target = tmp_path / "mine.py"
+    cli.main(["cp", "train", str(target)])
+    assert target.read_bytes() == RECIPE.read_bytes() and f"accelerate launch {target}" in capsys.readouterr().out
+    target.write_text("my work")
+    with pytest.raises(SystemExit, match=f"{target} is there already"):
+        cli.main(["cp", "train", str(target)])
+    assert target.read_text() == "my work"
+
+
+@pytest.mark.parametrize("argv", [[], ["train"], ["nothing", "a.py"], ["train", "a.py", "b.py"], ["__init__", "a.py"]])
+def test_copying_says_what_there_is(argv, tmp_path, monkeypatch):
+    """A recipe that is not there, or no file to write."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"usage: ddpm-vlb cp RECIPE FILE.*\['train'\]"):
+        cli.main(["cp", *argv])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_cannot_be_written(tmp_path):
+    """Is told in a line."""
+    with pytest.raises(SystemExit, match="cannot be written"):
+        cli.main(["cp", "train", str(tmp_path / "nowhere" / "mine.py")])
+
+
+def test_the_recipe_is_a_file_to_read():
+    """Under 200 lines, with the loop in it."""
+    text = RECIPE.read_text()
+    assert len(text.splitlines()) < 200
+    for part in (
+        ".diffuse(",
+        "run.unet(",
+        "vlb_loss(",
+        ".backward(",
+        "optimizer.step()",
+        "ema.step(",
+        "accelerator.log(",
+    ):
+        assert part in text, part
+
+
+# Processes of their own
+
+
+def run(folder, *argv, code=0):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *argv], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_shim_module_command_and_copy_are_one(tmp_path):
+    """examples/train.py, the module, the console command and a copied recipe end with the same bits."""
+    cli.main(["cp", "train", str(tmp_path / "mine.py")])
+    ways = {
+        "shim": [str(ROOT / "examples" / "train.py")],
+        "module": ["-m", "ddpm_vlb.commands.train"],
+        "command": ["-m", "ddpm_vlb.cli", "train", "--num_processes", "1"],
+        "copy": [str(tmp_path / "mine.py")],
+    }
+    weights = set()
+    for name, way in ways.items():
+        run(tmp_path, *way, *TINY.split(), "--output_dir", name)
+        weights.add((tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    assert len(weights) == 1
+
+
+@pytest.mark.slow
+def test_a_command_that_ends_badly_says_one_line(tmp_path):
+    """No traceback, not of the launcher either; on several processes the main one alone speaks."""
+    options = [*TINY.split(), "--block_out_channels", "8", "8", "8", "8", "8"]
+    said = run(tmp_path, "-m", "ddpm_vlb.cli", "train", *options, code=1)
+    assert "Traceback" not in said and said.count("A U-Net of 5 levels needs image sides") == 1
+    two = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        said = run(tmp_path, "-m", "ddpm_vlb.cli", "train", *two, *options, code=1)
+    assert "Traceback" not in said and said.count("A U-Net of 5 levels needs image sides") == 1
