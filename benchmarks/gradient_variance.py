@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    print(describe())
+    print(describe() + "\n")
     pipeline = DDPMVLBPipeline.from_pretrained(args.model)
     unet, reverse = pipeline.unet, pipeline.scheduler.reverse_process()
     images = torch.cat(list(load_image_data().train.batches(256)))

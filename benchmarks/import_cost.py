@@ -35,7 +35,7 @@ def main() -> None:
             if turn:  # the first round warms the disk's cache
                 times[program].append(taken)
     torch.set_num_threads(1)
-    print(describe())
+    print(describe() + "\n")
     print("| process | median, s | interquartile range | minus stock in the same round, s | interquartile range |")
     print("| --- | --- | --- | --- | --- |")
     for program, taken in times.items():

@@ -69,7 +69,7 @@ def main() -> None:
     names = [
         f"{w}, {sum(p.numel() for p in unets[w].parameters()) / 1e6:.1f} M, {whole[w] * 1e3:.0f} ms" for w in unets
     ]
-    print(f"Batch {BATCH}; U-Nets by widths, parameters and median forward and backward time.")
+    print(f"Batch {BATCH}; U-Nets by widths, parameters and median forward and backward time.\n")
     print(f"| loss, forward and backward | median, us | over plain MSE: {' | '.join(names)} |")
     print("| --- | --- |" + " --- |" * len(unets))
     plain = statistics.median(times["mse"])

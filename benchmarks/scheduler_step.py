@@ -18,7 +18,7 @@ ROUNDS, CALLS = 60, 100
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(describe())
+    print(describe() + "\n")
     print("| shape | stock, us | ours, us | ratio of medians | interquartile range of the rounds' ratios |")
     print("| --- | --- | --- | --- | --- |")
     for shape in SHAPES:
