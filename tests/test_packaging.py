@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (".ci", "benchmarks", "docs", "examples", "src", "tests")
 FILES = (
     *(".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in"),
-    *("README.md", "constraints.txt", "pyproject.toml", "ruff.toml", "setup.cfg"),
+    *("README.md", "constraints.txt", "mkdocs.yml", "pyproject.toml", "ruff.toml", "setup.cfg"),
 )
 METADATA = f"ddpm_vlb-{ddpm_vlb.__version__}.dist-info/METADATA"
 
@@ -125,17 +125,17 @@ def test_metadata(built):
 
 
 def test_required_versions(built):
-    """The wheel asks for setup.cfg's requirements, under no extra, and those of `train` and `test` under theirs."""
+    """The wheel asks for setup.cfg's requirements, under no extra, and those of each extra under its own."""
     metadata = email.message_from_bytes(files(built / "unpacked" / "wheel")[METADATA])
     said = sorted(metadata.get_all("Requires-Dist"))
     extras = config()["options.extras_require"]
     wanted = requirements(config()["options"]["install_requires"])
     assert {"torch", "diffusers", "huggingface_hub"} <= {re.split("[<>=]", line)[0] for line in wanted}
-    train = requirements(extras["train"])
-    test = train + requirements(extras["test"])
-    wanted += [f'{line}; extra == "train"' for line in train] + [f'{line}; extra == "test"' for line in test]
+    named = {name: requirements(extras[name]) for name in ("train", "docs", "test")}
+    named["test"] += named["train"] + named["docs"]
+    wanted += [f'{line}; extra == "{name}"' for name, lines in named.items() for line in lines]
     assert said == sorted(wanted)
-    assert metadata.get_all("Provides-Extra") == ["train", "test"]
+    assert metadata.get_all("Provides-Extra") == ["train", "docs", "test"]
 
 
 def test_the_sdist_holds_what_builds_and_tests_it(built):

@@ -83,7 +83,7 @@ def test_documents_name_the_commands_of_ci(name):
     """What .ci/run runs is what a contributor is told to run: install, checks, tests, in the same words."""
     script = commands((ROOT / ".ci" / "run").read_text())
     start = script.index(INSTALL)
-    assert script[start:] == [INSTALL, "ruff check", "ruff format --check", "mypy", "pytest"]
+    assert script[start:] == [INSTALL, "ruff check", "ruff format --check", "mypy", "mkdocs build --strict", "pytest"]
     assert set(script[start:]) <= set(bash_commands(ROOT / name))
 
 
