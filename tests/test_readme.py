@@ -1,6 +1,7 @@
 """The documents keep their word: every Python block runs as it stands, every command exists."""
 
 import configparser
+import importlib
 import re
 import shlex
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from hub_server import HubServer
 
-from ddpm_vlb.commands import evaluate, publish, train_options
+from ddpm_vlb import cli
 
 ROOT = Path(__file__).parents[1]
 NEEDS_A_HUB = {"sharing.md"}
@@ -100,45 +102,41 @@ def test_install_commands_name_extras_that_exist():
         assert match and match[1] in extras, command
 
 
+def documented(command):
+    """The options of every `ddpm-vlb COMMAND` line of the documents and of the command's own description."""
+    module = ROOT / "src" / "ddpm_vlb" / "commands" / f"{command.replace('-', '_')}.py"
+    paths = [
+        *DOCUMENTS,
+        ROOT / "CONTRIBUTING.md",
+        module,
+        module.with_stem("train_options"),
+        ROOT / "benchmarks/README.md",
+    ]
+    text = "\n".join(path.read_text() for path in paths).replace("\\\n", " ")
+    lines = re.findall(rf"^ *ddpm-vlb {command}\b(.*)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
 def test_the_first_training_command_is_the_default_one():
     """The README's figures come from the command without options."""
-    training = [c for c in bash_commands(ROOT / "README.md") if "examples/train.py" in c]
-    assert training[0] == "accelerate launch examples/train.py"
+    assert documented("train")[0] == []
 
 
-def test_training_commands_parse(tmp_path, monkeypatch):
-    """Every `examples/train.py` command of a document has options that exist, with values that they take."""
-    documented = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "examples" / "train.py"]
-    lines = [line.strip() for path in documented for line in path.read_text().splitlines()]
-    lines = [line for line in lines if re.match(r"(accelerate launch|python) .*examples/train\.py", line)]
-    assert len(lines) >= 3
+@pytest.mark.parametrize("command", [*cli.LAUNCHED, "publish"])
+def test_commands_parse(command, tmp_path, monkeypatch):
+    """Every command of a document has options that exist, with values that they take, for itself or for the launch."""
+    module = importlib.import_module(f"ddpm_vlb.commands.{command.replace('-', '_')}")
+    parser, launch = module.build_parser(), launch_command_parser()
+    lines = documented(command)
+    assert len(lines) >= 2
     monkeypatch.chdir(tmp_path)
     for line in lines:
-        options = shlex.split(line.partition("examples/train.py")[2], comments=True)
+        to_launch, options = cli.split(line, parser._option_string_actions, launch._option_string_actions)
+        launch.parse_args([*to_launch, "script"])
         if "--config" in options:
             Path(options[options.index("--config") + 1]).write_text("{}")
         if options != ["--help"]:
-            train_options.parse_args(options)
-
-
-def test_publishing_commands_parse():
-    """So does every `examples/publish.py` command."""
-    documented = [*DOCUMENTS, ROOT / "examples" / "publish.py"]
-    lines = [line.strip() for path in documented for line in path.read_text().splitlines()]
-    lines = [line for line in lines if re.match(r"python examples/publish\.py", line)]
-    assert len(lines) >= 3
-    for line in lines:
-        publish.build_parser().parse_args(shlex.split(line.partition("examples/publish.py")[2], comments=True))
-
-
-def test_evaluation_commands_parse():
-    """So does every `examples/evaluate.py` command."""
-    documented = [*DOCUMENTS, ROOT / "examples" / "evaluate.py"]
-    lines = [line.strip() for path in documented for line in path.read_text().splitlines()]
-    lines = [line for line in lines if re.match(r"(accelerate launch|python) .*examples/evaluate\.py", line)]
-    assert len(lines) >= 3
-    for line in lines:
-        evaluate.parse_args(shlex.split(line.partition("examples/evaluate.py")[2], comments=True))
+            getattr(module, "parse_args", parser.parse_args)(options)
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
@@ -150,7 +148,7 @@ def test_relative_links_lead_somewhere(path):
 def test_every_fault_has_its_test():
     """The tests that docs/reliability.md names are there."""
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text()))
-    written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    written = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) > 15 and [name for name in named if f"def {name}(" not in written] == []
 
 
