@@ -37,6 +37,7 @@ ORDER = (
     "respacing",
     "optimal_paths",
     "step_statistics",
+    "transition_costs",
     "scheduling_ddpm_vlb",
     "model_card",
     "pipeline_ddpm_vlb",

@@ -19,7 +19,8 @@ from ddpm_vlb import (
     vlb_term,
 )
 from ddpm_vlb.respacing import VARIANCES
-from ddpm_vlb.step_statistics import MIN_IMAGES, crossfitted_cost
+from ddpm_vlb.step_statistics import MIN_IMAGES
+from ddpm_vlb.transition_costs import crossfitted_cost
 
 T = analytic.T
 EVERY = torch.arange(T)

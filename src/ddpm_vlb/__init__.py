@@ -15,21 +15,14 @@ from .reverse_process import PREDICTION_TYPES, VARIANCE_TYPES, Prediction, Rever
 from .schedules import BETA_SCHEDULES, beta_start_for_levels, make_betas, rescale_betas_zero_snr
 from .scheduling_ddpm_vlb import DDPMVLBScheduler
 from .scores import VLBEstimate, VLBScores, compacted, estimate_from_scores, merge_scores
-from .step_statistics import (
-    FEW_IMAGES,
-    MIN_IMAGES,
-    StepStatistics,
-    collect_statistics,
-    crossfitted_cost,
-    spread_knots,
-    step_costs,
-)
+from .step_statistics import FEW_IMAGES, MIN_IMAGES, StepStatistics, collect_statistics, spread_knots
 from .timestep_samplers import (
     ImportanceTimesteps,
     LossSecondMomentTimesteps,
     LowDiscrepancyTimesteps,
     UniformTimesteps,
 )
+from .transition_costs import crossfitted_cost, step_costs
 
 __version__ = "0.1.0"
 

@@ -1,9 +1,9 @@
 r"""What a network's outputs at some steps say of every transition between steps, estimated from images.
 
-One output at (x_t, t) prices all s < t: L(t, s) depends on s only through r = SNR_s - SNR_t and D (equation 1 of
-`optimal_paths`). The expectations of a learned variance are kept as functions of D at Chebyshev nodes, F(D) = E[u +
-expm1(-u)] and G(D) = E[err^2 exp(-u)] with u = (v + 1)/2 D; those of fixed and optimal variances need m alone.
-Between the steps that were visited m and G are interpolated in their logarithm, the rest linearly.
+One output at (x_t, t) serves all s < t: what a transition costs depends on s only through r = SNR_s - SNR_t and D
+(equation 1 of `optimal_paths`). The expectations of a learned variance are kept as functions of D at Chebyshev nodes,
+F(D) = E[u + expm1(-u)] and G(D) = E[err^2 exp(-u)] with u = (v + 1)/2 D; those of fixed and optimal variances need m
+alone. `transition_costs` prices them.
 
 The images are dealt to two halves, so that an optimal variance can be priced on images that it was not made from. The
 errors of each pixel are drawn towards the mean of all, by the weight that prices the other half best: a pixel that
@@ -17,37 +17,22 @@ Sources: Watson et al. 2021, section 3; Bao et al. 2022a, section 4 (Monte Carlo
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .distributions import DiagonalGaussian
 from .evaluation import Conditioning, Model, check_conditioning, check_data, image_generator, model_output, rows_of
-from .forward_process import ForwardProcess, posterior_coefficients
-from .optimal_paths import Chebyshev, Transitions, analytic_costs, earlier, fixed_costs, priced, transitions
-from .respacing import SquaredErrors, interpolate_log
+from .forward_process import ForwardProcess
+from .optimal_paths import Chebyshev, priced
+from .respacing import SquaredErrors
 from .reverse_process import ReverseProcess
 
-RANGE_NODES, GAP_NODES = 24, 48
+RANGE_NODES = 24
 MIN_IMAGES, FEW_IMAGES = 32, 256  # for the variances of each pixel: refused below, warned of below
 _PSEUDO_IMAGES = (*(2.0**k for k in range(-3, 12)), math.inf)
-_SEARCH = 3.0  # nats of log variance around the mean squared error in which a decoder's variance is searched
-_TINY = 1e-12  # an error of exactly 0 has no logarithm
-
-
-class StepCosts(NamedTuple):
-    """Nats per dimension, of each transition (T, T) and of the decoder at each step (T,); its `decoder_shift` (T,).
-
-    And the decoder's cost where its variance is made from the other half of the images, (T,).
-    """
-
-    transitions: Tensor
-    decoder: Tensor
-    shift: Tensor
-    crossfitted_decoder: Tensor
+TINY = 1e-12  # an error of exactly 0 has no logarithm
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +90,7 @@ class StepStatistics:
             raise ValueError(
                 "One half of the images is empty: give `positions` of which some are even and some are odd."
             )
-        return ((self.squared.sum(0) if half is None else self.squared[half]) / images).clamp(min=_TINY)
+        return ((self.squared.sum(0) if half is None else self.squared[half]) / images).clamp(min=TINY)
 
     def curve(self, half: int | None = None) -> Tensor:
         """m over all dimensions at the knots, (N,).
@@ -216,7 +201,7 @@ def collect_statistics(
     generators = [image_generator(seed, int(place)) for place in places]
     dims = torch.stack([_some_of(x_0[0].numel(), decoder_dims, generator) for generator in generators])
     device, number = reverse.forward.betas.device, len(knots)
-    nodes = _range_nodes(reverse.forward).nodes
+    nodes = range_nodes(reverse.forward).nodes
     squared = torch.zeros((2, number, *x_0.shape[1:]), dtype=torch.float64)
     learned, samples = [], []
     for part in torch.arange(len(x_0) * number).split(max(1, values_per_call // x_0[0].numel())):
@@ -265,7 +250,12 @@ def _check_finite(output: Tensor, t: Tensor, places: Tensor) -> None:
         )
 
 
-def _range_nodes(forward: ForwardProcess) -> Chebyshev:
+def range_nodes(forward: ForwardProcess) -> Chebyshev:
+    """Where the expectations of a learned variance are kept, as functions of D.
+
+    Args:
+        forward: the training chain.
+    """
     noise = -torch.expm1(forward.log_alphas_cumprod.cpu())
     return Chebyshev.between(0.0, float((noise[-1] / noise[0]).log()), RANGE_NODES)
 
@@ -281,163 +271,3 @@ def _learned(variance_type: str, v: Tensor | None, square: Tensor, nodes: Tensor
         us = [(v + 1) / 2 * float(node) for node in nodes]
         parts = [u + torch.expm1(-u) for u in us] + [square * torch.exp(-u) for u in us]
     return torch.stack([part.flatten(1).mean(1) for part in parts], dim=1).cpu().double()
-
-
-def _linear(knots: Tensor, values: Tensor, total: int) -> Tensor:
-    """Rows at every step of a chain, linear between knots (N, .), (T, .)."""
-    at = torch.arange(total)
-    upper = torch.searchsorted(knots, at).clamp(max=len(knots) - 1)
-    lower = (upper - 1).clamp(min=0)
-    gap = (knots[upper] - knots[lower]).clamp(min=1)
-    fraction = torch.where(upper > lower, (at - knots[lower]) / gap, 1.0).double().clamp(0, 1)
-    return torch.lerp(values[lower], values[upper], fraction.reshape(-1, *[1] * (values.ndim - 1)))
-
-
-def step_costs(statistics: StepStatistics, reverse: ReverseProcess, variance: str) -> StepCosts:
-    """The cost of every transition and decoder with one kind of variance.
-
-    Args:
-        statistics: of the network.
-        reverse: p of the training chain, as they were made with.
-        variance: "network" (what `reverse.variance_type` says), "analytic" or "per_pixel".
-    """
-    knots, total = statistics.knots, len(reverse.forward)
-    pairs, every = transitions(reverse.forward), torch.arange(total)
-    curve = interpolate_log(knots, statistics.curve(), every)
-    if variance == "analytic":
-        table = analytic_costs(pairs, curve)
-    elif variance == "per_pixel":
-        table = _per_pixel_costs(pairs, statistics, total)
-    elif reverse.learns_variance:
-        table = _learned_costs(pairs, statistics, reverse)
-    else:
-        table = fixed_costs(pairs, curve, reverse.variance_type.startswith("fixed_large"))
-    shift = _decoder_shift(statistics, reverse, variance)
-    decoder, crossfitted = (
-        _linear(knots, _decoder_cost(statistics, reverse, base, shift), total)
-        for base in (_decoder_base(statistics, reverse, variance, crossfitted=own) for own in (False, True))
-    )
-    every_shift = _linear(knots, shift, total)
-    if variance == "network" and len(knots) > 1:  # the first knot's was not searched
-        every_shift[1 : int(knots[1])] = shift[1]
-    return StepCosts(table, decoder, every_shift, crossfitted)
-
-
-def _per_pixel_costs(pairs: Transitions, statistics: StepStatistics, total: int) -> Tensor:
-    below = earlier(total)
-    log_gap = pairs.snr_gap.clamp(min=1e-300).log()
-    inside = log_gap[below] if bool(below.any()) else log_gap
-    gaps = Chebyshev.between(float(inside.min()), float(inside.max()), GAP_NODES)
-    m, fitted = statistics.mse().flatten(1), statistics.shrunk(statistics.pseudo_images).flatten(1)
-    values = torch.stack([priced(gap, fitted, m).mean(1) for gap in gaps.nodes.exp()], dim=1)
-    return gaps.rows_at(interpolate_log(statistics.knots, values, torch.arange(total)).log(), log_gap).exp()
-
-
-def _learned_costs(pairs: Transitions, statistics: StepStatistics, reverse: ReverseProcess) -> Tensor:
-    knots, total = statistics.knots, len(reverse.forward)
-    means = statistics.learned / statistics.images.sum()
-    every = torch.arange(total)
-    if reverse.variance_type == "learned":
-        v = _linear(knots, means[:, 0], total)[:, None]
-        precision, weighted = (interpolate_log(knots, means[:, i], every)[:, None] for i in (1, 2))
-        root = reverse.forward.log_alphas_cumprod.cpu()
-        small = torch.where(earlier(total), posterior_coefficients(root[:, None], root[None, :]).variance, 1.0)
-        return 0.5 * (v - small.log() - 1 + small * (precision + pairs.snr_gap * weighted))
-    nodes = _range_nodes(reverse.forward)
-    shape = nodes.rows_at(_linear(knots, means[:, :RANGE_NODES], total), pairs.log_range)
-    logs = interpolate_log(knots, means[:, RANGE_NODES:].clamp(min=_TINY), every).log()
-    return 0.5 * (shape + pairs.snr_gap * nodes.rows_at(logs, pairs.log_range).exp())
-
-
-def _decoder_base(
-    statistics: StepStatistics, reverse: ReverseProcess, variance: str, crossfitted: bool = False
-) -> Tensor:
-    """The log variances of the samples' decoders before the shift, (M, N).
-
-    Crossfitted, optimal ones are made from the errors of the other half of the images.
-    """
-    samples, dims = statistics.samples, statistics.dims
-    if variance == "network":
-        rows = torch.stack([_first_row(reverse, int(t)) for t in statistics.knots])
-        base = rows[:, 0].expand(samples.shape[1], -1)
-        return (base + rows[:, 1] * samples[2] if len(samples) == 3 else base).float()
-
-    def logs(half: int | None) -> Tensor:
-        if variance == "analytic":
-            return statistics.curve(half).log().expand(len(dims), -1)
-        return statistics.shrunk(statistics.pseudo_images, half).flatten(1).log().T[dims]
-
-    if not crossfitted:
-        return logs(None).float()
-    return torch.where(statistics.halves[:, None] == 0, logs(1), logs(0)).float()
-
-
-def _decoder_cost(statistics: StepStatistics, reverse: ReverseProcess, base: Tensor, shift: Tensor) -> Tensor:
-    """Nats per dimension of the decoder at each knot, (N,), at a shift (N,) of its log variances."""
-    x_0, x_0_hat = statistics.samples[:2]
-    p = DiagonalGaussian(x_0_hat, base + shift.to(base))
-    log_prob = p.log_prob(x_0) if reverse.levels is None else p.discretized_log_prob(x_0, reverse.levels)
-    return -log_prob.double().mean(0)
-
-
-def _decoder_shift(statistics: StepStatistics, reverse: ReverseProcess, variance: str) -> Tensor:
-    """The shift of the decoder's log variance with the lowest cost at each knot, (N,)."""
-    x_0, x_0_hat = statistics.samples[:2]
-    base = _decoder_base(statistics, reverse, variance)
-    seen = (x_0 - x_0_hat).double().square().mean(0).clamp(min=_TINY).log()
-    centre = seen - base.double().mean(0)
-    shift = _golden_section(
-        lambda at: _decoder_cost(statistics, reverse, base, at), centre - _SEARCH, centre + _SEARCH
-    )
-    if variance == "network" and int(statistics.knots[0]) == 0:
-        shift[0] = 0.0  # the training chain's own decoder
-    return shift
-
-
-def _first_row(reverse: ReverseProcess, t: int) -> Tensor:
-    """Offset and slope of the training chain's log variance at a step."""
-    c = reverse.coefficients(t, torch.empty(0))
-    return torch.stack([c.log_variance_offset, c.variance_slope]).cpu()
-
-
-def _golden_section(cost: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, steps: int = 12) -> Tensor:
-    """The minima of N unimodal functions at once, (N,)."""
-    ratio = (5**0.5 - 1) / 2
-    inner = [high - ratio * (high - low), low + ratio * (high - low)]
-    values = [cost(point) for point in inner]
-    for _ in range(steps):
-        left = values[0] < values[1]
-        low, high = torch.where(left, low, inner[0]), torch.where(left, inner[1], high)
-        new = torch.where(left, high - ratio * (high - low), low + ratio * (high - low))
-        at_new = cost(new)
-        inner = [torch.where(left, new, inner[1]), torch.where(left, inner[0], new)]
-        values = [torch.where(left, at_new, values[1]), torch.where(left, values[0], at_new)]
-    return (low + high) / 2
-
-
-def crossfitted_cost(
-    statistics: StepStatistics, reverse: ReverseProcess, variance: str, path: Sequence[int], costs: StepCosts
-) -> float:
-    """A path with an optimal variance, priced on the half of the images that it was not made from.
-
-    Nats per dimension, decoder and transitions, without the prior.
-
-    Args:
-        statistics: of the network.
-        reverse: p of the training chain.
-        variance: "analytic" or "per_pixel".
-        path: chain indices, ascending.
-        costs: of this variance.
-    """
-    knots, indices = statistics.knots, torch.as_tensor(path)
-    total = float(costs.crossfitted_decoder[indices[0]])
-    gaps = transitions(reverse.forward.respace(path)).snr_gap.diagonal(-1)
-    for half in (0, 1) if len(gaps) else ():
-        if variance == "analytic":
-            fitted = statistics.curve(half).reshape(-1, *[1] * (statistics.squared.ndim - 2))
-        else:
-            fitted = statistics.shrunk(statistics.pseudo_images, half)
-        rows = (interpolate_log(knots, own, indices[1:]).flatten(1) for own in (statistics.mse(1 - half), fitted))
-        m, made = rows
-        total += float(priced(gaps[:, None], made, m).mean(1).sum()) / 2
-    return total
