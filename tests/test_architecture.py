@@ -39,6 +39,7 @@ ORDER = (
     "step_statistics",
     "transition_costs",
     "scheduling_ddpm_vlb",
+    "card_results",
     "model_card",
     "pipeline_ddpm_vlb",
 )
@@ -52,7 +53,8 @@ SIBLINGS = {
     "scores": set(),
     "respacing": {"forward_process"},
     "optimal_paths": {"forward_process"},
-    "model_card": set(),
+    "card_results": set(),
+    "model_card": {"card_results"},
 }
 # The console command stands above all of this: test_wings.py.
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem not in ("__init__", "cli"))
@@ -101,7 +103,7 @@ def test_the_mathematics_needs_torch_only(name):
     assert packages <= set(sys.stdlib_module_names) | {"torch"}
 
 
-@pytest.mark.parametrize("name", ["scheduling_ddpm_vlb", "model_card", "pipeline_ddpm_vlb"])
+@pytest.mark.parametrize("name", ["scheduling_ddpm_vlb", "card_results", "model_card", "pipeline_ddpm_vlb"])
 def test_the_front_door_needs_few_packages(name):
     """Scheduler, card and pipeline add what the installation asks for, and nothing else."""
     _, packages = imports(name)

@@ -15,7 +15,7 @@ from test_pipeline_ddpm_vlb import pipeline, tiny_dit, tiny_unet
 
 from ddpm_vlb import DDPMVLBPipeline, StoredPath, model_card
 
-# As examples/train.py writes metrics.json, shortened.
+# As `ddpm-vlb train` writes metrics.json, shortened.
 TRAINING = {
     "test": {
         "bits_per_dim": 1.7934567,
@@ -44,7 +44,7 @@ TRAINING = {
 
 
 def evaluation(timesteps: int = 1000, **changes) -> dict:
-    """What examples/evaluate.py writes, shortened."""
+    """What `ddpm-vlb evaluate` writes, shortened."""
     own = {
         "bits_per_dim": 1.775,
         "noise_se": 0.004,
@@ -456,7 +456,7 @@ def test_an_error_that_is_not_known_is_no_zero():
     ("options", "message"),
     [
         ({"training": "metrics.json"}, "`training` must be"),
-        ({"training": {**SCORE, "timesteps": [0]}}, "evaluate.py's: pass `evaluations"),
+        ({"training": {**SCORE, "timesteps": [0]}}, "these are of `ddpm-vlb evaluate`: pass `evaluations"),
         ({"training": {"test": {"bits_per_dim": 1.7}}}, "`training`.*num_images"),
         ({"evaluations": {**SCORE}}, "`evaluations` must be a list"),
         ({"evaluations": ["metrics.json"]}, "`evaluations` must be a list"),

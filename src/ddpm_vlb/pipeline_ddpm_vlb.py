@@ -53,6 +53,7 @@ _CODE = {
     "reverse_process": "ReverseProcess",
     "respacing": "spaced_timesteps",
     "scheduling_ddpm_vlb": "DDPMVLBScheduler",
+    "card_results": "check_metrics",
     "model_card": "model_card",
     "pipeline_ddpm_vlb": "DDPMVLBPipeline",
 }
