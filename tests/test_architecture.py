@@ -38,12 +38,16 @@ ORDER = (
     "optimal_paths",
     "step_statistics",
     "transition_costs",
+    "configurations",
+    "few_step_store",
+    "chains",
+    "walk",
     "scheduling_ddpm_vlb",
     "card_results",
     "model_card",
     "pipeline_ddpm_vlb",
 )
-BELOW_THE_SCHEDULER = ORDER[: ORDER.index("scheduling_ddpm_vlb")]
+MATHEMATICS = ORDER[: ORDER.index("configurations")]
 # Narrower than the order: what some modules may import of this package at all.
 SIBLINGS = {
     "distributions": set(),
@@ -53,6 +57,8 @@ SIBLINGS = {
     "scores": set(),
     "respacing": {"forward_process"},
     "optimal_paths": {"forward_process"},
+    "configurations": {"respacing", "schedules"},
+    "few_step_store": {"respacing"},
     "card_results": set(),
     "model_card": {"card_results"},
 }
@@ -96,16 +102,16 @@ def test_modules_import_only_from_above(name):
     assert siblings <= SIBLINGS.get(name, siblings)
 
 
-@pytest.mark.parametrize("name", BELOW_THE_SCHEDULER)
+@pytest.mark.parametrize("name", MATHEMATICS)
 def test_the_mathematics_needs_torch_only(name):
-    """Below the scheduler there is the standard library and torch: no numpy, no diffusers."""
+    """Below the configurations there is the standard library and torch: no numpy, no diffusers."""
     _, packages = imports(name)
     assert packages <= set(sys.stdlib_module_names) | {"torch"}
 
 
-@pytest.mark.parametrize("name", ["scheduling_ddpm_vlb", "card_results", "model_card", "pipeline_ddpm_vlb"])
+@pytest.mark.parametrize("name", ORDER[len(MATHEMATICS) :])
 def test_the_front_door_needs_few_packages(name):
-    """Scheduler, card and pipeline add what the installation asks for, and nothing else."""
+    """Scheduler, card, pipeline and what they stand on add what the installation asks for, and nothing else."""
     _, packages = imports(name)
     assert packages <= set(sys.stdlib_module_names) | {
         "torch",

@@ -35,8 +35,10 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 
+from .configurations import read_config
+from .few_step_store import check_image_shape
 from .model_card import model_card
-from .scheduling_ddpm_vlb import _INDEX_IS_OURS, DDPMVLBScheduler, read_config
+from .scheduling_ddpm_vlb import _INDEX_IS_OURS, DDPMVLBScheduler
 
 logger = logging.get_logger(DiffusionPipeline.__module__)
 # The schedulers whose `step` takes the variance half of the channels; all others get the mean half only.
@@ -52,6 +54,10 @@ _CODE = {
     "forward_process": "ForwardProcess",
     "reverse_process": "ReverseProcess",
     "respacing": "spaced_timesteps",
+    "configurations": "read_config",
+    "few_step_store": "FewStepStore",
+    "chains": "Chains",
+    "walk": "Walk",
     "scheduling_ddpm_vlb": "DDPMVLBScheduler",
     "card_results": "check_metrics",
     "model_card": "model_card",
@@ -85,7 +91,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
         super().__init__()
         if type(scheduler) is DDPMScheduler:
             scheduler = DDPMVLBScheduler.from_config(scheduler.config)
-        _check_variances(unet, scheduler)
+        if isinstance(scheduler, DDPMVLBScheduler):
+            check_image_shape(scheduler.errors, unet.config)
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @classmethod
@@ -478,21 +485,6 @@ class DDPMVLBPipeline(DiffusionPipeline):
         if self.portable:
             index["_class_name"] = "DDPMPipeline"
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-def _check_variances(unet: Any, scheduler: SchedulerMixin) -> None:
-    """Refuse stored variances of each pixel that are not those of this network's images."""
-    errors = scheduler.errors if isinstance(scheduler, DDPMVLBScheduler) else None
-    size = unet.config.get("sample_size")
-    if errors is None or errors.per_pixel is None or size is None:
-        return
-    shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    if tuple(errors.per_pixel.shape[1:]) != shape:
-        raise ValueError(
-            f"The scheduler's variances of each pixel are for images of shape {tuple(errors.per_pixel.shape[1:])}, "
-            f"but the network makes {shape}: they were made for another network. Make them anew with "
-            "examples/optimize_timesteps.py."
-        )
 
 
 @contextmanager

@@ -5,7 +5,6 @@ spacings, under the names that diffusers gives them); Song et al. 2021 (DDIM), a
 2021 (stored paths); Bao et al. 2022 (stored errors).
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -51,7 +50,6 @@ ALL_SPACINGS = (*_SPACINGS, "optimal")
 """Those that can be asked for; "optimal" is the stored path."""
 VARIANCES = ("network", "analytic", "per_pixel")
 """sigma^2 as `variance_type` says, or optimal in closed form, over all dimensions or for each."""
-_ERRORS_FILE = re.compile(r"x_0_mse-[0-9a-f]{12}\.safetensors")
 
 
 def spaced_timesteps(
@@ -126,40 +124,6 @@ class StoredPath:
         return {"timesteps": list(self.timesteps), "variance": self.variance, "decoder_shift": self.decoder_shift}
 
 
-def stored_paths(entries: Any, last: int) -> dict[int, StoredPath]:
-    """The paths of a configuration, by their number of steps.
-
-    Args:
-        entries: what stands under `optimal_paths`: None, or a list of `StoredPath.to_config`.
-        last: the timestep that each must start from, the chain's last that can be visited.
-
-    Raises:
-        ValueError: no such list, or a path for another chain.
-    """
-    if entries is None:
-        return {}
-    paths: dict[int, StoredPath] = {}
-    if not isinstance(entries, (list, tuple)):
-        raise ValueError(f"`optimal_paths` must be a list of paths, but is {entries!r:.80}.")
-    for entry in entries:
-        if not isinstance(entry, dict) or set(entry) != {"timesteps", "variance", "decoder_shift"}:
-            raise ValueError(
-                "Each path of `optimal_paths` must have `timesteps`, `variance` and `decoder_shift`, but one is "
-                f"{entry!r:.80}."
-            )
-        steps = entry["timesteps"] if isinstance(entry["timesteps"], (list, tuple)) else ()
-        path = StoredPath(tuple(steps), entry["variance"], entry["decoder_shift"])
-        if path.timesteps[0] != last:
-            raise ValueError(
-                f"A path of `optimal_paths` starts at timestep {path.timesteps[0]}, but this chain's last is {last}: "
-                "it was made for another chain. Make it anew with examples/optimize_timesteps.py."
-            )
-        if len(path.timesteps) in paths:
-            raise ValueError(f"`optimal_paths` holds two paths of {len(path.timesteps)} steps.")
-        paths[len(path.timesteps)] = path
-    return paths
-
-
 @dataclass(frozen=True, eq=False)
 class SquaredErrors:
     """m_t, the expected squared error of a network's x_0_hat, at some timesteps; between them its logarithm is linear.
@@ -227,27 +191,3 @@ def interpolate_log(knots: Tensor, values: Tensor, at: Tensor) -> Tensor:
     logs = values.cpu()
     low, high = logs[lower].double().log(), logs[upper].double().log()
     return torch.lerp(low, high, fraction.reshape(-1, *[1] * (values.ndim - 1))).exp()
-
-
-def stored_errors(entry: Any) -> tuple[SquaredErrors | None, str | None]:
-    """The errors that a configuration holds, and the name of the file with those of each pixel.
-
-    Args:
-        entry: what stands under `x_0_mse`: None, or a dict of `timesteps`, `mean` and `per_pixel_file`.
-
-    Raises:
-        ValueError: no such dict, or a file name that is not one of ours.
-    """
-    if entry is None:
-        return None, None
-    if not isinstance(entry, dict) or set(entry) != {"timesteps", "mean", "per_pixel_file"}:
-        raise ValueError(f"`x_0_mse` must have `timesteps`, `mean` and `per_pixel_file`, but is {entry!r:.80}.")
-    steps, mean, file = (entry[name] for name in ("timesteps", "mean", "per_pixel_file"))
-    if file is not None and not (isinstance(file, str) and _ERRORS_FILE.fullmatch(file)):
-        raise ValueError(f"`x_0_mse`'s `per_pixel_file` must be named x_0_mse-*.safetensors, but is {file!r:.80}.")
-    whole = isinstance(steps, (list, tuple)) and all(type(t) is int and abs(t) < 2**31 for t in steps)
-    # A larger integer is no float.
-    numbers = isinstance(mean, (list, tuple)) and all(type(m) in (int, float) and abs(m) < 1e300 for m in mean)
-    if not whole or not numbers:
-        raise ValueError("`x_0_mse`'s `timesteps` must be a list of integers and `mean` one of numbers, all finite.")
-    return SquaredErrors(torch.tensor(steps, dtype=torch.int64), torch.tensor(mean, dtype=torch.float64)), file

@@ -1,0 +1,177 @@
+"""Configurations of schedulers and pipelines: reading those that come from anybody, and what of ours is saved.
+
+A configuration of another class is taken over by what defines the chain; anything that Python would let pass, or fail
+on somewhere deep, is refused here.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+
+from .respacing import TIMESTEP_SPACINGS, VARIANCES
+from .schedules import check_betas
+
+# Keys that stock schedulers do not know are written only where they differ from these defaults.
+OWN_DEFAULTS: dict[str, Any] = {
+    "levels": 256,
+    "reverse_variance": "network",
+    "optimal_paths": None,
+    "x_0_mse": None,
+}
+# 100 000 betas take 3 MB.
+_MAX_BYTES = 8_000_000
+# The largest that a float32 tensor can be clamped to.
+_MAX_NUMBER = torch.finfo(torch.float32).max
+
+
+def _is_number(value: Any) -> bool:
+    real: Any = value  # numpy's scalars among them
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(real) <= _MAX_NUMBER)
+
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "True or False": (
+        lambda value: isinstance(value, bool),
+        ("clip_sample", "thresholding", "rescale_betas_zero_snr"),
+    ),
+    "a finite number": (
+        _is_number,
+        ("dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value"),
+    ),
+    "an integer": (
+        lambda value: isinstance(value, Integral) and not isinstance(value, bool),
+        ("steps_offset",),
+    ),
+}
+# The classes whose defaults are ours: a configuration of theirs may leave anything out.
+_OUR_DEFAULTS = (None, "DDPMVLBScheduler", "DDPMScheduler", "DDPMParallelScheduler")
+# What the network was trained with must survive a change of class even where it equals a default.
+_MODEL_DEFINING = {
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "variance_type",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+}
+
+
+def read_config(json_file: str | os.PathLike[str], dduf_entries: Any = None) -> dict[str, Any]:
+    """A configuration file of a scheduler or a pipeline, which may come from anybody.
+
+    Args:
+        json_file: its path.
+        dduf_entries: what diffusers before 0.42 passes for a file in a DDUF archive, which is left to it.
+
+    Raises:
+        ValueError: larger than any configuration of ours can be, not JSON, or not an object.
+    """
+    if dduf_entries is not None:
+        return ConfigMixin._dict_from_json_file(json_file, dduf_entries=dduf_entries)
+    path = Path(json_file)
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path.name} must be at most {_MAX_BYTES} bytes, but has {path.stat().st_size}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} must be JSON, but cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} must hold a JSON object, but holds {type(config).__name__}.")
+    return config
+
+
+def taken_over(config: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `from_config` takes of any scheduler's configuration, and the arguments that go with it.
+
+    What defines the chain is taken from the other class even where it is at its defaults.
+
+    Args:
+        config: of a scheduler, ours or a stock one.
+        given: values in place of the configuration's.
+
+    Raises:
+        ValueError: the configuration of a scheduler that has no betas or shifts its noise levels away from them, or
+            that names what no configuration may.
+    """
+    unset = config.get("_use_default_values", ())
+    if not isinstance(unset, (list, tuple)) or {"self", "cls"} & config.keys():
+        raise ValueError("`_use_default_values` must be a list, and no key `self` or `cls`.")
+    unshifted = {"snr_shift_scale": (None, 1), "use_flow_sigmas": (None, False)}
+    shifted = [key for key, values in unshifted.items() if config.get(key) not in values]
+    if shifted:
+        raise ValueError(
+            f"This configuration's `{shifted[0]}={config[shifted[0]]!r:.80}` gives noise levels that are not "
+            "those of its betas. Pass the betas of a chain as `trained_betas`, without that key."
+        )
+    named = {key: config[key] for key in _MODEL_DEFINING if config.get(key) is not None}
+    foreign = isinstance(config, FrozenDict) or config.get("_class_name") not in _OUR_DEFAULTS
+    if foreign and not {"beta_schedule", "trained_betas"} & (named.keys() | given.keys()):
+        raise ValueError(
+            f"This configuration names no betas: {sorted(k for k in config if not k.startswith('_'))}. Its "
+            "scheduler has noise levels of another kind. Pass `beta_schedule` or `trained_betas`."
+        )
+    # The DPM-Solvers and SA-Solver save `variance_type: null`.
+    kept = {k: v for k, v in config.items() if k not in _MODEL_DEFINING or v is not None}
+    return kept, named | given
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Refuse values of a scheduler's configuration that Python would let pass, or fail on somewhere deep.
+
+    Args:
+        config: of ours, whole but for `OWN_DEFAULTS`.
+
+    Raises:
+        ValueError: a value of the wrong type, or an unknown name.
+    """
+    for kind, (accepts, names) in _TYPES.items():
+        for name in names:
+            if not accepts(config[name]):
+                raise ValueError(f"`{name}` must be {kind}, but got {config[name]!r:.80}.")
+    whole = {**OWN_DEFAULTS, **config}
+    for name, choices in (("timestep_spacing", TIMESTEP_SPACINGS), ("reverse_variance", VARIANCES)):
+        if whole[name] not in choices:
+            raise ValueError(f"`{name}` must be one of {list(choices)}, but got {whole[name]!r:.80}.")
+
+
+def normalized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a scheduler's configuration that must be saved otherwise than they were given.
+
+    Args:
+        config: of ours.
+
+    Raises:
+        ValueError: `trained_betas` that are no schedule.
+    """
+    updates: dict[str, Any] = {}
+    if config["trained_betas"] is not None:
+        updates["trained_betas"] = check_betas(config["trained_betas"]).tolist()
+        # Stock takes T from the betas' number too; a config that contradicts itself would break its spacings.
+        if len(updates["trained_betas"]) != config["num_train_timesteps"]:
+            updates["num_train_timesteps"] = len(updates["trained_betas"])
+    if config["variance_type"] == "fixed_large_log":  # a name under which stock computes NaN
+        updates["variance_type"] = "fixed_large"
+    return updates
+
+
+def portable_values(values: dict[str, Any]) -> dict[str, Any]:
+    """A whole configuration of ours as it is kept, so that stock takes it without a word (see docs/notation.md).
+
+    diffusers lists the values left at their defaults, which other classes made from this configuration drop.
+    Model-defining keys must not be on that list: another class may have other defaults. Keys of our own are left out
+    of the configuration where they are at theirs.
+
+    Args:
+        values: by name, and the list `_use_default_values`.
+    """
+    kept = {k: v for k, v in values.items() if k not in OWN_DEFAULTS or v != OWN_DEFAULTS[k]}
+    unset = set(kept.pop("_use_default_values", ())) - _MODEL_DEFINING - set(OWN_DEFAULTS)
+    return kept | {"_use_default_values": sorted(unset)} if unset else kept

@@ -1,0 +1,253 @@
+"""What a scheduler's checkpoint stores for few steps: paths, and the errors that optimal variances come from.
+
+Both stand in the configuration, as `optimal_paths` and `x_0_mse`; the errors of each pixel are too many for it and lie
+in a file beside it, named by its content, so that a configuration cannot be taken with another's file.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .respacing import SquaredErrors, StoredPath
+
+logger = logging.get_logger(SchedulerMixin.__module__)  # what `diffusers.utils.logging` sets is ours too
+_FILE = re.compile(r"x_0_mse-[0-9a-f]{12}\.safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class FewStepStore:
+    """The paths and errors of one chain.
+
+    Args:
+        last: the chain's last timestep that can be visited.
+        paths: by their number of steps.
+        errors: what optimal variances come from, if they are known.
+        file: the name of the file with the errors of each pixel; None without one.
+
+    Raises:
+        ValueError: errors of another chain.
+    """
+
+    last: int
+    paths: Mapping[int, StoredPath]
+    errors: SquaredErrors | None = None
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.errors is None:
+            return
+        steps = self.errors.timesteps
+        if (int(steps[0]), int(steps[-1])) != (0, self.last):
+            raise ValueError(
+                f"`x_0_mse` reaches from timestep {int(steps[0])} to {int(steps[-1])}, but this chain from 0 to "
+                f"{self.last}: it was made for another chain. Make it anew with `ddpm-vlb optimize-timesteps`."
+            )
+
+    @classmethod
+    def from_config(cls, optimal_paths: Any, x_0_mse: Any, last: int) -> "FewStepStore":
+        """What a configuration holds, without the file.
+
+        Args:
+            optimal_paths: what stands there under this name.
+            x_0_mse: likewise.
+            last: the chain's last timestep that can be visited.
+
+        Raises:
+            ValueError: no such entries, or those of another chain.
+        """
+        return cls(last, _paths(optimal_paths, last), *_errors(x_0_mse))
+
+    def rows(self, variance: str, timesteps: Sequence[int] | Tensor) -> Tensor | None:
+        """The errors at some timesteps that an optimal variance comes from; None for the network's own.
+
+        Args:
+            variance: "network", "analytic" or "per_pixel".
+            timesteps: (K,).
+
+        Raises:
+            ValueError: the errors are not there.
+        """
+        if variance == "network":
+            return None
+        if self.errors is None:
+            raise ValueError(
+                f"The variance {variance!r} needs `x_0_mse`, which this configuration does not have. "
+                "`ddpm-vlb optimize-timesteps` makes it."
+            )
+        if variance == "per_pixel" and self.errors.per_pixel is None:
+            raise ValueError(
+                "The variance 'per_pixel' needs the errors of each pixel, from the file "
+                f"{self.file or 'x_0_mse-*.safetensors'} beside the scheduler's configuration: it is missing, "
+                "or the scheduler was made from a configuration alone. Load it with `DDPMVLBScheduler.from_pretrained`"
+                " or `DDPMVLBPipeline.from_pretrained`, or take another `timestep_spacing`."
+            )
+        return self.errors.at(timesteps, variance)
+
+    def save(self, folder: Path) -> None:
+        """Write the errors of each pixel into a folder, in place of its former ones; warns where they are not known.
+
+        Args:
+            folder: where the configuration lies; made if it is not there.
+        """
+        if self.errors is not None and self.errors.per_pixel is not None:
+            assert self.file is not None
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob("x_0_mse-*.safetensors"):
+                stale.unlink()
+            save_file({"x_0_mse": self.errors.per_pixel.contiguous()}, folder / self.file)
+        elif self.file is not None:
+            logger.warning(
+                f"{self.file} is not saved: this scheduler was made from a configuration alone, or the file "
+                "was missing. The variances of each pixel cannot be used until it lies beside the configuration."
+            )
+
+    def with_file(self, root: str, subfolder: str | None, where: dict[str, Any]) -> "FewStepStore":
+        """With the errors of each pixel; without the file a scheduler works until they are asked for.
+
+        Args:
+            root: a folder, or the name of a Hub repository.
+            subfolder: where the configuration lies in it.
+            where: arguments of `hf_hub_download`.
+
+        Raises:
+            OSError, ValueError: a file that cannot be read, or does not fit the configuration.
+        """
+        if self.file is None:
+            return self
+        assert self.errors is not None
+        path = Path(root, subfolder or "", self.file)
+        try:
+            if not Path(root).is_dir():
+                path = Path(hf_hub_download(root, self.file, subfolder=subfolder, **where))
+            pixels = _read(path, len(self.errors.mean))
+        except (FileNotFoundError, EntryNotFoundError):
+            logger.warning(f"{path} is missing: the variances of each pixel cannot be used until it is there.")
+            return self
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+        if _file_of(pixels) != self.file:
+            raise ValueError(f"{path} is damaged or another: its name is not that of its content.")
+        return replace(self, errors=replace(self.errors, per_pixel=pixels))
+
+
+def storable(errors: SquaredErrors) -> SquaredErrors:
+    """Errors in the precision in which they are stored.
+
+    Args:
+        errors: of any.
+    """
+    pixels = None if errors.per_pixel is None else errors.per_pixel.cpu().float()
+    return replace(errors, mean=errors.mean.double(), per_pixel=pixels)
+
+
+def to_config(paths: Sequence[StoredPath], errors: SquaredErrors | None) -> dict[str, Any]:
+    """The entries of a configuration.
+
+    Args:
+        paths: of different numbers of steps.
+        errors: as `storable` makes them.
+    """
+    entry = None
+    if errors is not None:
+        file = None if errors.per_pixel is None else _file_of(errors.per_pixel)
+        entry = {"timesteps": errors.timesteps.tolist(), "mean": errors.mean.tolist(), "per_pixel_file": file}
+    ascending = sorted(paths, key=lambda own: len(own.timesteps))
+    return {"optimal_paths": [path.to_config() for path in ascending] or None, "x_0_mse": entry}
+
+
+def check_image_shape(errors: SquaredErrors | None, network: Mapping[str, Any]) -> None:
+    """Refuse errors of each pixel that are not those of a network's images.
+
+    Args:
+        errors: of a scheduler.
+        network: the network's configuration.
+
+    Raises:
+        ValueError: images of another shape.
+    """
+    size = network.get("sample_size")
+    if errors is None or errors.per_pixel is None or size is None:
+        return
+    shape = (network["in_channels"], *((size, size) if isinstance(size, int) else size))
+    if tuple(errors.per_pixel.shape[1:]) != shape:
+        raise ValueError(
+            f"The scheduler's variances of each pixel are for images of shape {tuple(errors.per_pixel.shape[1:])}, "
+            f"but the network makes {shape}: they were made for another network. Make them anew with "
+            "`ddpm-vlb optimize-timesteps`."
+        )
+
+
+def _paths(entries: Any, last: int) -> dict[int, StoredPath]:
+    """The paths of a configuration, by their number of steps."""
+    if entries is None:
+        return {}
+    paths: dict[int, StoredPath] = {}
+    if not isinstance(entries, (list, tuple)):
+        raise ValueError(f"`optimal_paths` must be a list of paths, but is {entries!r:.80}.")
+    for entry in entries:
+        if not isinstance(entry, dict) or set(entry) != {"timesteps", "variance", "decoder_shift"}:
+            raise ValueError(
+                "Each path of `optimal_paths` must have `timesteps`, `variance` and `decoder_shift`, but one is "
+                f"{entry!r:.80}."
+            )
+        steps = entry["timesteps"] if isinstance(entry["timesteps"], (list, tuple)) else ()
+        path = StoredPath(tuple(steps), entry["variance"], entry["decoder_shift"])
+        if path.timesteps[0] != last:
+            raise ValueError(
+                f"A path of `optimal_paths` starts at timestep {path.timesteps[0]}, but this chain's last is {last}: "
+                "it was made for another chain. Make it anew with `ddpm-vlb optimize-timesteps`."
+            )
+        if len(path.timesteps) in paths:
+            raise ValueError(f"`optimal_paths` holds two paths of {len(path.timesteps)} steps.")
+        paths[len(path.timesteps)] = path
+    return paths
+
+
+def _errors(entry: Any) -> tuple[SquaredErrors | None, str | None]:
+    """The errors that a configuration holds, and the name of the file with those of each pixel."""
+    if entry is None:
+        return None, None
+    if not isinstance(entry, dict) or set(entry) != {"timesteps", "mean", "per_pixel_file"}:
+        raise ValueError(f"`x_0_mse` must have `timesteps`, `mean` and `per_pixel_file`, but is {entry!r:.80}.")
+    steps, mean, file = (entry[name] for name in ("timesteps", "mean", "per_pixel_file"))
+    if file is not None and not (isinstance(file, str) and _FILE.fullmatch(file)):
+        raise ValueError(f"`x_0_mse`'s `per_pixel_file` must be named x_0_mse-*.safetensors, but is {file!r:.80}.")
+    whole = isinstance(steps, (list, tuple)) and all(type(t) is int and abs(t) < 2**31 for t in steps)
+    # A larger integer is no float.
+    numbers = isinstance(mean, (list, tuple)) and all(type(m) in (int, float) and abs(m) < 1e300 for m in mean)
+    if not whole or not numbers:
+        raise ValueError("`x_0_mse`'s `timesteps` must be a list of integers and `mean` one of numbers, all finite.")
+    return SquaredErrors(torch.tensor(steps, dtype=torch.int64), torch.tensor(mean, dtype=torch.float64)), file
+
+
+def _read(path: Path, rows: int) -> Tensor:
+    """The errors of each pixel from a file."""
+    with safe_open(path, "pt") as file:
+        # Before anything is read: who made the file is not known.
+        entry = file.get_slice("x_0_mse") if list(file.keys()) == ["x_0_mse"] else None
+        shape = [] if entry is None else entry.get_shape()
+        if entry is None or entry.get_dtype() != "F32" or len(shape) < 2 or shape[0] != rows:
+            raise ValueError(
+                f"{path} does not belong to this configuration: it must hold a float32 tensor `x_0_mse` with "
+                f"a row for each of its {rows} timesteps."
+            )
+        return file.get_tensor("x_0_mse")
+
+
+def _file_of(pixels: Tensor) -> str:
+    """The name of the file that holds the errors of each pixel."""
+    digest = hashlib.sha256(f"{tuple(pixels.shape)}".encode())
+    digest.update(pixels.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"x_0_mse-{digest.hexdigest()[:12]}.safetensors"

@@ -1,0 +1,167 @@
+"""The chain that `DDPMVLBScheduler.step` walks: a step of it, and where a timestep lies in it."""
+
+from numbers import Integral
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .chains import Chains
+from .distributions import promote_half
+from .respacing import StoredPath
+from .reverse_process import VARIANCE_TYPES, ReverseProcess
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Walk:
+    """The chain that `step` walks.
+
+    Args:
+        chains: of the network.
+        path: the steps.
+        eta: of DDIM.
+
+    Raises:
+        ValueError: as `Chains.process`.
+    """
+
+    def __init__(self, chains: Chains, path: StoredPath, eta: float = 1.0):
+        self.path = path
+        self.process = chains.process(path, eta)
+        self._chains = chains
+        self._asked = path, chains.is_stored(path), eta
+        self._index = {timestep: i for i, timestep in enumerate(self.process.forward.timesteps.tolist())}
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[ReverseProcess, Tensor]] = {}
+
+    def is_of(self, chains: Chains, path: StoredPath, eta: float) -> bool:
+        """Whether it is the walk that these arguments would make.
+
+        Args:
+            chains: of the same network.
+            path: the steps.
+            eta: of DDIM.
+        """
+        return self._asked == (path, chains.is_stored(path), eta)
+
+    def index(self, timestep: int | Tensor) -> int:
+        """The chain index of a timestep.
+
+        Args:
+            timestep: one of the chain's.
+
+        Raises:
+            TypeError: no integer.
+            ValueError: a timestep outside the chain.
+        """
+        integer = timestep.dtype in _INTEGERS if isinstance(timestep, Tensor) else isinstance(timestep, Integral)
+        if not integer:
+            raise TypeError(f"`timestep` must be an integer, but got {timestep!r}.")
+        index = self._index.get(int(timestep))
+        if index is None and self._chains.is_blind(int(timestep)):
+            self._chains.process(None)
+        if index is None:
+            raise ValueError(
+                f"`timestep` {int(timestep)} is not part of the current chain of {len(self._index)} steps. Take it "
+                "from `scheduler.timesteps`, or include it in `set_timesteps(timesteps=...)`."
+            )
+        return index
+
+    def indices(self, timestep: Tensor, sample: Tensor) -> Tensor:
+        """The chain index of each sample's timestep, (B,).
+
+        Args:
+            timestep: one of the chain's for each sample, (B,).
+            sample: x_t, (B, C, *).
+
+        Raises:
+            TypeError: no integers.
+            ValueError: another shape, or a timestep outside the chain.
+        """
+        if timestep.dtype not in _INTEGERS:
+            raise TypeError(f"`timestep` must be an integer tensor, but got {timestep.dtype}.")
+        timestep, total = timestep.to(sample.device).long(), len(self._chains)
+        index = self._on(sample)[1][timestep.clamp(0, total - 1)]
+        inside = (timestep >= 0) & (timestep < total) & (index >= 0)
+        if timestep.shape != sample.shape[:1] or not bool(inside.all()):
+            raise ValueError(
+                f"A tensor `timestep` must hold one timestep of the current chain of {len(self._index)} steps for "
+                f"each of the {len(sample)} samples, but got {timestep.tolist()[:8]}. Take them from "
+                "`scheduler.timesteps`."
+            )
+        return index
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x_{t-1} and x_0_hat; arguments and errors as of `DDPMVLBScheduler.step`."""
+        process = self._on(sample)[0]
+        if not process.learns_variance and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
+        if isinstance(timestep, Tensor) and timestep.numel() > 1:
+            index = self.indices(timestep, sample)
+            p, x_0 = process(model_output, sample, index)
+            noise = _draw(model_output, sample, generator)
+            # Selected, not multiplied by zero: no noise on the last step, whatever its variance.
+            last = (index == 0).reshape(-1, *[1] * (sample.ndim - 1))
+            previous = torch.where(last, p.mean, p.sample(noise))
+        else:
+            step = self.index(timestep)
+            p, x_0 = process(model_output, sample, step)
+            previous = p.mean if step == 0 or process.eta == 0 else p.sample(_draw(model_output, sample, generator))
+        if sample.dtype != previous.dtype:
+            previous, x_0 = previous.to(sample.dtype), x_0.to(sample.dtype)
+        return previous, x_0
+
+    def stock_variance(self, timestep: int | Tensor, predicted_variance: Tensor | None, name: str) -> Tensor | None:
+        """A diagnostic with stock's values, which `step` does not use.
+
+        It differs from `step` at the chain's last timestep: the variance is not borrowed there but the posterior's 0,
+        clamped at 1e-20. And its unit goes by the type, as in stock: sigma for "fixed_small_log", log sigma^2 for
+        "fixed_large_log", "learned" and "learned_range", sigma^2 otherwise.
+
+        Args:
+            timestep: one of the chain's.
+            predicted_variance: the variance half of the network's output, for the learned types.
+            name: one of the six variance types.
+
+        Raises:
+            ValueError: a timestep outside the chain, an unknown type, or "learned_range" without its output.
+        """
+        if name not in VARIANCE_TYPES:
+            raise ValueError(f"`variance_type` must be one of {list(VARIANCE_TYPES)}, but got {name!r:.80}.")
+        if name == "learned":
+            return predicted_variance
+        index, forward = self.index(timestep), self.process.forward
+        small, large = forward.posterior_variance[index].clamp(min=1e-20), forward.betas[index]
+        if name == "learned_range":
+            if predicted_variance is None:
+                raise ValueError("`variance_type='learned_range'` needs `predicted_variance`.")
+            low, high = small.log().float(), large.log().float()
+            fraction = (predicted_variance + 1) / 2
+            return fraction * high + (1 - fraction) * low
+        values = {"fixed_small": small, "fixed_small_log": small.sqrt(), "fixed_large": large}
+        return values.get(name, large.log()).float()
+
+    def _on(self, sample: Tensor) -> tuple[ReverseProcess, Tensor]:
+        """The tables for a sample, and timestep -> index."""
+        key = sample.device, sample.dtype
+        if key not in self._tables:
+            lookup = torch.full((len(self._chains),), -1)
+            lookup[self.process.forward.timesteps] = torch.arange(len(self.process.forward))
+            dtype = torch.promote_types(sample.dtype, torch.float32)
+            self._tables[key] = self.process.to(sample.device, dtype), lookup.to(sample.device)
+        return self._tables[key]
+
+
+def _draw(model_output: Tensor, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """Noise in the network's dtype, as stock draws it, so that the same generator gives the same image."""
+    if generator is None:  # the same draws as randn_tensor's, without its checks
+        noise = torch.randn_like(sample, dtype=model_output.dtype, memory_format=torch.contiguous_format)
+    else:
+        noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
+    return promote_half(noise)
