@@ -45,6 +45,9 @@ ORDER = (
     "scheduling_ddpm_vlb",
     "card_results",
     "model_card",
+    "repositories",
+    "guidance",
+    "swapped_schedulers",
     "pipeline_ddpm_vlb",
 )
 MATHEMATICS = ORDER[: ORDER.index("configurations")]
@@ -61,6 +64,9 @@ SIBLINGS = {
     "few_step_store": {"respacing"},
     "card_results": set(),
     "model_card": {"card_results"},
+    "repositories": set(),
+    "guidance": set(),
+    "swapped_schedulers": {"scheduling_ddpm_vlb"},
 }
 # The console command stands above all of this: test_wings.py.
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem not in ("__init__", "cli"))

@@ -28,7 +28,7 @@ from test_pipeline_ddpm_vlb import pipeline, quiet, sample, tiny_unet
 
 import ddpm_vlb
 from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
-from ddpm_vlb.pipeline_ddpm_vlb import CODE_FILES
+from ddpm_vlb.repositories import CODE_FILES
 
 # Before 0.38 stock runs what `custom_pipeline=` names without `trust_remote_code`.
 STOCK_ASKS = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 38)

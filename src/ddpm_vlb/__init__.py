@@ -9,7 +9,8 @@ from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vl
 from .model_card import model_card
 from .optimal_paths import optimal_paths
 from .pilot import ControlVariate, Pilot, fit_pilot
-from .pipeline_ddpm_vlb import CODE_FILES, DDPMVLBPipeline, forget_origin, write_code
+from .pipeline_ddpm_vlb import DDPMVLBPipeline
+from .repositories import CODE_FILES, forget_origin, write_code
 from .respacing import ALL_SPACINGS, TIMESTEP_SPACINGS, VARIANCES, SquaredErrors, StoredPath, spaced_timesteps
 from .reverse_process import PREDICTION_TYPES, VARIANCE_TYPES, Prediction, ReverseProcess
 from .schedules import BETA_SCHEDULES, beta_start_for_levels, make_betas, rescale_betas_zero_snr

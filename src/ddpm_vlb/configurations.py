@@ -1,17 +1,20 @@
 """Configurations of schedulers and pipelines: reading those that come from anybody, and what of ours is saved.
 
 A configuration of another class is taken over by what defines the chain; anything that Python would let pass, or fail
-on somewhere deep, is refused here.
+on somewhere deep, is refused here. So is an index of a pipeline that asks for code or names no DDPM.
 """
 
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import pipelines
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 
 from .respacing import TIMESTEP_SPACINGS, VARIANCES
@@ -62,6 +65,7 @@ _MODEL_DEFINING = {
     "prediction_type",
     "rescale_betas_zero_snr",
 }
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
 def read_config(json_file: str | os.PathLike[str], dduf_entries: Any = None) -> dict[str, Any]:
@@ -175,3 +179,57 @@ def portable_values(values: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in values.items() if k not in OWN_DEFAULTS or v != OWN_DEFAULTS[k]}
     unset = set(kept.pop("_use_default_values", ())) - _MODEL_DEFINING - set(OWN_DEFAULTS)
     return kept | {"_use_default_values": sorted(unset)} if unset else kept
+
+
+def check_index(index: dict[str, Any]) -> None:
+    """Refuse a model_index.json that is no DDPM's, or that names components by anything but identifiers.
+
+    diffusers makes paths of these names.
+
+    Args:
+        index: its content.
+
+    Raises:
+        ValueError: such an index.
+    """
+    missing = sorted({"unet", "scheduler"} - set(index))
+    if missing:
+        raise ValueError(f"model_index.json must name the components 'unet' and 'scheduler', but lacks {missing}.")
+    for name, entry in index.items():
+        if name.startswith("_"):
+            continue
+        pair = isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
+        if name in ("unet", "scheduler") and not pair:
+            raise ValueError(f"model_index.json must give `{name}` as [library, class], but gives {entry!r:.80}.")
+        names = [name, *entry] if pair else [name]
+        bad = [own for own in names if not _IDENTIFIER.fullmatch(own)]
+        if bad:
+            raise ValueError(f"model_index.json must name components by identifiers, but holds {bad[0]!r:.80}.")
+        if pair and name not in ("unet", "scheduler"):
+            raise ValueError(
+                f"model_index.json must name 'unet' and 'scheduler' only, but names {name!r:.80} too, as another kind "
+                "of pipeline. Load its parts, and make a DDPMVLBPipeline of its network and scheduler."
+            )
+
+
+def check_no_code(index: dict[str, Any], folder: Path) -> None:
+    """Refuse an index that asks for code; older versions of diffusers run what a folder has without being told to.
+
+    Args:
+        index: the content of model_index.json, as `check_index` accepts it.
+        folder: where it lies, if it is a folder.
+
+    Raises:
+        ValueError: such an index.
+    """
+    wanted = [index["_class_name"]] if isinstance(index.get("_class_name"), (list, tuple)) else []
+    for name in ("unet", "scheduler"):
+        library = index[name][0]
+        known = library in ("diffusers", "transformers") or library in sys.modules or hasattr(pipelines, library)
+        if not known or (folder / name / f"{library}.py").exists():
+            wanted.append(index[name])
+    if wanted:
+        raise ValueError(
+            f"model_index.json asks for {wanted[0]!r:.80}, which is code of the repository or a module that was not "
+            "imported. Read the code first; `trust_remote_code=True` then runs it."
+        )

@@ -4,74 +4,37 @@ What it saves is plain diffusers wherever stock can sample it rightly: `Diffusio
 `DDPMPipeline`, `DDPMVLBPipeline.from_pretrained` gives this class, from the same files.
 """
 
-import inspect
+import functools
 import json
 import os
-import re
-import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import (
-    DDPMParallelScheduler,
-    DDPMScheduler,
-    DiTTransformer2DModel,
-    UnCLIPScheduler,
-    UNet2DModel,
-    pipelines,
-)
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi, ModelCard, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
 
-from .configurations import read_config
+from .configurations import check_index, check_no_code, read_config
 from .few_step_store import check_image_shape
+from .guidance import Guidance
 from .model_card import model_card
+from .repositories import forget_origin, local_folder, read_index, write_card, write_code
 from .scheduling_ddpm_vlb import _INDEX_IS_OURS, DDPMVLBScheduler
+from .swapped_schedulers import mean_half_whole, set_timesteps, step_options, takes_variance, warn_of_another_chain
 
 logger = logging.get_logger(DiffusionPipeline.__module__)
-# The schedulers whose `step` takes the variance half of the channels; all others get the mean half only.
-_TAKES_VARIANCE = (DDPMVLBScheduler, DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)
 _PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder", "card")
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-_IDENTIFIER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# What a repository carries so that diffusers runs this class where the package is not installed; a name from each.
-_CODE = {
-    "distributions": "DiagonalGaussian",
-    "schedules": "make_betas",
-    "forward_process": "ForwardProcess",
-    "reverse_process": "ReverseProcess",
-    "respacing": "spaced_timesteps",
-    "configurations": "read_config",
-    "few_step_store": "FewStepStore",
-    "chains": "Chains",
-    "walk": "Walk",
-    "scheduling_ddpm_vlb": "DDPMVLBScheduler",
-    "card_results": "check_metrics",
-    "model_card": "model_card",
-    "pipeline_ddpm_vlb": "DDPMVLBPipeline",
-}
-CODE_FILES = ("pipeline.py", *(f"{name}.py" for name in _CODE))
-# diffusers copies from a folder only what this one file imports itself, so it imports them all.
-_PIPELINE_FILE = """\
-# SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: F401
-# DDPMVLBPipeline for `DiffusionPipeline.from_pretrained(..., custom_pipeline=..., trust_remote_code=True)`.
-# The modules beside this file are those of the package ddpm-vlb, as they are.
-
-"""
 
 
 class DDPMVLBPipeline(DiffusionPipeline):
@@ -113,26 +76,12 @@ class DDPMVLBPipeline(DiffusionPipeline):
         where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         subfolder = kwargs.pop("subfolder", None)
         if subfolder is not None:
-            root = pretrained_model_name_or_path
-            if not os.path.isdir(root):
-                where.pop("proxies", None)
-                root = snapshot_download(str(root), allow_patterns=f"{subfolder}/*", **where)
-            return cls.from_pretrained(Path(root, subfolder), **kwargs)
-        try:
-            index, commit = cls.load_config(pretrained_model_name_or_path, return_commit_hash=True, **where)
-        except OSError as error:
-            # diffusers takes "not in the cache, and no connection" for "not in the repository".
-            if isinstance(error.__context__, LocalEntryNotFoundError):
-                raise OSError(
-                    f"{pretrained_model_name_or_path} is not in the cache, and the Hub was not asked or not reached: "
-                    f"{error.__context__}"
-                ) from error
-            raise
-        if commit is not None:  # all files of one commit, whatever is pushed meanwhile
-            kwargs["revision"] = where["revision"] = commit
-        _check_index(index)
+            return cls.from_pretrained(local_folder(pretrained_model_name_or_path, subfolder, where), **kwargs)
+        index, where = read_index(cls.load_config, pretrained_model_name_or_path, where)
+        kwargs |= where
+        check_index(index)
         if not kwargs.get("trust_remote_code"):
-            _check_no_code(index, Path(pretrained_model_name_or_path))
+            check_no_code(index, Path(pretrained_model_name_or_path))
         if "scheduler" not in kwargs:
             if list(index.get("scheduler", ())) == ["diffusers", "DDPMScheduler"]:
                 kwargs["scheduler"] = DDPMVLBScheduler.from_pretrained(
@@ -229,12 +178,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
             self.save_pretrained(folder, safe_serialization, variant, max_shard_size, include_code=include_code)
             forget_origin(Path(folder))
             if subfolder is None:
-                if card is None and api.file_exists(repo_id, "README.md"):
-                    logger.warning(f"{repo_id} keeps its model card. If it describes other weights, pass `card=`.")
-                elif card is None:
-                    card = model_card(self, repo_id, includes_code=include_code)
-                if card is not None:
-                    card.save(Path(folder, "README.md"))
+                own = functools.partial(model_card, self, repo_id, includes_code=include_code)
+                write_card(Path(folder), api, repo_id, card, own)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -286,87 +231,43 @@ class DDPMVLBPipeline(DiffusionPipeline):
                 network does not take or that do not match the batch, guidance without labels, or steps that the
                 scheduler refuses.
         """
-        labels, null_labels = self._labels(batch_size, class_labels, guidance_scale, null_class_label)
+        device = self._execution_device
+        classes = class_labels, guidance_scale, null_class_label, self.num_classes
+        guidance = Guidance.of(batch_size, *classes, device)
         self._check_inputs(output_type, callback_on_step_end_tensor_inputs, num_inference_steps, timesteps)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` must be one or a list of {batch_size}, but it holds {len(generator)}.")
-        device = self._execution_device
         size = self.unet.config.sample_size
         spatial = (size, size) if isinstance(size, int) else tuple(size)
         shape = (batch_size, self.unet.config.in_channels, *spatial)
         # The chain runs in float32 whatever the network's precision: in half the last steps' noise would be lost.
         image = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        self._set_timesteps(num_inference_steps, timesteps, timestep_spacing, eta, device)
-        image = image * self.scheduler.init_noise_sigma
-        accepts = inspect.signature(self.scheduler.step).parameters
-        options: dict[str, Any] = {"generator": generator} if "generator" in accepts else {}
-        if eta is not None and not isinstance(self.scheduler, DDPMVLBScheduler):
-            if "eta" not in accepts:
-                raise ValueError(f"{type(self.scheduler).__name__} takes no `eta`: leave it out.")
-            options["eta"] = eta
-        steps = self.scheduler.timesteps
-        if self.scheduler.config.get("rescale_betas_zero_snr") and self.scheduler.alphas_cumprod[-1] > 1e-6:
-            logger.warning(
-                f"{type(self.scheduler).__name__} does not know `rescale_betas_zero_snr` and samples another chain "
-                "than this network was trained on. Take one that does, such as DDIMScheduler."
-            )
-        self._num_timesteps = len(steps)
         scheduler = self.scheduler
+        set_timesteps(scheduler, num_inference_steps, timesteps, timestep_spacing, eta, device)
+        image = image * scheduler.init_noise_sigma
+        options = step_options(scheduler, generator, eta)
+        steps = scheduler.timesteps
+        warn_of_another_chain(scheduler)
+        self._num_timesteps = len(steps)
         for i, timestep in enumerate(self.progress_bar(steps.tolist())):
             # Only a scheduler with fractional timesteps (Euler, LMS) needs its own tensor back.
             t = timestep if isinstance(timestep, int) else steps[i]
-            output = self._predict(image, t, labels, null_labels, guidance_scale)
-            if "prev_timestep" in accepts:  # UnCLIP takes t - 1 unless told
+            output = self._predict(image, t, guidance)
+            if "prev_timestep" in options:
                 options["prev_timestep"] = int(steps[i + 1]) if i + 1 < len(steps) else None
-            with _mean_half_whole(scheduler):
+            with mean_half_whole(scheduler):
                 image = scheduler.step(output, t, image, **options, return_dict=False)[0]
             if callback_on_step_end is not None:
                 tensors = {name: image for name in callback_on_step_end_tensor_inputs}
                 image = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", image)
-        if type(self.scheduler) is not DDPMVLBScheduler and not bool(image.isfinite().all()):
+        if type(scheduler) is not DDPMVLBScheduler and not bool(image.isfinite().all()):
             raise ValueError(
-                f"{type(self.scheduler).__name__} gave values that are not finite in {len(steps)} steps. Multistep "
+                f"{type(scheduler).__name__} gave values that are not finite in {len(steps)} steps. Multistep "
                 "solvers need fewer steps than the chain has: pass a smaller `num_inference_steps`."
             )
         images = self._finish(image, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _labels(
-        self, batch_size: int, class_labels: Any, guidance_scale: float, null_class_label: int | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1, but got {batch_size!r}.")
-        classes = self.num_classes
-        if class_labels is None:
-            if guidance_scale != 1.0:
-                raise ValueError(
-                    "`guidance_scale` needs `class_labels`: without a class there is nothing to guide to."
-                )
-            if classes is not None:
-                raise ValueError(f"This network is class-conditional: pass `class_labels` (0 .. {classes - 1}).")
-            return None, None
-        if classes is None:
-            raise ValueError("`class_labels` were given, but this network is unconditional. Leave them out.")
-        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
-        if labels.is_floating_point() or len(labels) not in (1, batch_size):
-            raise ValueError(
-                f"`class_labels` must be one integer, or one for each of the `batch_size={batch_size}` images, "
-                f"but got {class_labels!r}."
-            )
-        null = classes - 1 if null_class_label is None else null_class_label
-        if int(labels.min()) < 0 or int(labels.max()) >= classes or not 0 <= null < classes:
-            raise ValueError(
-                f"`class_labels` and `null_class_label` must lie in 0 .. {classes - 1}, but got {labels.tolist()[:8]} "
-                f"and {null}."
-            )
-        labels = labels.long().expand(batch_size)
-        if guidance_scale != 1.0 and bool((labels == null).any()):
-            raise ValueError(
-                f"`class_labels` holds {null}, which stands for no class under guidance: there is nothing to guide "
-                "to. Pass the label that the network was trained to take for no class as `null_class_label`."
-            )
-        return labels, torch.full_like(labels, null) if guidance_scale != 1.0 else None
 
     @property
     def num_timesteps(self) -> int:
@@ -398,52 +299,14 @@ class DDPMVLBPipeline(DiffusionPipeline):
         if num_inference_steps is not None and timesteps is not None:
             raise ValueError("Pass only one of `num_inference_steps` and `timesteps`.")
 
-    def _set_timesteps(
-        self,
-        num_inference_steps: int | None,
-        timesteps: Sequence[int] | None,
-        timestep_spacing: str | None,
-        eta: float | None,
-        device: torch.device,
-    ) -> None:
-        scheduler = self.scheduler
-        options: dict[str, Any] = {}
-        if isinstance(scheduler, DDPMVLBScheduler):
-            options = {"timestep_spacing": timestep_spacing, "eta": 1.0 if eta is None else eta}
-        elif timestep_spacing is not None:
-            raise ValueError(
-                f"{type(scheduler).__name__} takes no `timestep_spacing` here: it is in its configuration."
-            )
-        if timesteps is None:
-            num = scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
-            scheduler.set_timesteps(num, device=device, **options)
-        elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(timesteps=list(timesteps), device=device, **options)
-        else:
-            raise ValueError(f"{type(scheduler).__name__} takes no `timesteps`: pass `num_inference_steps`.")
-
-    def _predict(
-        self, image: Tensor, timestep: Any, labels: Tensor | None, null_labels: Tensor | None, guidance_scale: float
-    ) -> Tensor:
+    def _predict(self, image: Tensor, timestep: Any, guidance: Guidance) -> Tensor:
         """The network's output for the scheduler: guided, and cut to the mean half where that is all it takes."""
         sample = self.scheduler.scale_model_input(image, timestep).to(self.unet.dtype)
+        output = guidance.output(lambda x, labels: self._call_unet(x, timestep, labels), sample)
         channels = image.shape[1]
-        if null_labels is not None:
-            assert labels is not None
-            both = self._call_unet(torch.cat([sample, sample]), timestep, torch.cat([labels, null_labels]))
-            output, unconditional = both.float().chunk(2)
-            mean = torch.lerp(unconditional[:, :channels], output[:, :channels], guidance_scale)
-            output = torch.cat([mean, output[:, channels:]], dim=1)
-        else:
-            output = self._call_unet(sample, timestep, labels).float()
-        if output.shape[1] == 2 * channels and not self._scheduler_takes_variance:
+        if output.shape[1] == 2 * channels and not takes_variance(self.scheduler):
             output = output[:, :channels]
         return output
-
-    @property
-    def _scheduler_takes_variance(self) -> bool:
-        learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
-        return learned and isinstance(self.scheduler, _TAKES_VARIANCE)
 
     def _call_unet(self, sample: Tensor, timestep: Any, labels: Tensor | None) -> Tensor:
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
@@ -485,82 +348,3 @@ class DDPMVLBPipeline(DiffusionPipeline):
         if self.portable:
             index["_class_name"] = "DDPMPipeline"
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-@contextmanager
-def _mean_half_whole(scheduler: SchedulerMixin) -> Iterator[None]:
-    """Hide a learned variance type where it has no use: the DPM-Solvers then cut their input to 3 channels."""
-    variance_type = scheduler.config.get("variance_type")
-    hide = str(variance_type).startswith("learned") and not isinstance(scheduler, _TAKES_VARIANCE)
-    if hide:
-        scheduler.register_to_config(variance_type=None)
-    try:
-        yield
-    finally:
-        if hide:
-            scheduler.register_to_config(variance_type=variance_type)
-
-
-def write_code(folder: Path) -> None:
-    """Write this package's modules, and the pipeline.py that diffusers looks for, into a folder.
-
-    Args:
-        folder: where model_index.json lies; made if it is not there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _CODE:
-        shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
-    imports = "\n".join(f"from .{name} import {public}" for name, public in _CODE.items())
-    (folder / "pipeline.py").write_text(f"{_PIPELINE_FILE}{imports}\n", encoding="utf-8")
-
-
-def forget_origin(folder: Path) -> None:
-    """Take diffusers' note of where a pipeline was loaded from, a path of this machine, out of its saved files.
-
-    Args:
-        folder: where model_index.json lies.
-    """
-    for file in (folder / "model_index.json", *folder.glob("*/config.json"), *folder.glob("*/*_config.json")):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _check_no_code(index: dict[str, Any], folder: Path) -> None:
-    """Refuse an index that asks for code; older versions of diffusers run what a folder has without being told to."""
-    wanted = [index["_class_name"]] if isinstance(index.get("_class_name"), (list, tuple)) else []
-    for name in ("unet", "scheduler"):
-        library = index[name][0]
-        known = library in ("diffusers", "transformers") or library in sys.modules or hasattr(pipelines, library)
-        if not known or (folder / name / f"{library}.py").exists():
-            wanted.append(index[name])
-    if wanted:
-        raise ValueError(
-            f"model_index.json asks for {wanted[0]!r:.80}, which is code of the repository or a module that was not "
-            "imported. Read the code first; `trust_remote_code=True` then runs it."
-        )
-
-
-def _check_index(index: dict[str, Any]) -> None:
-    """Refuse a model_index.json that is no DDPM's, or that names components by anything but identifiers.
-
-    diffusers makes paths of these names.
-    """
-    missing = sorted({"unet", "scheduler"} - set(index))
-    if missing:
-        raise ValueError(f"model_index.json must name the components 'unet' and 'scheduler', but lacks {missing}.")
-    for name, entry in index.items():
-        if name.startswith("_"):
-            continue
-        pair = isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
-        if name in ("unet", "scheduler") and not pair:
-            raise ValueError(f"model_index.json must give `{name}` as [library, class], but gives {entry!r:.80}.")
-        names = [name, *entry] if pair else [name]
-        bad = [own for own in names if not _IDENTIFIER.fullmatch(own)]
-        if bad:
-            raise ValueError(f"model_index.json must name components by identifiers, but holds {bad[0]!r:.80}.")
-        if pair and name not in ("unet", "scheduler"):
-            raise ValueError(
-                f"model_index.json must name 'unet' and 'scheduler' only, but names {name!r:.80} too, as another kind "
-                "of pipeline. Load its parts, and make a DDPMVLBPipeline of its network and scheduler."
-            )

@@ -1,0 +1,99 @@
+"""Classes of a batch of images, and classifier-free guidance to them.
+
+Source: Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", with the scale as diffusers counts it: 1 is none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """What a network is told of the classes of its images.
+
+    Args:
+        labels: (B,) int64; None for an unconditional network.
+        null_labels: those that stand for no class, (B,) int64; None without guidance.
+        scale: g of uncond + g (cond - uncond), on the mean half; the variance half is the conditional one.
+    """
+
+    labels: Tensor | None = None
+    null_labels: Tensor | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        batch_size: int,
+        class_labels: Any,
+        scale: float,
+        null_class_label: int | None,
+        classes: int | None,
+        device: torch.device | str,
+    ) -> "Guidance":
+        """That of a call of the pipeline.
+
+        Args:
+            batch_size: B.
+            class_labels: a class for all images or one for each; None for an unconditional network.
+            scale: g.
+            null_class_label: the label that stands for no class; the network's last when None.
+            classes: number of labels that the network takes; None for an unconditional one.
+            device: where the labels shall live.
+
+        Raises:
+            ValueError: no batch, labels that the network does not take or that do not match the batch, or guidance
+                without labels.
+        """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be an integer of at least 1, but got {batch_size!r}.")
+        if class_labels is None:
+            if scale != 1.0:
+                raise ValueError(
+                    "`guidance_scale` needs `class_labels`: without a class there is nothing to guide to."
+                )
+            if classes is not None:
+                raise ValueError(f"This network is class-conditional: pass `class_labels` (0 .. {classes - 1}).")
+            return cls()
+        if classes is None:
+            raise ValueError("`class_labels` were given, but this network is unconditional. Leave them out.")
+        labels = torch.as_tensor(class_labels, device=device).reshape(-1)
+        if labels.is_floating_point() or len(labels) not in (1, batch_size):
+            raise ValueError(
+                f"`class_labels` must be one integer, or one for each of the `batch_size={batch_size}` images, "
+                f"but got {class_labels!r}."
+            )
+        null = classes - 1 if null_class_label is None else null_class_label
+        if int(labels.min()) < 0 or int(labels.max()) >= classes or not 0 <= null < classes:
+            raise ValueError(
+                f"`class_labels` and `null_class_label` must lie in 0 .. {classes - 1}, but got {labels.tolist()[:8]} "
+                f"and {null}."
+            )
+        labels = labels.long().expand(batch_size)
+        if scale == 1.0:
+            return cls(labels)
+        if bool((labels == null).any()):
+            raise ValueError(
+                f"`class_labels` holds {null}, which stands for no class under guidance: there is nothing to guide "
+                "to. Pass the label that the network was trained to take for no class as `null_class_label`."
+            )
+        return cls(labels, torch.full_like(labels, null), scale)
+
+    def output(self, call: Callable[[Tensor, Tensor | None], Tensor], sample: Tensor) -> Tensor:
+        """The network's output, guided, in float32.
+
+        Args:
+            call: the network, called as call(sample, labels).
+            sample: its input (B, C, *).
+        """
+        if self.labels is None or self.null_labels is None:
+            return call(sample, self.labels).float()
+        both = call(torch.cat([sample, sample]), torch.cat([self.labels, self.null_labels]))
+        output, unconditional = both.float().chunk(2)
+        channels = sample.shape[1]
+        mean = torch.lerp(unconditional[:, :channels], output[:, :channels], self.scale)
+        return torch.cat([mean, output[:, channels:]], dim=1)

@@ -1,0 +1,129 @@
+"""Repositories of pipelines, in folders and on the Hub: reading one commit, and what is written beside weights."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+logger = logging.get_logger(DiffusionPipeline.__module__)
+# What a repository carries so that diffusers runs our pipeline where the package is not installed; a name from each.
+_CODE = {
+    "distributions": "DiagonalGaussian",
+    "schedules": "make_betas",
+    "forward_process": "ForwardProcess",
+    "reverse_process": "ReverseProcess",
+    "respacing": "spaced_timesteps",
+    "configurations": "read_config",
+    "few_step_store": "FewStepStore",
+    "chains": "Chains",
+    "walk": "Walk",
+    "scheduling_ddpm_vlb": "DDPMVLBScheduler",
+    "card_results": "check_metrics",
+    "model_card": "model_card",
+    "repositories": "write_code",
+    "guidance": "Guidance",
+    "swapped_schedulers": "takes_variance",
+    "pipeline_ddpm_vlb": "DDPMVLBPipeline",
+}
+CODE_FILES = ("pipeline.py", *(f"{name}.py" for name in _CODE))
+# diffusers copies from a folder only what this one file imports itself, so it imports them all.
+_PIPELINE_FILE = """\
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: F401
+# DDPMVLBPipeline for `DiffusionPipeline.from_pretrained(..., custom_pipeline=..., trust_remote_code=True)`.
+# The modules beside this file are those of the package ddpm-vlb, as they are.
+
+"""
+
+
+def local_folder(name: str | os.PathLike[str], subfolder: str, where: dict[str, Any]) -> Path:
+    """A folder of a repository on this machine, downloaded where the repository is on the Hub.
+
+    Args:
+        name: a folder, or the name of a Hub repository.
+        subfolder: of it.
+        where: arguments of `snapshot_download`.
+
+    Raises:
+        OSError: what the Hub answers.
+    """
+    if not os.path.isdir(name):
+        options = {key: value for key, value in where.items() if key != "proxies"}
+        name = snapshot_download(str(name), allow_patterns=f"{subfolder}/*", **options)
+    return Path(name, subfolder)
+
+
+def read_index(
+    load_config: Callable[..., Any], name: str | os.PathLike[str], where: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of model_index.json, and where to read all other files of the same commit.
+
+    Args:
+        load_config: of a pipeline's class.
+        name: a folder, or the name of a Hub repository.
+        where: arguments of `from_pretrained`.
+
+    Raises:
+        OSError, ValueError: as `load_config`.
+    """
+    try:
+        index, commit = load_config(name, return_commit_hash=True, **where)
+    except OSError as error:
+        # diffusers takes "not in the cache, and no connection" for "not in the repository".
+        if isinstance(error.__context__, LocalEntryNotFoundError):
+            raise OSError(
+                f"{name} is not in the cache, and the Hub was not asked or not reached: {error.__context__}"
+            ) from error
+        raise
+    # All files of one commit, whatever is pushed meanwhile.
+    return index, where if commit is None else where | {"revision": commit}
+
+
+def write_code(folder: Path) -> None:
+    """Write this package's modules, and the pipeline.py that diffusers looks for, into a folder.
+
+    Args:
+        folder: where model_index.json lies; made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _CODE:
+        shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+    imports = "\n".join(f"from .{name} import {public}" for name, public in _CODE.items())
+    (folder / "pipeline.py").write_text(f"{_PIPELINE_FILE}{imports}\n", encoding="utf-8")
+
+
+def forget_origin(folder: Path) -> None:
+    """Take diffusers' note of where a pipeline was loaded from, a path of this machine, out of its saved files.
+
+    Args:
+        folder: where model_index.json lies.
+    """
+    for file in (folder / "model_index.json", *folder.glob("*/config.json"), *folder.glob("*/*_config.json")):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_card(
+    folder: Path, api: HfApi, repo_id: str, card: ModelCard | None, default: Callable[[], ModelCard]
+) -> None:
+    """Write a card into a folder that is about to be uploaded, unless the repository shall keep its own.
+
+    Args:
+        folder: where model_index.json lies.
+        api: of the Hub.
+        repo_id: the repository.
+        card: None keeps the repository's own.
+        default: makes one where there is none.
+    """
+    if card is None and api.file_exists(repo_id, "README.md"):
+        logger.warning(f"{repo_id} keeps its model card. If it describes other weights, pass `card=`.")
+        return
+    (default() if card is None else card).save(folder / "README.md")
