@@ -11,8 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import reference
-import test_golden
 import torch
 from analytic import (
     BETAS,
@@ -22,45 +20,26 @@ from analytic import (
     expected_prior,
     expected_terms,
     images,
-    oracle,
     population_bits,
     process,
 )
+from estimates import FACTOR, UNIT, fitted_pilot, setting
 from scipy.stats import chi2
 from torch import Tensor
 
 from ddpm_vlb import (
-    ForwardProcess,
     GaussianModel,
     Pilot,
-    ReverseProcess,
     VLBEstimate,
     VLBEstimator,
     VLBScores,
     estimate_from_scores,
     estimate_vlb,
-    evaluate_vlb,
     fit_pilot,
     make_betas,
-    prior_kl,
-    vlb_term,
 )
-from ddpm_vlb.evaluation import image_generator
 
-FACTOR = 0.8  # the network is wrong by so much, so that no control variate explains all of it
-UNIT = 1 / (16 * math.log(2))
 DECREASING = 1 / (1 + torch.arange(T).double())
-
-
-def setting(levels: int | None = None, **options) -> tuple[ReverseProcess, PosteriorMean]:
-    reverse = process(levels, **options)
-    return reverse, PosteriorMean(reverse.forward, FACTOR)
-
-
-def fitted_pilot(levels: int | None = None) -> Pilot:
-    """A pilot as it should be."""
-    reverse, model = setting(levels)
-    return fit_pilot(model, reverse, images(100, levels=levels, seed=1))
 
 
 def bad_pilot(levels: int | None = None) -> Pilot:
@@ -408,122 +387,6 @@ def test_images_get_different_draws(estimator):
     assert per_image[0] != per_image[1]
 
 
-# --- the full loop
-
-
-class Listener:
-    """A network that remembers its inputs by (label, timestep)."""
-
-    def __init__(self, model):
-        self.model, self.heard = model, {}
-
-    def __call__(self, x_t: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        for x, timestep, label in zip(x_t, timesteps.tolist(), class_labels.tolist()):
-            assert (label, timestep) not in self.heard, "a pair was scored twice"
-            self.heard[label, timestep] = x
-        return self.model(x_t, timesteps)
-
-    def noise(self, q: ForwardProcess, x_0: Tensor) -> Tensor:
-        """The noise (T, B, C, *) that made x_t, which was drawn in float32."""
-        heard = [[self.heard[label, timestep] for label in range(len(x_0))] for timestep in q.timesteps.tolist()]
-        shape = -1, *[1] * x_0.ndim
-        signal, sigma = q.sqrt_alphas_cumprod.reshape(shape), q.sqrt_one_minus_alphas_cumprod.reshape(shape)
-        return ((torch.stack([torch.stack(row) for row in heard]) - signal * x_0) / sigma).float().double()
-
-
-def full_loop(model, reverse: ReverseProcess, x_0: Tensor) -> tuple[VLBScores, Tensor]:
-    """Scores of every step, and the noise that they were made with."""
-    listener = Listener(model)
-    scorer = VLBEstimator(listener, reverse, estimator="full", values_per_call=7 * x_0[0].numel())
-    scores = scorer.score(x_0, range(len(x_0)), {"class_labels": torch.arange(len(x_0))})[0]
-    return scores, listener.noise(reverse.forward, x_0)
-
-
-@pytest.mark.parametrize("levels", [None, 17])
-@pytest.mark.parametrize("clip", [False, True])
-def test_full_loop_equals_a_hand_loop(levels, clip):
-    """The prior plus one vlb_term for each step, with noise from the image's own generator, step after step."""
-    reverse, model = setting(levels, clip_sample=clip)
-    x_0, seed = images(3, levels=levels), 4
-    total = prior_kl(reverse, x_0).clone()
-    for position in range(3):
-        generator = image_generator(seed, position)
-        for step in range(T):
-            noise = torch.randn(x_0.shape[1:], generator=generator)[None].double()
-            diffused = reverse.forward.diffuse(x_0[position : position + 1], torch.tensor([step]), noise)
-            total[position] += vlb_term(reverse, model(diffused.x_t, diffused.t), diffused)[0]
-    result = estimate_vlb(model, reverse, x_0.split(2), seed=seed, estimator="full")
-    torch.testing.assert_close(result.per_image, total * UNIT, rtol=1e-12, atol=0)
-
-
-def toy(x_t: np.ndarray, timesteps: np.ndarray, learns_variance: bool) -> np.ndarray:
-    """A smooth function of x_t and the timestep."""
-    u = timesteps.reshape(-1, *[1] * (x_t.ndim - 1)) / T
-    mean = 1.2 * np.tanh(1.3 * x_t + 0.7 * u)
-    return np.concatenate([mean, np.tanh(0.8 * x_t - 1.1 * u)], axis=1) if learns_variance else mean
-
-
-@pytest.mark.parametrize("kept", [None, [1, 4, 5, 9, 11]], ids=["whole", "respaced"])
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("levels", [256, 17, None])
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-def test_full_loop_is_the_independent_bound(prediction, variance, levels, clip, kept):
-    """For the noise it drew the full loop gives the bound of reference.py, which shares no code with it, to 1e-9."""
-    learns = variance in ("learned", "learned_range")
-    reverse = process(levels, prediction_type=prediction, variance_type=variance, clip_sample=clip)
-    reverse = reverse if kept is None else reverse.respace(kept)
-    x_0 = images(2, (2, 2, 2), levels)
-    scores, noise = full_loop(
-        lambda x_t, timesteps: torch.from_numpy(toy(x_t.numpy(), timesteps.numpy(), learns)), reverse, x_0
-    )
-    betas = BETAS.numpy() if kept is None else reference.respaced_betas(BETAS.numpy(), kept)
-    prior, terms = reference.bound(
-        reference.tables(betas),
-        prediction,
-        variance,
-        lambda x_t, timesteps: toy(x_t, timesteps, learns),
-        x_0.numpy(),
-        noise.numpy(),
-        kept,
-        1.0 if clip else None,
-        levels,
-    )
-    np.testing.assert_allclose(scores.prior, prior, rtol=1e-9)
-    np.testing.assert_allclose(scores.kl, terms[:, 1:].sum(1), rtol=1e-9)
-    np.testing.assert_allclose(scores.decoder, terms[:, 0], rtol=1e-9)
-    estimate = scores.estimate()
-    np.testing.assert_allclose(estimate.term_mean, terms.mean(0) / 8 / np.log(2), rtol=1e-9)
-    np.testing.assert_allclose(estimate.per_image, (prior + terms.sum(1)) / 8 / np.log(2), rtol=1e-9)
-
-
-@pytest.mark.parametrize("case", [case for case in test_golden.LOOPS if case.startswith("linear50.")])
-def test_full_loop_is_evaluate_vlb(case):
-    """On the networks and chains of the golden numbers, which hold evaluate_vlb, both give the same for one noise."""
-    schedule, model, mean, variance, clip = case.split(".")
-    reverse, x_0 = test_golden.reverse(schedule, mean, variance, clip), test_golden.inputs("x0")
-    network = test_golden.closed_form(schedule, model, variance)
-    scores, noise = full_loop(network, reverse, x_0)
-    expected = evaluate_vlb(network, reverse, x_0, noise=noise)
-    torch.testing.assert_close(scores.prior, expected.prior, rtol=1e-12, atol=0)
-    torch.testing.assert_close(scores.decoder, expected.terms[:, 0], rtol=1e-10, atol=0)
-    torch.testing.assert_close(scores.kl, expected.terms[:, 1:].sum(1), rtol=1e-10, atol=0)
-    torch.testing.assert_close(scores.estimate().per_image, expected.bits_per_dim, rtol=1e-10, atol=0)
-
-
-def test_full_loop_takes_its_noise_from_64_images():
-    """Of 70 images the first 64 are drawn twice, in another sweep; the value of none is changed by that."""
-    reverse, model = setting()
-    x_0 = images(70)
-    result = estimate_vlb(model, reverse, x_0.split(33), estimator="full")
-    assert len(model.told) == (70 + 64) * T
-    scorer = VLBEstimator(model, reverse, estimator="full")
-    first, second = (scorer.score(x_0, range(70), sweep=sweep)[0] for sweep in (0, 1))
-    torch.testing.assert_close(result.per_image, first.estimate().per_image, rtol=1e-12, atol=0)
-    gap = (first.kl + first.decoder - second.kl - second.decoder)[:64] * UNIT
-    assert result.noise_se == pytest.approx(math.sqrt(float(gap.square().mean()) / 2 / 70), rel=1e-12)
-
-
 # --- further reverse processes
 
 OTHERS = {
@@ -577,149 +440,6 @@ def test_processes_of_another_chain_are_refused():
     for other in others:
         with pytest.raises(ValueError, match="same chain"):
             estimate_vlb(model, reverse, [images(2)], also=[reverse, other])
-
-
-# --- conditioning
-
-
-@pytest.mark.parametrize("values_per_call", [1, 7 * 16, 65536])
-@pytest.mark.parametrize("estimator", ["importance", "full"])
-def test_every_pair_gets_its_image_s_label(estimator, values_per_call):
-    """A network that knows the answer from the label makes every KL exactly 0; shifted labels do not.
-
-    Its decoder depends on no noise, so that the second draw of the full loop, if it has the right labels, finds none.
-    """
-    reverse, x_0 = process(17), images(10, levels=17)
-    labels = torch.arange(10)
-
-    def scored(labels):
-        batches = [(part, {"class_labels": rows}) for part, rows in zip(x_0.split(4), labels.split(4))]
-        return estimate_vlb(oracle(x_0), reverse, batches, estimator=estimator, values_per_call=values_per_call)
-
-    right, wrong = scored(labels), scored(labels.roll(1))
-    assert right.kl == 0 and wrong.kl > 0.1
-    if estimator == "full":
-        assert right.noise_se == 0 and right.image_se > 0
-
-
-def test_conditioning_may_come_in_a_list():
-    """A DataLoader makes lists of pairs: they count as pairs, and batches with and without labels as batches."""
-    reverse, x_0 = process(17), images(4, levels=17)
-
-    class Items(torch.utils.data.Dataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, i):
-            return x_0[i], {"class_labels": i}
-
-    loader = torch.utils.data.DataLoader(Items(), batch_size=3)
-    assert estimate_vlb(oracle(x_0), reverse, loader).kl == 0
-
-
-def test_a_class_conditional_network_is_scored_by_its_labels():
-    """Two classes, of one network each: the bound with labels is that of each class under its own network.
-
-    The networks are linear with factors of 1 and 0.8, the second for one image in six; the estimate is within 4 noise
-    errors of the closed form, and further from what it would be with the labels exchanged.
-    """
-    reverse, x_0 = process(), images(60)
-    factors = torch.tensor([1.0, FACTOR]).double()
-    labels = (torch.arange(60) % 6 == 0).long()
-    base = PosteriorMean(reverse.forward)
-
-    def model(x_t, timesteps, class_labels):
-        return factors[class_labels].reshape(-1, 1, 1, 1) * base(x_t, timesteps)
-
-    told = {"class_labels": labels}
-    pilot = fit_pilot(model, reverse, images(100, seed=1), conditioning={"class_labels": torch.arange(100) % 2})
-    result = estimate_vlb(model, reverse, [(x_0, told)], pilot, calls_per_image=32)
-    one, two = (expected_bits(x_0, factor=float(factor)) for factor in factors)
-    assert abs(result.bits_per_dim - np.where(labels == 0, one, two).mean()) < 4 * result.noise_se
-    assert abs(result.bits_per_dim - np.where(labels == 0, two, one).mean()) > 4 * result.noise_se
-
-
-# --- errors
-
-
-@pytest.mark.parametrize("estimator", ["importance", "full"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_output_names_the_step_and_the_position_in_the_data(bad, estimator):
-    """The image is named by its place among all images, not in its batch or network call."""
-    reverse, x_0 = process(), images(11)
-
-    def model(x_t, timesteps, class_labels):
-        wrong = (class_labels == 8) & (timesteps == 4)
-        return torch.where(wrong.reshape(-1, 1, 1, 1), bad, torch.zeros_like(x_t))
-
-    batches = [(part, {"class_labels": rows}) for part, rows in zip(x_0.split(3), torch.arange(11).split(3))]
-    with pytest.raises(FloatingPointError, match=r"model's output.*t=4 \(timestep 4\), image 8\."):
-        estimate_vlb(model, reverse, batches, calls_per_image=96, estimator=estimator)
-    scorer = VLBEstimator(model, reverse, calls_per_image=96, estimator=estimator)
-    with pytest.raises(FloatingPointError, match=r"t=4 \(timestep 4\), image 1234\."):
-        scorer.score(x_0[8:9], [1234], {"class_labels": torch.tensor([8])})
-
-
-@pytest.mark.parametrize("batches", [[], iter(())])
-def test_empty_data_is_refused(batches):
-    """No batches at all raise instead of giving NaN."""
-    reverse, model = setting()
-    with pytest.raises(ValueError, match="no images"):
-        estimate_vlb(model, reverse, batches)
-
-
-@pytest.mark.parametrize(
-    ("calls", "number"), [(64, 1), (64, 0), (64, -2), (3, 4), (10, 4), (0, 2), (-8, 4), (1, None), (0, None)]
-)
-def test_impossible_numbers_are_refused(calls, number):
-    """Fewer than two replicates, or calls that do not divide among them, are refused."""
-    reverse, model = setting()
-    with pytest.raises(ValueError, match="num_replicates"):
-        estimate_vlb(model, reverse, [images(2)], calls_per_image=calls, num_replicates=number)
-
-
-def test_unknown_estimators_are_refused():
-    """An unknown name is answered with the list of those there are."""
-    reverse, model = setting()
-    with pytest.raises(ValueError, match=r"\['importance', 'full'\].*'ful'"):
-        estimate_vlb(model, reverse, [images(2)], estimator="ful")
-
-
-def test_the_pilot_must_fit_the_chain():
-    """Probabilities or a control variate of another length, or a probability of zero, are refused."""
-    reverse, model = setting()
-    for pilot in (torch.ones(T + 1), fit_pilot(model, reverse.respace([0, 5, T - 1]), images(9))):
-        with pytest.raises(ValueError, match=f"{T} probabilities"):
-            estimate_vlb(model, reverse, [images(2)], pilot)
-    with pytest.raises(ValueError, match="positive finite"):
-        estimate_vlb(model, reverse, [images(2)], torch.arange(T).double())
-    other = replace(fit_pilot(model, reverse.respace([0, 5, T - 1]), images(9)), probabilities=torch.ones(T))
-    with pytest.raises(ValueError, match="control variate of 3 steps"):
-        estimate_vlb(model, reverse, [images(2)], other)
-
-
-def test_a_bare_tensor_is_not_taken_for_batches():
-    """A tensor is iterable, but over images, whose channels would pass for images."""
-    reverse = ReverseProcess(ForwardProcess.from_betas([0.1, 0.2]), levels=None)
-    with pytest.raises(ValueError, match="batches"):
-        estimate_vlb(lambda x_t, timesteps: x_t, reverse, torch.zeros(4, 1, 4, 4))
-
-
-def test_bare_labels_are_not_taken_for_conditioning():
-    """A pair of images and labels lacks the argument's name: the error says how to give it."""
-    reverse, model = setting()
-    with pytest.raises(ValueError, match="class_labels"):
-        estimate_vlb(model, reverse, [(images(2), torch.arange(2))])
-
-
-@pytest.mark.parametrize("positions", [[0], [0, 1], [0, 1, 2, 3], [0, 1, 1]], ids=str)
-@pytest.mark.parametrize("pilot", [None, "fitted"])
-def test_positions_must_be_one_for_each_image(positions, pilot):
-    """Too few positions would be broadcast, and two equal ones are one image twice."""
-    reverse, model = setting()
-    scorer = VLBEstimator(model, reverse, fitted_pilot() if pilot else None)
-    with pytest.raises(ValueError, match="positions"):
-        scorer.score(images(3), positions)
 
 
 # --- memory
