@@ -8,7 +8,8 @@ import analytic
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from networks import one_block_unet
 from safetensors.torch import load_file, save_file
 
 from ddpm_vlb import (
@@ -57,22 +58,6 @@ def stored(**options) -> DDPMVLBScheduler:
     own = scheduler(**options)
     own.store_few_steps(PATHS, errors())
     return own
-
-
-def unet(channels: int = 1, learned: bool = True) -> UNet2DModel:
-    """A small network with random weights."""
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=4,
-        in_channels=channels,
-        out_channels=channels * (1 + learned),
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-        add_attention=False,
-    ).eval()
 
 
 # ---- optimal variances in p
@@ -506,7 +491,7 @@ def test_interpolation(steps):
 def save(folder, **options):
     """A saved pipeline with paths and errors."""
     own = stored(**options)
-    DDPMVLBPipeline(unet(), own).save_pretrained(folder)
+    DDPMVLBPipeline(one_block_unet(), own).save_pretrained(folder)
     return own
 
 
@@ -519,7 +504,7 @@ def test_a_saved_pipeline_gives_back_all(tmp_path):
     assert torch.equal(pipeline.scheduler.errors.mean, own.errors.mean)
     one, other = (
         each(2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="pt").images
-        for each in (pipeline, DDPMVLBPipeline(unet(), own))
+        for each in (pipeline, DDPMVLBPipeline(one_block_unet(), own))
     )
     torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     again = tmp_path / "again"
@@ -535,9 +520,9 @@ def test_a_saved_pipeline_gives_back_all(tmp_path):
 def test_stock_loads_and_samples_it(tmp_path, reverse_variance):
     """Plain diffusers samples the same files as if nothing had been stored: same steps, same images."""
     own = scheduler()
-    DDPMVLBPipeline(unet(), own).save_pretrained(tmp_path / "plain")
+    DDPMVLBPipeline(one_block_unet(), own).save_pretrained(tmp_path / "plain")
     own.store_few_steps(PATHS, errors(), reverse_variance)
-    DDPMVLBPipeline(unet(), own).save_pretrained(tmp_path / "few")
+    DDPMVLBPipeline(one_block_unet(), own).save_pretrained(tmp_path / "few")
     images = []
     for name in ("plain", "few"):
         stock = DiffusionPipeline.from_pretrained(tmp_path / name)
@@ -552,7 +537,7 @@ def test_stock_loads_and_samples_it(tmp_path, reverse_variance):
 def test_the_pipeline_takes_spacing_and_eta(tmp_path, spacing, eta):
     """Both reach the scheduler; images are those of its own loop."""
     own = stored()
-    pipeline = DDPMVLBPipeline(unet(), own)
+    pipeline = DDPMVLBPipeline(one_block_unet(), own)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     got = pipeline(
@@ -571,7 +556,7 @@ def test_the_pipeline_takes_spacing_and_eta(tmp_path, spacing, eta):
 
 def test_other_schedulers_in_the_pipeline():
     """A swapped-in DDIMScheduler takes eta in its step; its spacing is its configuration's; others have no eta."""
-    pipeline = DDPMVLBPipeline(unet(), DDIMScheduler.from_config(stored().config))
+    pipeline = DDPMVLBPipeline(one_block_unet(), DDIMScheduler.from_config(stored().config))
     pipeline.set_progress_bar_config(disable=True)
     images = [
         pipeline(
@@ -584,7 +569,7 @@ def test_other_schedulers_in_the_pipeline():
         pipeline(1, num_inference_steps=4, timestep_spacing="optimal")
     from diffusers import DPMSolverMultistepScheduler
 
-    pipeline = DDPMVLBPipeline(unet(), DPMSolverMultistepScheduler.from_config(stored().config))
+    pipeline = DDPMVLBPipeline(one_block_unet(), DPMSolverMultistepScheduler.from_config(stored().config))
     with pytest.raises(ValueError, match="takes no `eta`"):
         pipeline(1, num_inference_steps=4, eta=0.5)
 
@@ -642,7 +627,7 @@ def test_pixels_of_another_size_are_refused():
     own = scheduler()
     own.store_few_steps(PATHS, SquaredErrors(errors().timesteps, errors().mean, torch.ones(4, 1, 6, 6)))
     with pytest.raises(ValueError, match=r"shape \(1, 6, 6\), but the network makes \(1, 4, 4\)"):
-        DDPMVLBPipeline(unet(), own)
+        DDPMVLBPipeline(one_block_unet(), own)
 
 
 @pytest.mark.parametrize("steps", [np.int64(5), np.int32(5)])

@@ -19,7 +19,7 @@ from diffusers.utils.dynamic_modules_utils import get_cached_module_file
 from hub_server import FAILURE, HubServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_pipeline_ddpm_vlb import pipeline, tiny_unet
+from networks import pipeline, tiny_unet
 
 from ddpm_vlb import DDPMVLBScheduler
 

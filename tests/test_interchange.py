@@ -17,9 +17,10 @@ from typing import NamedTuple
 import diffusers
 import pytest
 import torch
-from diffusers import ConfigMixin, DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
+from diffusers import ConfigMixin, DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from networks import one_block_unet
 
 from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
 
@@ -354,7 +355,7 @@ def test_shifted_noise_levels_are_refused(name):
 
 def test_a_callback_that_saves_or_swaps(tmp_path):
     """In the middle of a call the scheduler's configuration is whole, and another scheduler is for the next call."""
-    pipe = DDPMVLBPipeline(tiny_unet(1), our_scheduler("DPMSolverMultistepScheduler"))
+    pipe = DDPMVLBPipeline(one_block_unet(1), our_scheduler("DPMSolverMultistepScheduler"))
     solver = pipe.scheduler = stock_class("DPMSolverMultistepScheduler").from_config(pipe.scheduler.config)
     other = stock_class("DDIMScheduler").from_config(our_scheduler("DDIMScheduler", variance_type="learned").config)
 
@@ -417,34 +418,19 @@ def test_stock_s_pipeline_does_not_scale():
     assert verdict(net, sample(DDPMVLBPipeline(net, euler), 64, 1000)) == "flow"
 
 
-def tiny_unet(channels: int) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=4,
-        in_channels=channels,
-        out_channels=2 * channels,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        layers_per_block=1,
-        add_attention=False,
-    ).eval()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_unet_fares_alike(name):
     """A real U-Net fails in stock's pipeline where the exact predictor does, and samples in ours."""
     scheduler = stock_class(name).from_config(our_scheduler(name).config)
     for channels, expected in zip((1, 3), ROWS[name][0].split(" / "), strict=True):
         try:
-            sample(DDPMPipeline(tiny_unet(channels), scheduler), 1, 4)
+            sample(DDPMPipeline(one_block_unet(channels), scheduler), 1, 4)
             found = "right"
         except (RuntimeError, TypeError) as error:
             assert re.search(FAILURES, str(error))
             found = "fails"
         assert found == expected
-        images = sample(DDPMVLBPipeline(tiny_unet(channels), scheduler), 2, 4)
+        images = sample(DDPMVLBPipeline(one_block_unet(channels), scheduler), 2, 4)
         assert images.shape == (2, channels, 4, 4) and images.isfinite().all()
 
 
@@ -455,7 +441,7 @@ def test_a_unet_fares_alike(name):
 )
 def test_one_step_of_stock_is_silently_two_channels(name):
     """The failure for C = 1 comes in the second step: in a single one both halves become an image."""
-    assert sample(DDPMPipeline(tiny_unet(1), setting(name, 1)[1]), 2, 1).shape == (2, 2, 4, 4)
+    assert sample(DDPMPipeline(one_block_unet(1), setting(name, 1)[1]), 2, 1).shape == (2, 2, 4, 4)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler"])
@@ -565,7 +551,7 @@ def test_saved_after_a_swap(name, tmp_path):
     """Ours loads the swapped scheduler with its chain, and from it the way back; stock loads the scheduler alone."""
     cls = stock_class(name)
     ours = our_scheduler(name)
-    pipe = DDPMVLBPipeline(tiny_unet(1), ours)
+    pipe = DDPMVLBPipeline(one_block_unet(1), ours)
     pipe.scheduler = cls.from_config(ours.config)
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())

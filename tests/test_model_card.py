@@ -9,9 +9,9 @@ import sys
 import pytest
 import yaml
 from diffusers import DDIMScheduler, DDPMParallelScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
-from hub_server import card_metadata
+from hub_cards import card_metadata
 from huggingface_hub import ModelCard
-from test_pipeline_ddpm_vlb import pipeline, tiny_dit, tiny_unet
+from networks import pipeline, tiny_dit, tiny_unet
 
 from ddpm_vlb import DDPMVLBPipeline, StoredPath, model_card
 

@@ -1,7 +1,6 @@
 """DDPMVLBPipeline: sampling with real (tiny) networks, and files that stock diffusers and this package both read."""
 
 import json
-import logging
 import subprocess
 import sys
 
@@ -9,87 +8,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMParallelScheduler,
-    DDIMScheduler,
-    DDPMParallelScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    UNet2DModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler, DDPMPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from networks import pipeline, quiet, sample, scheduler, seeded, spy_on_step, tiny_dit, tiny_unet
 
 from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
 
 # Stock's numpy round trips, none of our business.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-STOCK_SCHEDULERS = (
-    DDIMScheduler,
-    DDIMParallelScheduler,
-    DDPMParallelScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    UniPCMultistepScheduler,
-    EulerDiscreteScheduler,
-    EulerAncestralDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    DEISMultistepScheduler,
-)
-
-
-def tiny_unet(channels: int = 1, out: int | None = None, size=8, classes: int | None = None, seed: int = 0):
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=2 * channels if out is None else out,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        layers_per_block=1,
-        num_class_embeds=classes,
-    ).eval()
-
-
-def tiny_dit(channels: int = 2, classes: int = 3, seed: int = 0):
-    torch.manual_seed(seed)
-    model = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=channels,
-        out_channels=2 * channels,
-        num_layers=1,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=classes,
-        norm_num_groups=4,
-    )
-    return model.eval()
-
-
-def scheduler(variance_type: str = "learned_range", **config) -> DDPMVLBScheduler:
-    return DDPMVLBScheduler(variance_type=variance_type, **config)
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def aligned(pipe):
@@ -97,49 +23,6 @@ def aligned(pipe):
     for parameter in pipe.unet.parameters():
         parameter.data = parameter.data.clone()
     return pipe
-
-
-def pipeline(unet=None, **config) -> DDPMVLBPipeline:
-    return quiet(DDPMVLBPipeline(tiny_unet() if unet is None else unet, scheduler(**config)))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def sample(pipe, seed: int = 0, steps: int = 4, **arguments) -> torch.Tensor:
-    arguments = {"output_type": "pt", "num_inference_steps": steps, "generator": seeded(seed)} | arguments
-    images = pipe(**arguments).images
-    if arguments["output_type"] == "pt" and isinstance(images, np.ndarray):  # stock's pipeline before diffusers 0.41
-        return torch.from_numpy(images).permute(0, 3, 1, 2)
-    return images
-
-
-def spy_on_step(pipe, monkeypatch) -> list[dict]:
-    """Record what the scheduler's step is given."""
-    calls: list[dict] = []
-    step = pipe.scheduler.step
-
-    def spied(model_output, timestep, image, **options):
-        calls.append({"output": model_output, "timestep": timestep, "image": image})
-        return step(model_output, timestep, image, **options)
-
-    # The pipeline looks at the signature of `step` to learn its options.
-    spied.__wrapped__ = step
-    monkeypatch.setattr(pipe.scheduler, "step", spied)
-    return calls
-
-
-@pytest.fixture
-def diffusers_log():
-    """The messages of warning level and above that diffusers logs."""
-    messages: list[str] = []
-    handler = logging.Handler(level=logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("diffusers")
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
 
 
 # --- sampling
@@ -283,190 +166,6 @@ def test_progress_bar(capfd):
 def test_sampling_builds_no_graph():
     """Images carry no gradient though the network's parameters do."""
     assert not sample(pipeline()).requires_grad
-
-
-# --- class-conditional
-
-
-@pytest.mark.parametrize("kind", ["unet", "dit"])
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
-def test_guidance_formula(kind, scale, monkeypatch):
-    """The scheduler is given uncond + g (cond - uncond) in the mean half and cond in the variance half."""
-    unet = tiny_unet(2, classes=4) if kind == "unet" else tiny_dit(2, classes=3)
-    pipe = pipeline(unet)
-    calls = spy_on_step(pipe, monkeypatch)
-    sample(pipe, batch_size=2, class_labels=[0, 2], guidance_scale=scale)
-    assert len(calls) == 4
-    with torch.no_grad():
-        for call in calls:
-            t = torch.full((2,), int(call["timestep"]))
-            cond = unet(call["image"], t, class_labels=torch.tensor([0, 2])).sample
-            # The last label: of 4 for the U-Net; the DiT keeps label 3 besides its classes 0 .. 2.
-            uncond = unet(call["image"], t, class_labels=torch.tensor([3, 3])).sample
-            mean = uncond[:, :2] + scale * (cond[:, :2] - uncond[:, :2])
-            expected = torch.cat([mean, cond[:, 2:]], dim=1)
-            torch.testing.assert_close(call["output"], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["unet", "dit"])
-def test_unit_guidance_is_none(kind):
-    """g = 1 is the conditional model itself, at one network evaluation per image and step."""
-    unet = tiny_unet(2, classes=4) if kind == "unet" else tiny_dit()
-    pipe = pipeline(unet)
-    sizes = []
-    unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    plain = sample(pipe, batch_size=2, class_labels=[0, 1])
-    assert torch.equal(sample(pipe, batch_size=2, class_labels=[0, 1], guidance_scale=1.0), plain)
-    assert set(sizes) == {2}
-    assert not torch.allclose(sample(pipe, batch_size=2, class_labels=[0, 1], guidance_scale=4.0), plain, atol=1e-4)
-
-
-def test_class_labels_decide_the_image():
-    """Another class gives another image; one label for all is that label for each; a tensor works like a list."""
-    pipe = pipeline(tiny_unet(classes=4))
-    one = sample(pipe, batch_size=2, class_labels=1)
-    assert torch.equal(one, sample(pipe, batch_size=2, class_labels=[1, 1]))
-    assert torch.equal(one, sample(pipe, batch_size=2, class_labels=torch.tensor([1, 1])))
-    assert not torch.allclose(one, sample(pipe, batch_size=2, class_labels=2), atol=1e-4)
-
-
-def test_null_class_label_can_be_chosen():
-    """The last label is the default; another one guides elsewhere; the class itself is refused."""
-    pipe = pipeline(tiny_unet(classes=4))
-    guided = sample(pipe, class_labels=1, guidance_scale=5.0)
-    assert torch.equal(guided, sample(pipe, class_labels=1, guidance_scale=5.0, null_class_label=3))
-    other = sample(pipe, class_labels=1, guidance_scale=5.0, null_class_label=0)
-    assert not torch.allclose(other, guided, atol=1e-4)
-    with pytest.raises(ValueError, match="null_class_label"):
-        sample(pipe, class_labels=1, guidance_scale=5.0, null_class_label=1)
-
-
-def test_guidance_of_a_fixed_variance_network():
-    """Guidance needs no variance half."""
-    pipe = pipeline(tiny_unet(out=1, classes=3), variance_type="fixed_small")
-    assert sample(pipe, class_labels=0, guidance_scale=2.0).isfinite().all()
-
-
-# --- stock's schedulers and pipeline
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("stock", STOCK_SCHEDULERS)
-def test_stock_schedulers_get_the_mean_half(stock, channels, monkeypatch):
-    """Every stock scheduler, from our config, samples a 2C-channel network: it is given C channels, 2C where it
-    can use them; the scheduler stays what it is."""
-    pipe = pipeline(tiny_unet(channels))
-    # The DPM-Solvers cut their input to 3 channels themselves where the config says that the variance is learned.
-    options = {"variance_type": "fixed_small"} if channels == 4 and "DPMSolver" in stock.__name__ else {}
-    pipe.scheduler = stock.from_config(pipe.scheduler.config, **options)
-    calls = spy_on_step(pipe, monkeypatch)
-    images = sample(pipe, batch_size=2, steps=6)
-    assert type(pipe.scheduler) is stock
-    assert images.shape == (2, channels, 8, 8) and images.isfinite().all()
-    expected = 2 * channels if stock is DDPMParallelScheduler else channels
-    assert {call["output"].shape[1] for call in calls} == {expected}
-
-
-@pytest.mark.parametrize("stock", [DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler])
-def test_dpm_solvers_have_three_channels_in_them(stock):
-    """The reason for the exception above: stock's DPM-Solvers fail on 4 channels under a learned variance type."""
-    solver = stock.from_config(scheduler("learned_range").config)
-    solver.set_timesteps(5)
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        solver.step(torch.zeros(1, 4, 8, 8), solver.timesteps[0], torch.zeros(1, 4, 8, 8))
-
-
-@pytest.mark.parametrize("stock", [DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
-def test_stock_scheduler_samples_like_its_own_loop(stock):
-    """With a stock scheduler the images are those of a hand loop over its own API."""
-    unet = tiny_unet(3)
-    pipe = quiet(DDPMVLBPipeline(unet, stock.from_config(scheduler().config)))
-    assert type(pipe.scheduler) is stock
-    images = sample(pipe, batch_size=2, steps=6)
-    by_hand = stock.from_config(scheduler().config)
-    by_hand.set_timesteps(6)
-    x = torch.randn(2, 3, 8, 8, generator=seeded()) * by_hand.init_noise_sigma
-    with torch.no_grad():
-        for t in by_hand.timesteps:
-            output = unet(by_hand.scale_model_input(x, t), t).sample[:, :3]
-            x = by_hand.step(output, t, x).prev_sample
-    torch.testing.assert_close(images, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
-
-
-def test_stock_ddpm_scheduler_is_upgraded():
-    """A stock DDPMScheduler becomes ours with the same configuration; the caller's object is not touched."""
-    stock = DDPMScheduler(variance_type="learned_range", beta_schedule="squaredcos_cap_v2", num_train_timesteps=77)
-    pipe = DDPMVLBPipeline(tiny_unet(), stock)
-    assert type(pipe.scheduler) is DDPMVLBScheduler and type(stock) is DDPMScheduler
-    assert {k: pipe.scheduler.config[k] for k in stock.config if not k.startswith("_")} == {
-        k: v for k, v in stock.config.items() if not k.startswith("_")
-    }
-
-
-@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
-def test_our_scheduler_in_stock_s_pipeline(variance_type):
-    """DDPMPipeline samples with our scheduler, a 2C-channel network under a fixed variance included, as ours does."""
-    unet = tiny_unet(3)
-    stock = quiet(DDPMPipeline(unet, scheduler(variance_type)))
-    images = sample(stock, batch_size=2)
-    ours = sample(pipeline(unet, variance_type=variance_type), batch_size=2)
-    torch.testing.assert_close(images, ours, rtol=0, atol=1e-5)
-
-
-def test_stock_s_pipeline_crashes_on_an_unused_variance_half():
-    """The reason to split by channel count: stock's scheduler fails on 2C channels that it has no use for."""
-    stock = quiet(DDPMPipeline(tiny_unet(3), DDPMScheduler()))
-    with pytest.raises(RuntimeError):
-        sample(stock)
-
-
-def stock_dit_pipeline() -> DiTPipeline:
-    """A tiny DiTPipeline; its label for no class is 1000, whatever the network."""
-    transformer = tiny_dit(channels=4, classes=1000)
-    torch.manual_seed(1)
-    vae = AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(8,))
-    return quiet(DiTPipeline(transformer, vae.eval(), DDIMScheduler(clip_sample=False)))
-
-
-def test_latents_are_those_of_stock_s_dit_pipeline():
-    """With stock's scheduler, labels and guidance, the decoded latents are DiTPipeline's images."""
-    stock = stock_dit_pipeline()
-    theirs = stock(
-        class_labels=[7, 3], guidance_scale=3.0, generator=seeded(), num_inference_steps=5, output_type="np"
-    )
-    pipe = quiet(DDPMVLBPipeline(stock.transformer, stock.scheduler))
-    latents = sample(pipe, steps=5, batch_size=2, class_labels=[7, 3], guidance_scale=3.0, output_type="latent")
-    assert latents.shape == (2, 4, 8, 8) and float(latents.abs().max()) > 1  # not clamped to the range of images
-    with torch.no_grad():
-        images = stock.vae.decode(latents / stock.vae.config.scaling_factor).sample
-    images = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(images, theirs.images, rtol=0, atol=1e-4)
-    assert np.abs(images - theirs.images[::-1]).max() > 0.01  # the tolerance tells images apart
-
-
-def test_a_dit_s_learned_variance_is_used():
-    """With our scheduler the variance half, which DiTPipeline throws away, decides the noise of each step."""
-    stock = stock_dit_pipeline()
-    config = {"variance_type": "learned_range", "clip_sample": False, "levels": None}
-    pipe = quiet(DDPMVLBPipeline(stock.transformer, DDPMVLBScheduler.from_config(stock.scheduler.config, **config)))
-    steps = []
-    step = pipe.scheduler.step
-    pipe.scheduler.step = lambda output, *args, **kwargs: steps.append(output) or step(output, *args, **kwargs)
-    latents = sample(pipe, class_labels=7, output_type="latent")
-    assert {output.shape[1] for output in steps} == {8}
-    pipe.scheduler.step = lambda output, *args, **kwargs: step(
-        torch.cat([output[:, :4], torch.ones_like(output[:, 4:])], dim=1), *args, **kwargs
-    )
-    assert float((sample(pipe, class_labels=7, output_type="latent") - latents).abs().max()) > 1e-3
-
-
-def test_from_pipe():
-    """from_pipe turns a stock pipeline into ours, sharing the network, and samples the same."""
-    stock = quiet(DDPMPipeline(tiny_unet(3), DDPMScheduler(variance_type="learned_range")))
-    pipe = quiet(DDPMVLBPipeline.from_pipe(stock))
-    assert type(pipe) is DDPMVLBPipeline and type(pipe.scheduler) is DDPMVLBScheduler and pipe.unet is stock.unet
-    assert pipe.scheduler.config.variance_type == "learned_range"
-    torch.testing.assert_close(sample(pipe), sample(stock), rtol=0, atol=1e-5)
 
 
 # --- saving and loading

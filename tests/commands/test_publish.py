@@ -19,8 +19,8 @@ import pytest
 import safetensors.torch
 import torch
 from hub_server import HubServer, card_metadata
-from test_pipeline_ddpm_vlb import pipeline as tiny_pipeline
-from test_sharing import client_of
+from networks import pipeline as tiny_pipeline
+from sharing_support import client_of
 from test_train import TINY, launch_two, reset_accelerate
 
 from ddpm_vlb import CODE_FILES, DDPMVLBPipeline, SquaredErrors, StoredPath

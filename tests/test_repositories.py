@@ -1,0 +1,153 @@
+"""What is written into a repository: the code that it carries, and an index that every class can load."""
+
+import ast
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers.utils.dynamic_modules_utils import check_imports, get_relative_import_files
+from networks import pipeline, quiet, tiny_unet
+from sharing_support import OURS_ONLY, digits, images
+
+import ddpm_vlb
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
+from ddpm_vlb.repositories import CODE_FILES
+
+# --- a stock pipeline that holds our scheduler
+
+
+def mixed() -> DDPMPipeline:
+    return quiet(DDPMPipeline(tiny_unet(), DDPMVLBScheduler(variance_type="learned_range", levels=17)))
+
+
+def ways_out(message: str) -> list[str]:
+    """The code that the warning proposes."""
+    return [code for code in re.findall(r"`([^`]+)`", message) if "(" in code]
+
+
+def test_saving_a_stock_pipeline_with_our_scheduler_warns(tmp_path, hub, log):
+    """Once for each save, in a folder and on the way to the Hub, with two ways out in code."""
+    mixed().save_pretrained(tmp_path / "mixed")
+    (message,) = log
+    assert "ddpm_vlb" in (tmp_path / "mixed" / "model_index.json").read_text() and "model_index.json" in message
+    assert len(ways_out(message)) == 2
+    log.clear()
+    mixed().push_to_hub("tester/mixed")
+    assert len([message for message in log if "DDPMVLBScheduler" in message]) == 1
+
+
+def test_the_warning_obeys_diffusers_verbosity(tmp_path, log):
+    """Who silences diffusers does not hear it."""
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        mixed().save_pretrained(tmp_path / "mixed")
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
+    assert log == []
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_the_ways_out_of_the_warning_work(tmp_path, log, way):
+    """Followed to the letter, each gives a pipeline that is saved without a warning and that stock loads as it was."""
+    stock = mixed()
+    stock.save_pretrained(tmp_path / "before")
+    code = ways_out(log.pop())[way]
+    names = {"pipeline": stock, "DDPMScheduler": DDPMScheduler, "DDPMVLBPipeline": DDPMVLBPipeline}
+    expected = images(stock)
+    followed = eval(code, names)
+    log.clear()  # what diffusers says of changing classes
+    (followed or stock).save_pretrained(tmp_path / "after")
+    assert log == []
+    assert "ddpm_vlb" not in (tmp_path / "after" / "model_index.json").read_text()
+    loaded = quiet(DiffusionPipeline.from_pretrained(tmp_path / "after"))
+    assert type(loaded) is DDPMPipeline and type(loaded.scheduler) is DDPMScheduler
+    assert loaded.scheduler.config.variance_type == "learned_range"
+    torch.testing.assert_close(images(loaded), expected, rtol=0, atol=3e-5)
+    again = quiet(DDPMVLBPipeline.from_pretrained(tmp_path / "after"))
+    assert again.scheduler.config.levels == 17
+
+
+def test_our_own_saves_do_not_warn(tmp_path, hub, log):
+    """Neither a folder nor a push, of either format, with a swapped-in scheduler too; nor the scheduler by itself."""
+    swapped = digits()
+    swapped.scheduler = DDIMScheduler.from_config(swapped.scheduler.config)
+    log.clear()  # DDIM does not know our keys
+    others = [pipeline(tiny_unet(**network), **config) for network, config in OURS_ONLY.values()]
+    for i, own in enumerate([digits(), swapped, *others]):
+        own.save_pretrained(tmp_path / f"{i}", include_code=True)
+        own.push_to_hub(f"tester/{i}", include_code=True)
+    digits().scheduler.save_pretrained(tmp_path / "alone")
+    assert log == []
+
+
+def test_a_failed_save_leaves_the_warning_on(tmp_path, log):
+    """Our own save that fails halfway does not silence a later one of a stock pipeline."""
+    (tmp_path / "full").write_text("a file where the folder should be")
+    with pytest.raises(OSError):
+        digits().save_pretrained(tmp_path / "full" / "inside")
+    log.clear()
+    mixed().save_pretrained(tmp_path / "mixed")
+    assert len(log) == 1
+
+
+# --- the code that a repository carries
+
+
+def relative_imports(path: Path) -> set[str]:
+    """The siblings that a module imports, by syntax and not by pattern."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level]
+    assert all(node.level == 1 and node.module for node in nodes)
+    return {node.module for node in nodes}
+
+
+def closure(path: Path) -> set[str]:
+    """A module's file name and those of all that it imports beside it."""
+    found, waiting = set(), {path.stem}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting |= relative_imports(path.with_name(f"{name}.py")) - found
+    return {f"{name}.py" for name in found}
+
+
+def test_the_code_is_whole(tmp_path):
+    """CODE_FILES is what pipeline_ddpm_vlb.py needs and no more; the files are the package's, byte for byte."""
+    package = Path(ddpm_vlb.__file__).parent
+    assert set(CODE_FILES) == closure(package / "pipeline_ddpm_vlb.py") | {"pipeline.py"}
+    assert max(Counter(CODE_FILES).values()) == 1
+    digits().save_pretrained(tmp_path, include_code=True)
+    assert {path.name for path in tmp_path.glob("*.py")} == set(CODE_FILES)
+    for name in set(CODE_FILES) - {"pipeline.py"}:
+        assert (tmp_path / name).read_bytes() == (package / name).read_bytes()
+
+
+def test_diffusers_finds_all_of_the_code(tmp_path, log, monkeypatch):
+    """By its own two ways: what pipeline.py imports (a folder), and what that imports in turn (the Hub).
+
+    It looks for lines that look like imports, in strings too; none of ours may ask for this package, which is not
+    there (a warning, and in older versions the end).
+    """
+    digits().save_pretrained(tmp_path, include_code=True)
+    siblings = set(CODE_FILES) - {"pipeline.py"}
+    assert {Path(path).name for path in get_relative_import_files(tmp_path / "pipeline.py")} == siblings
+    assert relative_imports(tmp_path / "pipeline.py") == {Path(name).stem for name in siblings}
+    monkeypatch.setitem(sys.modules, "ddpm_vlb", None)
+    found = {name: {f"{own}.py" for own in check_imports(tmp_path / name)} for name in CODE_FILES}
+    assert found["pipeline.py"] == set().union(*found.values()) == siblings
+    assert log == []
+
+
+def test_another_kind_of_pipeline_is_refused(tmp_path):
+    """An index with more parts, a VAE say, is no DDPM's: without it the samples would be latents."""
+    digits().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"vqvae": ["diffusers", "VQModel"]}))
+    with pytest.raises(ValueError, match="vqvae.*another kind"):
+        DDPMVLBPipeline.from_pretrained(tmp_path)
