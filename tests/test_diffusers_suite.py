@@ -2,7 +2,7 @@
 
 Opt-in: they run where the environment variable DIFFUSERS_CHECKOUT names a checkout, best one of the installed version,
 in an environment that has what its tests import (torchsde, and for some versions transformers and parameterized).
-tests/test_scheduling_ddpm_vlb.py asks the same of the scheduler without it.
+tests/test_stock_scheduler.py asks the same of the scheduler without it.
 
 Run on a CPU with diffusers 0.42.1, and tests put together from public copies of 2025 and 2026, since no checkout of
 the release was at hand: of DDPMSchedulerTest's 29 tests (27 before `set_timesteps` was given its two) 26 pass and the
