@@ -43,7 +43,9 @@ from .scores import (
 from .timestep_samplers import ImportanceTimesteps
 
 ESTIMATORS = ("importance", "full")
-SECOND_DRAWS = 64  # images that the full loop visits twice, for its noise standard error
+"""Of `VLBEstimator`: by importance sampling of t, or the loop over all steps."""
+SECOND_DRAWS = 64
+"""Images that the full loop visits twice, for its noise standard error."""
 
 Batch = Tensor | tuple[Tensor, Conditioning]
 """Images x_0 (B, C, *), or images and the network's further arguments for them."""

@@ -33,6 +33,7 @@ _CODE = {
     "pipeline_ddpm_vlb": "DDPMVLBPipeline",
 }
 CODE_FILES = ("pipeline.py", *(f"{name}.py" for name in _CODE))
+"""What `write_code` writes."""
 # diffusers copies from a folder only what this one file imports itself, so it imports them all.
 _PIPELINE_FILE = """\
 # SPDX-License-Identifier: Apache-2.0

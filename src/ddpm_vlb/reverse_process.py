@@ -28,7 +28,9 @@ from .distributions import DiagonalGaussian, promote_half
 from .forward_process import Diffused, ForwardProcess, Posterior, gather, posterior_coefficients
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+"""What the mean half of a network's output can be."""
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+"""Where log sigma^2 comes from; `_log` changes nothing."""
 
 
 class Prediction(NamedTuple):

@@ -51,6 +51,7 @@ _SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
 }
 
 BETA_SCHEDULES = tuple(_SCHEDULES)
+"""The schedules of betas that have a name."""
 
 
 def make_betas(

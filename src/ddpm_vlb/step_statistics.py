@@ -30,7 +30,10 @@ from .respacing import SquaredErrors
 from .reverse_process import ReverseProcess
 
 RANGE_NODES = 24
-MIN_IMAGES, FEW_IMAGES = 32, 256  # for the variances of each pixel: refused below, warned of below
+MIN_IMAGES = 32
+"""The fewest images that variances of each pixel are made from."""
+FEW_IMAGES = 256
+"""Below this number they are rough."""
 _PSEUDO_IMAGES = (*(2.0**k for k in range(-3, 12)), math.inf)
 TINY = 1e-12  # an error of exactly 0 has no logarithm
 
