@@ -2,8 +2,10 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "src" / "ddpm_vlb" / "recipes" / "train.py"
 TINY = "--max_train_steps 2 --train_batch_size 4 --block_out_channels 8 8 --norm_num_groups 4 --ddpm_num_steps 20"
 TINY += " --lr_warmup_steps 1 --calls_per_image 2 --eval_batch_size 4 --num_test_images 4 --cpu --logger none"
+
+TWO = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
 def command(name):
@@ -205,8 +209,31 @@ def test_a_command_that_ends_badly_says_one_line(tmp_path):
     options = [*TINY.split(), "--block_out_channels", "8", "8", "8", "8", "8"]
     said = run(tmp_path, "-m", "ddpm_vlb.cli", "train", *options, code=1)
     assert "Traceback" not in said and said.count("A U-Net of 5 levels needs image sides") == 1
-    two = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        said = run(tmp_path, "-m", "ddpm_vlb.cli", "train", *two, *options, code=1)
+        said = run(tmp_path, "-m", "ddpm_vlb.cli", "train", *TWO.split(), *options, code=1)
     assert "Traceback" not in said and said.count("A U-Net of 5 levels needs image sides") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch, code", [("", 0), (TWO, 128 + signal.SIGINT)], ids=["one process", "two processes"])
+def test_ctrl_c_saves_and_ends(tmp_path, launch, code):
+    """From a terminal it reaches the command and its processes alike: these save, and the command waits for them."""
+    options = [*launch.split(), *TINY.split(), "--max_train_steps", "100000", "--output_dir", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ddpm_vlb.cli", "train", *options],
+            cwd=tmp_path,
+            env=environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+        started = time.monotonic()
+        while "/100000 [" not in (tmp_path / "said").read_text() and time.monotonic() - started < 120:
+            time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(120) == code
+    text = (tmp_path / "said").read_text()
+    assert "Traceback" not in text and "by SIGINT" in text and list((tmp_path / "run").glob("checkpoint-*"))

@@ -71,6 +71,7 @@ def launch(name: str, argv: Sequence[str]) -> None:
     module = f"ddpm_vlb.commands.{name.replace('-', '_')}"
     command = importlib.import_module(module)
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     parser, own = launch_command_parser(), command.build_parser()
@@ -84,6 +85,8 @@ def launch(name: str, argv: Sequence[str]) -> None:
         sys.exit(failure.returncode if failure.returncode > 0 else 128 - failure.returncode)
     except ChildFailedError as failure:
         sys.exit(next(iter(failure.failures.values())).exitcode)
+    except SignalException as stop:  # the processes were asked to stop, and have
+        sys.exit(128 + stop.sigval)
 
 
 def copy(argv: Sequence[str]) -> None:
