@@ -1,0 +1,150 @@
+"""The single-file programs of examples/: each runs, says something true, and can be copied out of the repository."""
+
+import ast
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from PIL import Image
+
+from ddpm_vlb import fit_pilot
+
+FOLDER = Path(__file__).parents[1] / "examples"
+PROGRAMS = "class_conditional digits dit_latents outlier_scores score_stock_checkpoint signals_1d".split()
+UNIFORM = 4.0875  # log2(17) bits/dim
+
+
+@pytest.fixture
+def program(request, tmp_path, monkeypatch):
+    """A program as a module, loaded by its path, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location(request.param, FOLDER / f"{request.param}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # A pilot of the usual size would take most of the time; with a smaller one the estimate is as unbiased.
+    monkeypatch.setattr(module, "fit_pilot", functools.partial(fit_pilot, num_calls=128))
+    return module
+
+
+def runs(name):
+    """The program of this name for a test."""
+    return pytest.mark.parametrize("program", [name], indirect=True, ids=[name])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_fits_on_a_page_and_stands_alone(name):
+    """At most 100 lines; nothing is imported but what is installed, and of this package only its public names."""
+    text = (FOLDER / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 100
+    tree = ast.parse(text)
+    assert f"python examples/{name}.py" in ast.get_docstring(tree)
+    installed = {"ddpm_vlb", "diffusers", "numpy", "PIL", "sklearn", "torch"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= installed | sys.stdlib_module_names
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module.split(".")[0] in installed | sys.stdlib_module_names
+            assert not node.module.startswith("ddpm_vlb.")
+    assert not {path.stem for path in FOLDER.glob("*.py")} & (installed | sys.stdlib_module_names)
+
+
+@runs("digits")
+def test_digits(program, tmp_path, capsys):
+    """A few steps bring the bound below a uniform code, and stock diffusers loads what is saved."""
+    score = program.main(steps=25, num_test=8, folder="trained")
+    assert score.num_images == 8 and 1 < score.bits_per_dim < UNIFORM
+    assert "uniform: 4.09" in capsys.readouterr().out
+    assert isinstance(DDPMPipeline.from_pretrained(tmp_path / "trained"), DDPMPipeline)
+
+
+@runs("digits")
+def test_baselines(program):
+    """Of images that are all the same, the histogram knows each pixel, up to its prior; of random ones nothing."""
+    same = torch.full((1000, 1, 8, 8), -1.0)
+    random = torch.randint(0, 17, (2000, 1, 8, 8), generator=torch.Generator().manual_seed(0)) / 8 - 1
+    codes = program.baselines(same, same)
+    assert codes["histogram of each pixel"] == pytest.approx(-torch.tensor(1000.5 / 1008.5).log2().item(), rel=1e-4)
+    assert codes["lzma"] < 0.05
+    codes = program.baselines(random[:1000], random[1000:])
+    assert codes["uniform"] == pytest.approx(UNIFORM, abs=1e-4)
+    # Fitting 16 free frequencies of each pixel to 1000 images costs 16 / (2 x 1000 ln 2) bits on others.
+    assert codes["histogram of each pixel"] - UNIFORM == pytest.approx(0.0115, abs=0.004)
+    assert codes["lzma"] > UNIFORM
+
+
+@runs("class_conditional")
+def test_class_conditional(program, tmp_path):
+    """Both scores are of the same images, the label matters, and the grid has a column for each digit."""
+    told, untold = program.main(steps=15, num_test=8, sampling_steps=3)
+    assert told.num_images == untold.num_images == 8 and not torch.equal(told.per_image, untold.per_image)
+    assert told.bits_per_dim < 2 * UNIFORM and untold.bits_per_dim < 2 * UNIFORM
+    assert Image.open(tmp_path / "class_conditional.png").size == (320, 128)
+
+
+@runs("dit_latents")
+def test_dit_latents(program, tmp_path):
+    """A short training comes near the unit Gaussian that it starts from: log(2 pi e) / 2 nats/dim, or better."""
+    score = program.main(steps=60, num_test=64, sampling_steps=3)
+    assert 0 < score.nats_per_dim < 2.5
+    assert Image.open(tmp_path / "dit_latents.png").size == (320, 128)
+
+
+@runs("dit_latents")
+def test_linear_coder(program):
+    """Latents have variance 1; decoding loses what the first 16 components lack, encoding again nothing more."""
+    images = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5
+    coder = program.LinearCoder(images)
+    latents = coder.encode(images)
+    assert latents.shape == (200, 4, 2, 2)
+    torch.testing.assert_close(latents.square().mean(0), torch.ones(4, 2, 2), rtol=1e-4, atol=0)
+    torch.testing.assert_close(coder.encode(coder.decode(latents)), latents, rtol=1e-3, atol=1e-4)
+
+
+@runs("signals_1d")
+def test_signals(program, tmp_path):
+    """Signals lie on their 256 levels, the bound on them is sane, and the samples are signals."""
+    signals = program.plucked_strings(8)
+    levels = (signals + 1) * 255 / 2
+    assert signals.shape == (8, 1, 64) and (levels - levels.round()).abs().max() < 1e-4
+    score = program.main(steps=40, num_test=8, sampling_steps=10)
+    assert 2.4 < score.bits_per_dim < 8  # the noise alone, and a uniform code
+    samples = torch.load(tmp_path / "signals_1d.pt")
+    assert samples.shape == (32, 1, 64) and samples.isfinite().all() and samples.abs().max() < 3
+
+
+@runs("outlier_scores")
+def test_outlier_scores(program):
+    """After a few steps inverted and shuffled digits are found; blank images are not, as the program says."""
+    areas = program.main(steps=40, num_test=12)
+    assert areas["inverted"][0] > 0.8 and areas["shuffled pixels"][0] > 0.95
+    assert areas["blank"][0] < 0.5
+
+
+@runs("outlier_scores")
+def test_auroc(program):
+    """Two normals a standard deviation apart: area Phi(1 / sqrt 2), and the spread of many samples of 50 and 80."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        program.auroc(torch.randn(50, generator=generator), torch.randn(80, generator=generator) + 1)
+        for _ in range(100)
+    ]
+    areas, errors = torch.tensor(pairs).T
+    truth = 0.5 * (1 + torch.erf(torch.tensor(0.5)))
+    assert abs(areas.mean() - truth) < 4 * areas.std() / 100**0.5
+    assert errors.mean() == pytest.approx(areas.std().item(), rel=0.3)
+
+
+@runs("score_stock_checkpoint")
+def test_score_stock_checkpoint(program, tmp_path, monkeypatch):
+    """The whole chain is the best; a stock folder of the user's is scored as it is, without training."""
+    scores = program.main(steps=4, num_test=8)
+    assert list(scores) == [1000, 100, 25]
+    assert scores[1000].bits_per_dim < scores[100].bits_per_dim < scores[25].bits_per_dim
+    program.train_stock(torch.zeros(64, 1, 8, 8), str(tmp_path / "stock"), steps=2)
+    monkeypatch.delattr(program, "train_stock")
+    scores = program.main(folder="stock", num_test=2)
+    assert all(0 < score.bits_per_dim < float("inf") for score in scores.values())
