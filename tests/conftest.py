@@ -1,4 +1,4 @@
-"""What all tests share: one thread, a Hub, and what is logged."""
+"""What all tests share: one thread, a Hub, what is logged, and what the tests of several folders need of training."""
 
 import logging
 
@@ -43,3 +43,25 @@ def log():
     yield messages
     for logger in loggers:
         logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """The options for a data set of 154, 8 and 18 images, to save the digits' loading time."""
+    from sklearn.datasets import load_digits
+    from training_support import write_data
+
+    folder = tmp_path_factory.mktemp("few")
+    data = write_data(folder / "data", load_digits().images[:180] * 15)
+    return "--dataset_name", data, "--cache_dir", folder / "cache", "--logger", "none"
+
+
+@pytest.fixture(scope="session")
+def few_base(tmp_path_factory, few):
+    """A folder in which a run on them, of three steps without validation, has finished, and its metrics."""
+    from training_support import reset_accelerate, tiny
+
+    folder = tmp_path_factory.mktemp("few_base") / "run"
+    metrics = tiny(folder, "--max_train_steps 3", *few)
+    reset_accelerate()
+    return folder, metrics

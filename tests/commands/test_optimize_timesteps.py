@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 from hub_server import HubServer
+from processes import free_port
 from test_evaluate import (  # noqa: F401
     T,
     fresh_accelerate,
@@ -29,7 +30,6 @@ from test_evaluate import (  # noqa: F401
     stock,
     strict_json,
 )
-from test_train import free_port
 
 from ddpm_vlb import DDPMVLBPipeline, StoredPath, VLBEstimator, spaced_timesteps
 from ddpm_vlb.commands import optimize_timesteps

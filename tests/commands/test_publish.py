@@ -20,8 +20,9 @@ import safetensors.torch
 import torch
 from hub_server import HubServer, card_metadata
 from networks import pipeline as tiny_pipeline
+from processes import reset_accelerate
 from sharing_support import client_of
-from test_train import TINY, launch_two, reset_accelerate
+from training_support import TINY, launch_two
 
 from ddpm_vlb import CODE_FILES, DDPMVLBPipeline, SquaredErrors, StoredPath
 from ddpm_vlb.commands import publish

@@ -1,7 +1,5 @@
 """Checkpoints that are cut short at any point of their writing, left over, unfinished, or damaged."""
 
-# ruff: noqa: F811 (fixtures)
-
 import functools
 import os
 import random
@@ -14,22 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from reliability_support import (  # noqa: F401
+from reliability_support import (
     EVERY,
     KILLED,
     RESUME,
     after_step,
-    begin,
     check_same,
     complained,
     copy,
     die,
-    few,
-    finished,
     names,
     ran,
-    run,
-    straight,
 )
 
 from ddpm_vlb.recipes import train as recipe

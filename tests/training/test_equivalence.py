@@ -1,9 +1,5 @@
 """The same global batch is the same training, however it is spread over processes and micro batches."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +7,10 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import ROOT, few, free_port  # noqa: F401
+from processes import Forked, as_rank, free_port, reset_accelerate
+from training_support import difference
 
+from ddpm_vlb.commands import train
 from ddpm_vlb.training.global_batches import GlobalBatches, Noise, seed_of
 
 OBJECTIVES = ("simple", "hybrid", "vlb")
@@ -27,29 +25,29 @@ NETWORK = (
 LAYOUTS = {"one": (1, 16, 1), "accumulated": (1, 8, 2), "two": (2, 8, 1), "four": (2, 4, 2)}  # processes, batch, micro
 
 
-def launch_worker(processes: int, runs: list[str]) -> None:
-    """Train every run after the other, on that many CPU processes."""
-    port = free_port()
-    several = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    several += f"--dynamo_backend no --main_process_port {port}"
-    command = [sys.executable, *(several.split() if processes == 2 else ()), "tests/training/training_worker.py"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, json.dumps(runs)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def work(runs: list[list[str]], *rank_and_port: int) -> None:
+    """Train every run after the other, up to the last checkpoint."""
+    train.finish = lambda run: None
+    if rank_and_port:
+        as_rank(*rank_and_port)
+    for options in runs:
+        reset_accelerate()
+        train.main(options)
 
 
-def train_in(folder: Path, layout: str, combinations: list[str], data: tuple[str, ...]) -> None:
-    """Train every combination for 20 steps in a layout."""
+def train_in(folder: Path, layout: str, combinations: list[str], data: tuple[str | Path, ...]) -> None:
+    """Train every combination for 20 steps in a layout, on that many processes."""
     processes, batch, micro = LAYOUTS[layout]
     runs = []
     for combination in combinations:
         objective, sampler = combination.split("-")
         options = f"{NETWORK} --objective {objective} --timestep_sampler {sampler} --train_batch_size {batch}"
-        options += f" --gradient_accumulation_steps {micro} --output_dir {folder / layout / combination}"
-        runs.append(f"{options} {' '.join(data)}")
-    launch_worker(processes, runs)
+        options += f" --cpu --gradient_accumulation_steps {micro} --output_dir"
+        runs.append([*options.split(), str(folder / layout / combination), *map(str, data)])
+    port = free_port()
+    several = [Forked(work, runs, *((rank, port) if processes > 1 else ())) for rank in range(processes)]
+    for process in several:
+        assert process.end(600) == 0, process.err[-3000:]
 
 
 def weights(folder: Path, layout: str, combination: str) -> dict[str, torch.Tensor]:
@@ -58,7 +56,7 @@ def weights(folder: Path, layout: str, combination: str) -> dict[str, torch.Tens
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, few):  # noqa: F811
+def trained(tmp_path_factory, few):
     """The folder with every combination in every layout."""
     folder = tmp_path_factory.mktemp("equivalence")
     for layout in LAYOUTS:
@@ -66,13 +64,7 @@ def trained(tmp_path_factory, few):  # noqa: F811
     return folder
 
 
-def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference of a tensor, in the 2-norm."""
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).norm() / a[name].norm()) for name in a)
-
-
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, few):  # noqa: F811
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, few):
     """The sampler with a history to share, on both terms of the hybrid loss; the slow tests take every combination."""
     combination = "hybrid-loss_second_moment"
     for layout in ("one", "four"):

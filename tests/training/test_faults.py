@@ -1,7 +1,5 @@
 """Steps that are not finite, and faults of the disk and of the data: what the run does, and what is left."""
 
-# ruff: noqa: F811 (fixtures)
-
 import functools
 import os
 import re
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from reliability_support import (  # noqa: F401
+from reliability_support import (
     EVERY,
     RESUME,
     after_step,
@@ -24,16 +22,12 @@ from reliability_support import (  # noqa: F401
     content,
     cut,
     delete,
-    few,
     fill,
     names,
-    own_pictures,
-    pictures,
     poison,
     ran,
     read_only,
     small_files,
-    straight,
     tensors_of,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,8 +11,8 @@ import time
 import psutil
 import pytest
 from network_namespaces import INTERFACE, two_hosts, why_not
-from test_equivalence import difference
-from test_train import ROOT, TINY, check_metrics, few, free_port, same_weights, weights  # noqa: F401
+from processes import ROOT, environment, free_port
+from training_support import TINY, check_metrics, difference, same_weights, weights
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +37,7 @@ class Machines:
     def start(self, *options):
         """Launch a run, with the options of each machine, or with those that both share."""
         port = free_port()
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        environment["GLOO_SOCKET_IFNAME"] = INTERFACE if self.hosts else "lo"
+        told = environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME=INTERFACE if self.hosts else "lo")
         launchers = []
         for rank, own in enumerate(options * (2 // len(options))):
             launcher = (
@@ -53,7 +51,7 @@ class Machines:
             path = self.folder / f"{len(self.prints)}.txt"
             with open(path, "w") as prints:
                 launchers.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=prints, stderr=subprocess.STDOUT)
+                    subprocess.Popen(command, cwd=ROOT, env=told, stdout=prints, stderr=subprocess.STDOUT)
                 )
             self.prints.append(path)
         self.launchers = launchers
@@ -124,22 +122,26 @@ def machines(tmp_path):
 def train_alone(folder, options):
     """Take the same global batches on one process; returns the weights of its pipeline."""
     command = [sys.executable, "examples/train.py", *options, "--cpu", "--train_batch_size", "16"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--output_dir", str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--output_dir", str(folder)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return weights(folder)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, few):  # noqa: F811
+def alone(tmp_path_factory, few):
     """The weights that one undisturbed process ends with."""
     return train_alone(tmp_path_factory.mktemp("alone"), [*RUN, *few])
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, few):  # noqa: F811
+def undisturbed(tmp_path_factory, few):
     """The weights that two undisturbed machines end with."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with open_machines(folder, "loopback" if why_not() else "namespaces") as machines:
@@ -148,7 +150,7 @@ def undisturbed(tmp_path_factory, few):  # noqa: F811
 
 
 @pytest.mark.parametrize("network", ["namespaces", "loopback"])
-def test_two_machines_train_one_network(tmp_path, few, alone, network):  # noqa: F811
+def test_two_machines_train_one_network(tmp_path, few, alone, network):
     """They end as one process with both batches does, tell it once, and so does a resumed run, bit for bit."""
     folder = tmp_path / "run"
     options = [*RUN, *few, "--output_dir", str(folder)]
@@ -169,7 +171,7 @@ def test_two_machines_train_one_network(tmp_path, few, alone, network):  # noqa:
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_machine_is_lost(tmp_path, few, machines, alone, undisturbed, lost):  # noqa: F811
+def test_a_machine_is_lost(tmp_path, few, machines, alone, undisturbed, lost):
     """The other one says so and ends; from the last checkpoint two machines, or one process, end as undisturbed."""
     folder, left = tmp_path / "run", 1 - lost
     options = [*RUN, *few]
@@ -188,7 +190,7 @@ def test_a_machine_is_lost(tmp_path, few, machines, alone, undisturbed, lost):  
     assert difference(alone, train_alone(tmp_path / "copy", resumed)) < 1e-5
 
 
-def test_the_link_is_cut(tmp_path, few):  # noqa: F811
+def test_the_link_is_cut(tmp_path, few):
     """Neither end hears a word any more: both end after --ddp_timeout, and the checkpoint is whole."""
     folder, timeout = tmp_path / "run", 10
     options = [*RUN, *few, "--ddp_timeout", str(timeout), "--output_dir", str(folder)]
@@ -207,7 +209,7 @@ def test_the_link_is_cut(tmp_path, few):  # noqa: F811
     assert (folder / "metrics.json").exists()
 
 
-def test_folders_that_are_not_shared_are_refused(tmp_path, few, machines):  # noqa: F811
+def test_folders_that_are_not_shared_are_refused(tmp_path, few, machines):
     """Before anything is trained, on both machines, with the option and what to do."""
     machines.start(*([*RUN, *few, "--output_dir", str(tmp_path / name)] for name in ("mine", "yours")))
     codes = [machines.ended(rank, 90) for rank in (0, 1)]

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from test_train import few, fresh_accelerate, no_pictures, only_train, reset_accelerate, tiny  # noqa: F401
+from processes import fresh_accelerate, reset_accelerate  # noqa: F401
+from training_support import check_metrics, only_train, same_weights, tiny, weights
 
 from ddpm_vlb import LossSecondMomentTimesteps
 from ddpm_vlb.commands import train
@@ -12,7 +13,7 @@ from ddpm_vlb.recipes import train as recipe
 
 
 @pytest.mark.parametrize("objective", ["vlb", "hybrid", "simple"])
-def test_only_the_network_is_in_half_precision(tmp_path, few, only_train, monkeypatch, objective):  # noqa: F811
+def test_only_the_network_is_in_half_precision(tmp_path, few, monkeypatch, objective):
     """Under bf16 its convolutions are; x_0, x_t, noise, weights, losses, gradients and the average are in float32."""
     seen = {}
     train_batch, share = recipe.train_batch, recipe.share
@@ -56,7 +57,7 @@ def test_only_the_network_is_in_half_precision(tmp_path, few, only_train, monkey
     assert {name: dtype for name, dtype in seen.items() if dtype != torch.float32} == {}
 
 
-def test_the_noise_of_the_first_steps_survives_half_precision(tmp_path, few, only_train, monkeypatch):  # noqa: F811
+def test_the_noise_of_the_first_steps_survives_half_precision(tmp_path, few, monkeypatch):
     """x_t is sqrt(alphabar_t) x_0 and all of its noise, to float32's rounding, at every t: bf16 would lose it."""
     seen = []
     vlb_loss = recipe.vlb_loss
@@ -75,6 +76,15 @@ def test_the_noise_of_the_first_steps_survives_half_precision(tmp_path, few, onl
     assert min(int(t.min()) for _, (_, _, t, _) in seen) < 40
 
 
+def test_bf16(few_base, tmp_path, few):
+    """Mixed precision reaches the network; weights, losses and files stay in float32."""
+    metrics = tiny(tmp_path, "--max_train_steps 3 --mixed_precision bf16", *few)
+    check_metrics(metrics, tmp_path)
+    half = weights(tmp_path)
+    assert {tensor.dtype for tensor in half.values()} == {torch.float32}
+    assert not same_weights(half, weights(few_base[0]))
+
+
 @pytest.mark.slow
 def test_bf16_trains_to_the_same_bound(tmp_path):
     """The default digits run in bf16 is within 0.05 bits/dim of float32, all test images scored."""
@@ -90,7 +100,7 @@ def test_bf16_trains_to_the_same_bound(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["uniform", "gaussian", "loss_second_moment"])
-def test_no_step_of_a_long_cosine_chain_is_lost(tmp_path, no_pictures, sampler):  # noqa: F811
+def test_no_step_of_a_long_cosine_chain_is_lost(tmp_path, sampler):
     """2000 steps of L_vlb with T = 4000 and the cosine schedule: none is skipped, and the score is finite."""
     options = "--max_train_steps 2000 --objective vlb --ddpm_num_steps 4000 --ddpm_beta_schedule squaredcos_cap_v2"
     metrics = tiny(tmp_path, f"{options} --timestep_sampler {sampler} --validation_steps 5000")

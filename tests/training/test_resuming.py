@@ -1,14 +1,12 @@
 """Runs that go on from a checkpoint: exactly, with other options, in a folder of several runs."""
 
-# ruff: noqa: F811 (fixtures)
-
 import functools
 import re
 import shutil
 
 import numpy as np
 import pytest
-from reliability_support import (  # noqa: F401
+from reliability_support import (
     EVERY,
     HARD,
     KILLED,
@@ -16,22 +14,17 @@ from reliability_support import (  # noqa: F401
     STEPS,
     after_step,
     alike,
-    begin,
     check_same,
     complained,
     content,
     die,
     far,
-    few,
-    finished,
     names,
     ran,
-    run,
-    straight,
-    write_data,
 )
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_support import write_data
 
 from ddpm_vlb.runtime.image_data import load_image_data
 

@@ -1,7 +1,8 @@
 """Training with sharded parameters or optimizer states, and with a compiled network.
 
-On the CPU Accelerate never shards, and train.py says so. What follows that refusal is tested all the same: run as a
-script, this file runs examples/train.py with an Accelerator that was told to shard over two CPU processes.
+On the CPU Accelerate never shards, and the command says so. What follows that refusal is tested all the same, with an
+Accelerator that was told to shard over two CPU processes. For FSDP they are forked; for DeepSpeed this file, run as a
+script, is launched.
 """
 
 import dataclasses
@@ -22,14 +23,15 @@ from pathlib import Path
 import accelerate.accelerator
 import pytest
 import torch
+import training_support
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, patch_environment
 from diffusers import UNet2DModel
-from test_equivalence import difference as difference_of
-from test_train import ROOT, TINY, few, free_port, reset_accelerate, same_weights, weights  # noqa: F401
+from processes import ROOT, Forked, as_rank, environment, free_port, reset_accelerate
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
+from training_support import TINY, same_weights, weights
 
 from ddpm_vlb import DDPMVLBPipeline, evaluate_vlb
 from ddpm_vlb.commands import train
@@ -206,7 +208,7 @@ def work(kind, options):
         shard(accelerator, kind)  # after fp16 was found to need a GPU, which is too much said
         original(accelerator)
 
-    def checked_train(run, validate, original=train.train):
+    def checked_train(run, validate, original=recipe.train):
         if kind not in ZERO:
             check_shards(run)
         return original(run, validate)
@@ -218,38 +220,56 @@ def work(kind, options):
         return original(run)
 
     launching.Accelerator, launching.check_sharding = make, checked_sharding
-    train.train, train.finish = checked_train, checked_finish
+    recipe.train, train.finish = checked_train, checked_finish
     train.main(options)
 
 
-def launch(kind, folder, options, code=0, launcher=PLAIN, bad=""):
-    """Run the worker on two CPU processes; returns what it printed, and its errors."""
-    launcher += f" --main_process_port {free_port()} tests/test_sharding.py {kind}"
+def work_as(rank, port, kind, options, bad):
+    """Run the worker as one of two forked processes."""
+    as_rank(rank, port)
+    os.environ["BAD_STEP"] = bad
+    work(kind, options)
+
+
+def fork(kind, options, code, bad):
+    """The worker in two forked processes; returns what they printed, and their errors."""
+    port = free_port()
+    processes = [Forked(work_as, rank, port, kind, options, bad) for rank in (0, 1)]
+    codes = [process.end(300) for process in processes]
+    out, err = ("".join(getattr(process, name) for process in processes) for name in ("out", "err"))
+    assert codes == [code, code], err[-5000:]
+    return out, err
+
+
+def start(kind, options, code, launcher, bad):
+    """The worker under `accelerate launch`; returns what it printed, and its errors."""
+    launcher += f" --main_process_port {free_port()} {Path(__file__)} {kind}"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher.split(), *options]
-    done = subprocess.run(
-        [*command, "--output_dir", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "BAD_STEP": bad},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    told = environment(ACCELERATE_USE_CPU="true", BAD_STEP=bad)
+    done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stderr[-5000:]
-    if code == 0:
-        assert done.stdout.count(CHECKED) == 2
     return done.stdout, done.stderr
+
+
+def run_two(kind, folder, options, code=0, launcher=PLAIN, bad=""):
+    """Run the worker on two CPU processes; returns what it printed, and its errors."""
+    options = [*map(str, options), "--output_dir", str(folder)]
+    out, err = start(kind, options, code, launcher, bad) if kind in ZERO else fork(kind, options, code, bad)
+    if code == 0:
+        assert out.count(CHECKED) == 2
+    return out, err
 
 
 def train_alone(folder, options):
     """Take the same global batches on one process; returns the weights of its pipeline."""
     reset_accelerate()
-    train.main([*options, "--cpu", "--train_batch_size", "16", "--output_dir", str(folder)])
+    train.main([*map(str, options), "--cpu", "--train_batch_size", "16", "--output_dir", str(folder)])
     reset_accelerate()
     return weights(folder)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, few):  # noqa: F811
+def alone(tmp_path_factory, few):
     """The weights that one process ends with, by its options."""
     done = {}
 
@@ -264,7 +284,7 @@ def alone(tmp_path_factory, few):  # noqa: F811
 def difference(a, b):
     """Without the bias of the keys: softmax ignores it, and Adam scales up the rounding that is its gradient."""
     a, b = ({name: value for name, value in own.items() if not name.endswith("to_k.bias")} for own in (a, b))
-    return difference_of(a, b)
+    return training_support.difference(a, b)
 
 
 FSDP_OPTIONS = inspect.signature(FullyShardedDataParallelPlugin).parameters
@@ -302,14 +322,14 @@ def test_deepspeed_on_the_cpu_is_refused(tmp_path, monkeypatch, one_process):
 @pytest.mark.slow
 @needs_fsdp2
 @pytest.mark.parametrize("version", ["1", "2"])
-def test_launched_fsdp_on_the_cpu_is_refused(tmp_path, few, version):  # noqa: F811
+def test_launched_fsdp_on_the_cpu_is_refused(tmp_path, few, version):
     """With the flags of `accelerate launch`, on two processes."""
     port = free_port()
     launcher = f"--use_fsdp --fsdp_version {version} --num_processes 2 --num_machines 1 --mixed_precision no "
     launcher += f"--dynamo_backend no --main_process_port {port} examples/train.py --output_dir {tmp_path / 'run'}"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher.split(), *TINY, *few]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    told = environment(ACCELERATE_USE_CPU="true")
+    done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert re.search(REFUSED[version], done.stderr, re.MULTILINE) and 'train.py", line' not in done.stderr
     assert not list((tmp_path / "run").iterdir())
@@ -319,10 +339,10 @@ def test_launched_fsdp_on_the_cpu_is_refused(tmp_path, few, version):  # noqa: F
 
 
 @needs_fsdp2
-def test_fsdp_trains_what_one_process_does(tmp_path, few, alone):  # noqa: F811
+def test_fsdp_trains_what_one_process_does(tmp_path, few, alone):
     """A whole short run, with every parameter in two parts, ends in the same averaged weights."""
     options = "--max_train_steps 3 --checkpointing_steps 0"
-    launch("SHARDED_STATE_DICT", tmp_path, [*RUN, *few, *options.split()])
+    run_two("SHARDED_STATE_DICT", tmp_path, [*RUN, *few, *options.split()])
     assert difference(alone(options), weights(tmp_path)) < 1e-5
     assert (tmp_path / "metrics.json").exists()
 
@@ -331,35 +351,35 @@ def test_fsdp_trains_what_one_process_does(tmp_path, few, alone):  # noqa: F811
 @needs_fsdp2
 @pytest.mark.parametrize("more", ["--use_ema", "--no-use_ema --gradient_accumulation_steps 2"])
 @pytest.mark.parametrize("kind", FSDP_KINDS)
-def test_fsdp_checkpoints(tmp_path, few, alone, kind, more):  # noqa: F811
+def test_fsdp_checkpoints(tmp_path, few, alone, kind, more):
     """The run ends as one process does, and a resumed one as a straight one does, bit for bit."""
     options = [*RUN, *few, *LONG.split(), *more.split()]
-    launch(kind, tmp_path, options)
+    run_two(kind, tmp_path, options)
     straight = weights(tmp_path)
     assert difference(alone(f"{LONG} {more}"), straight) < 1e-5
     shutil.rmtree(tmp_path / "checkpoint-20")
     shutil.rmtree(tmp_path / "unet")
-    out, _ = launch(kind, tmp_path, [*options, "--resume_from_checkpoint", "latest"])
+    out, _ = run_two(kind, tmp_path, [*options, "--resume_from_checkpoint", "latest"])
     assert "checkpoint-10" in out.partition("Resuming from ")[2].partition("\n")[0]
     assert same_weights(weights(tmp_path), straight)
 
 
 @pytest.mark.slow
 @needs_fsdp2
-def test_a_sharded_checkpoint_is_not_for_one_process(tmp_path, few):  # noqa: F811
+def test_a_sharded_checkpoint_is_not_for_one_process(tmp_path, few):
     """It is refused in one message; nothing of it is taken."""
     options = [*RUN, *few, *"--max_train_steps 2 --checkpointing_steps 2".split()]
-    launch("SHARDED_STATE_DICT", tmp_path, options)
+    run_two("SHARDED_STATE_DICT", tmp_path, options)
     with pytest.raises(SystemExit, match="checkpoint-2 is of a run with sharding by FSDP, but this one has nothing"):
         train_alone(tmp_path, [*options, "--resume_from_checkpoint", "latest"])
 
 
 @pytest.mark.slow
 @needs_fsdp2
-def test_fsdp_skips_steps_that_are_not_finite(tmp_path, few):  # noqa: F811
+def test_fsdp_skips_steps_that_are_not_finite(tmp_path, few):
     """And ends both processes after so many."""
     options = "--max_train_steps 9 --learning_rate 1e20 --lr_warmup_steps 1 --max_skipped_steps 3"
-    out, errors = launch(FSDP_KINDS[0], tmp_path, [*RUN, *few, *options.split()], code=1)
+    out, errors = run_two(FSDP_KINDS[0], tmp_path, [*RUN, *few, *options.split()], code=1)
     assert (out + errors).count("It is skipped") == 2
     assert "The run has diverged: 3 in a row" in errors
 
@@ -374,10 +394,10 @@ def test_fsdp_skips_steps_that_are_not_finite(tmp_path, few):  # noqa: F811
         *((FSDP_KINDS[1], *fault) for fault in (("weights", 0), ("optimizer", 0), ("rest", 0), ("rest", 1))),
     ],
 )
-def test_a_checkpoint_that_one_process_cannot_write(tmp_path, few, kind, where, rank):  # noqa: F811
+def test_a_checkpoint_that_one_process_cannot_write(tmp_path, few, kind, where, rank):
     """All end with its error, and the checkpoint before is whole."""
     options = [*RUN, *few, *"--max_train_steps 4 --checkpointing_steps 2 --ddp_timeout 60".split()]
-    _, errors = launch(f"{kind}:{where}:{rank}", tmp_path, options, code=1)
+    _, errors = run_two(f"{kind}:{where}:{rank}", tmp_path, options, code=1)
     together = kind == FSDP_KINDS[0] and where in ("weights", "optimizer")  # which PyTorch tells all processes
     said = r"OSError: .*File too large" if together else r"\w+Error: .*"
     said = r"OSError: \[Errno 116\].*" if where.endswith("folder") else said
@@ -385,17 +405,17 @@ def test_a_checkpoint_that_one_process_cannot_write(tmp_path, few, kind, where, 
     assert errors.count("could not be written") == 1 and 'checkpoints.py", line' not in errors
     assert not together or "Another process" not in errors
     assert not (tmp_path / "checkpoint-4").exists() and not list(tmp_path.glob(".checkpoint-*"))
-    out, _ = launch(kind, tmp_path, [*options, "--resume_from_checkpoint", "latest"])
+    out, _ = run_two(kind, tmp_path, [*options, "--resume_from_checkpoint", "latest"])
     assert "checkpoint-2." in out and (tmp_path / "checkpoint-4").is_dir()
 
 
 @pytest.mark.slow
 @needs_fsdp2
-def test_a_checkpoint_that_one_process_cannot_load(tmp_path, few):  # noqa: F811
+def test_a_checkpoint_that_one_process_cannot_load(tmp_path, few):
     """The others wait for its part: all end with its error, and nobody is sent to that checkpoint again."""
     options = [*RUN, *few, *"--max_train_steps 2 --checkpointing_steps 1 --ddp_timeout 60".split()]
-    launch(FSDP_KINDS[1], tmp_path, options)
-    _, errors = launch(f"{FSDP_KINDS[1]}:read:0", tmp_path, [*options, "--resume_from_checkpoint", "latest"], code=1)
+    run_two(FSDP_KINDS[1], tmp_path, options)
+    _, errors = run_two(f"{FSDP_KINDS[1]}:read:0", tmp_path, [*options, "--resume_from_checkpoint", "latest"], code=1)
     assert re.search("checkpoint-2 cannot be loaded: MemoryError: no room$", errors, re.MULTILINE), errors[-5000:]
     assert "go on with" not in errors and 'checkpoints.py", line' not in errors
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
@@ -409,27 +429,27 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("more", ["--use_ema", "--no-use_ema --gradient_accumulation_steps 2"])
-def test_zero_checkpoints(tmp_path, few, alone, more):  # noqa: F811
+def test_zero_checkpoints(tmp_path, few, alone, more):
     """As with FSDP; the learning rate and the clipping, which the engine keeps by itself, are those of the options."""
     options = [*RUN, *few, *LONG.split(), *more.split()]
-    launch("zero", tmp_path, options)
+    run_two("zero", tmp_path, options)
     straight = weights(tmp_path)
     assert difference(alone(f"{LONG} {more}"), straight) < 1e-5
     shutil.rmtree(tmp_path / "checkpoint-20")
     shutil.rmtree(tmp_path / "unet")
-    out, _ = launch("zero", tmp_path, [*options, "--resume_from_checkpoint", "latest"])
+    out, _ = run_two("zero", tmp_path, [*options, "--resume_from_checkpoint", "latest"])
     assert "checkpoint-10" in out.partition("Resuming from ")[2].partition("\n")[0]
     assert same_weights(weights(tmp_path), straight)
 
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_zero_with_the_shipped_configuration(tmp_path, few):  # noqa: F811
+def test_zero_with_the_shipped_configuration(tmp_path, few):
     """In bf16: the bound falls, a resumed run ends as the straight one, the pipeline is plain and has its score."""
     options = [*TINY, *few, *"--lr_scheduler constant --num_test_images 18 --checkpointing_steps 30".split()]
     begun, folder = tmp_path / "begun", tmp_path / "run"
-    launch("zero-bf16", begun, [*options, "--max_train_steps", "1"], launcher=SHIPPED)
-    launch("zero-bf16", folder, [*options, "--max_train_steps", "60"], launcher=SHIPPED)
+    run_two("zero-bf16", begun, [*options, "--max_train_steps", "1"], launcher=SHIPPED)
+    run_two("zero-bf16", folder, [*options, "--max_train_steps", "60"], launcher=SHIPPED)
     straight = weights(folder)
     before, after = (json.loads((run / "metrics.json").read_text())["test"] for run in (begun, folder))
     errors = math.hypot(*(score[name] for score in (before, after) for name in ("noise_se", "image_se")))
@@ -437,7 +457,7 @@ def test_zero_with_the_shipped_configuration(tmp_path, few):  # noqa: F811
     shutil.rmtree(folder / "checkpoint-60")
     shutil.rmtree(folder / "unet")
     again = [*options, "--max_train_steps", "60", "--resume_from_checkpoint", "latest"]
-    out, _ = launch("zero-bf16", folder, again, launcher=SHIPPED)
+    out, _ = run_two("zero-bf16", folder, again, launcher=SHIPPED)
     assert "checkpoint-30" in out.partition("Resuming from ")[2].partition("\n")[0]
     assert same_weights(weights(folder), straight)
     pipeline = DDPMVLBPipeline.from_pretrained(folder)
@@ -453,7 +473,7 @@ def test_zero_with_the_shipped_configuration(tmp_path, few):  # noqa: F811
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("kind", ZERO)
-def test_zero_skips_a_gradient_that_is_not_finite(tmp_path, few, kind):  # noqa: F811
+def test_zero_skips_a_gradient_that_is_not_finite(tmp_path, few, kind):
     """The engine does, and so do the average, the history, and the count."""
     if kind != "zero-fp16" and tuple(map(int, importlib.metadata.version("deepspeed").split(".")[:2])) < (0, 19):
         pytest.skip("this DeepSpeed takes such steps in bf16 and float32")
@@ -463,28 +483,28 @@ def test_zero_skips_a_gradient_that_is_not_finite(tmp_path, few, kind):  # noqa:
         *"--max_train_steps 5 --timestep_sampler loss_second_moment --lr_scheduler constant".split(),
     ]
     launcher = PLAIN if kind == "zero" else f"{SHIPPED} --mixed_precision {ZERO[kind]}"
-    out, errors = launch(kind, tmp_path, options, launcher=launcher, bad="gradient")
+    out, errors = run_two(kind, tmp_path, options, launcher=launcher, bad="gradient")
     assert "moved wah - wah wah, skipped 1." in out
 
 
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("kind", ["zero", "zero-bf16"])
-def test_zero_stops_at_a_loss_that_is_not_finite(tmp_path, few, kind):  # noqa: F811
+def test_zero_stops_at_a_loss_that_is_not_finite(tmp_path, few, kind):
     """At the first one whose gradient is finite, since the engine has taken it by then."""
     launcher = PLAIN if kind == "zero" else SHIPPED
     options = [*TINY, *few, *HISTORY.split(), "--max_train_steps", "9"]
-    out, errors = launch(kind, tmp_path, options, code=1, launcher=launcher, bad="loss")
+    out, errors = run_two(kind, tmp_path, options, code=1, launcher=launcher, bad="loss")
     assert "It is skipped" not in out + errors
     assert "The run has diverged: 1 in a row" in errors
 
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_zero_stops_after_many_steps_that_are_not_finite(tmp_path, few):  # noqa: F811
+def test_zero_stops_after_many_steps_that_are_not_finite(tmp_path, few):
     """As without it, where the gradients are what is not finite."""
     options = "--max_train_steps 9 --learning_rate 1e20 --lr_warmup_steps 1 --max_skipped_steps 3"
-    out, errors = launch("zero", tmp_path, [*RUN, *few, *options.split()], code=1)
+    out, errors = run_two("zero", tmp_path, [*RUN, *few, *options.split()], code=1)
     assert (out + errors).count("It is skipped") == 2
     assert "The run has diverged: 3 in a row" in errors
 
@@ -494,7 +514,7 @@ def test_zero_stops_after_many_steps_that_are_not_finite(tmp_path, few):  # noqa
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
-def test_a_compiled_network_is_saved_plain(tmp_path, few):  # noqa: F811
+def test_a_compiled_network_is_saved_plain(tmp_path, few):
     """With the same names, and nearly the same weights, as one that was not compiled."""
     options = [*RUN, *few, *"--max_train_steps 3 --checkpointing_steps 3".split()]
     plain = train_alone(tmp_path / "plain", options)

@@ -1,7 +1,5 @@
 """Runs that are stopped by a signal, or whose launcher is gone."""
 
-# ruff: noqa: F811 (fixtures)
-
 import contextlib
 import functools
 import json
@@ -13,28 +11,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from reliability_support import (  # noqa: F401
+from processes import ROOT, environment, free_port, wait_for
+from reliability_support import (
     EVERY,
     KILLED,
     LAUNCH,
     RESUME,
-    ROOT,
     STEPS,
     Training,
     arguments,
     before,
     check_same,
-    environment,
-    few,
     interrupt_twice,
     names,
     ran,
     send,
-    straight,
-    wait_for,
     within_step,
 )
-from test_train import free_port
 
 # Signals
 

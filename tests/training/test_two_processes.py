@@ -15,25 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from reliability_support import (  # noqa: F401
+from processes import ROOT, as_rank, environment, free_port, wait_for
+from reliability_support import (
     HARD,
     LAUNCH,
     RESUME,
-    ROOT,
     STEPS,
     Training,
     alike,
     arguments,
     check_same,
     content,
-    environment,
-    few,
     names,
     send,
-    wait_for,
     within_step,
 )
-from test_train import free_port
 
 from ddpm_vlb.commands import train
 from ddpm_vlb.runtime.stopping import leave
@@ -51,11 +47,10 @@ def only_leave(run):
     leave(run.accelerator)
 
 
-def as_rank(rank, port):
+def told(rank, port):
     """A hook: what a launcher would tell a process."""
     train.finish = only_leave
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    as_rank(rank, port)
 
 
 def halt(run):
@@ -93,10 +88,8 @@ def halted(folder, count=2):
 
 def started(folder, *options, hooks=((), ())):
     """Two forked ones, each with hooks of its own."""
-    port = str(free_port())
-    return [
-        Training(folder, [*options], functools.partial(as_rank, rank, port), *own) for rank, own in enumerate(hooks)
-    ]
+    port = free_port()
+    return [Training(folder, [*options], functools.partial(told, rank, port), *own) for rank, own in enumerate(hooks)]
 
 
 def ran(folder, *options, hooks=((), ())):
@@ -109,7 +102,7 @@ def ran(folder, *options, hooks=((), ())):
 
 def kill(processes):
     for process in processes:
-        process._process.kill()
+        process.kill()
     assert [process.end() for process in processes] == [-signal.SIGKILL] * 2
 
 
@@ -121,14 +114,14 @@ def check_both(path, straight):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, few):  # noqa: F811
+def straight(tmp_path_factory, few):
     """Two processes that nothing happened to."""
     folder = tmp_path_factory.mktemp("two")
     ran(folder, OPTIONS, *few)
     return folder
 
 
-def test_two_killed_processes_go_on_exactly(tmp_path, few, straight):  # noqa: F811
+def test_two_killed_processes_go_on_exactly(tmp_path, few, straight):
     """SIGKILL to both amid step 13: weights, average, optimizer, schedule, history, progress at 15 and 30."""
     assert len(names(straight / f"checkpoint-{STEPS}", "custom_checkpoint_*.pkl")) == 3
     hook = functools.partial(within_step, HALT, halt)
@@ -141,7 +134,7 @@ def test_two_killed_processes_go_on_exactly(tmp_path, few, straight):  # noqa: F
         check_both(tmp_path / f"checkpoint-{step}", straight / f"checkpoint-{step}")
 
 
-def test_two_processes_of_which_one_is_stopped_go_on_exactly(tmp_path, few, straight):  # noqa: F811
+def test_two_processes_of_which_one_is_stopped_go_on_exactly(tmp_path, few, straight):
     """SIGTERM to the second alone amid step 13: both exit with 0 after it, and go on from there."""
     said = ran(tmp_path, OPTIONS, *few, hooks=((), [functools.partial(within_step, HALT, send)]))
     assert "Stopped at step 13 by another process." in said
@@ -152,7 +145,7 @@ def test_two_processes_of_which_one_is_stopped_go_on_exactly(tmp_path, few, stra
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [0, 1])
-def test_two_are_killed_while_a_checkpoint_is_written(tmp_path, few, straight, late):  # noqa: F811
+def test_two_are_killed_while_a_checkpoint_is_written(tmp_path, few, straight, late):
     """One has written its files of checkpoint-10, the other has not: the one before is taken."""
     hooks = [(), ()]
     hooks[late] = [functools.partial(halt_in_save, 2)]
@@ -214,7 +207,7 @@ MORE = ("", "--gradient_accumulation_steps 2", "--no-use_ema", "--dataloader_num
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", MORE)
-def test_a_killed_launch_goes_on_exactly(tmp_path, few, more):  # noqa: F811
+def test_a_killed_launch_goes_on_exactly(tmp_path, few, more):
     """SIGKILL to the launcher and both processes amid step 13."""
     options = f"{OPTIONS} {more}", *few
     launched_to_the_end(tmp_path / "straight", *options)
@@ -232,7 +225,7 @@ def test_a_killed_launch_goes_on_exactly(tmp_path, few, more):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("halting", ["0", "1", "01"])
-def test_a_stopped_launch_goes_on_exactly(tmp_path, few, straight, halting):  # noqa: F811
+def test_a_stopped_launch_goes_on_exactly(tmp_path, few, straight, halting):
     """SIGTERM amid step 13, to one process or to the launcher, which then exits with 1: all is saved either way."""
     to_launcher = halting == "01"
     with launched(tmp_path / "run", OPTIONS, *few, halting=halting) as (process, waiting, log):

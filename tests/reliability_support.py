@@ -1,36 +1,27 @@
 """What the tests of runs that are killed, stopped, short of disk, or meet a bad batch share.
 
-Real processes, killed by real signals. They are forked from a server that has imported everything, which saves each
-the seconds that the imports take; the slow tests start the command itself.
+Real processes, killed by real signals. They are forked from the one of the tests, which saves each the seconds that
+the imports take; the slow tests start the command itself.
 """
 
 import contextlib
-import functools
-import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
-import datasets
 import numpy as np
-import PIL.Image
-import pytest
 import safetensors.torch
 import torch
-from sklearn.datasets import load_digits
-from test_train import TINY, reset_accelerate
+from processes import Forked
+from training_support import TINY
 
 from ddpm_vlb.commands import train
 from ddpm_vlb.recipes import train as recipe
 
-ROOT = Path(__file__).parents[2]
 KILLED = -signal.SIGKILL
 STEPS = 30
 EVERY = "--checkpointing_steps 5"
@@ -43,13 +34,15 @@ LAUNCH = "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --
 # Processes
 
 
-def _child(out, err, argv, hooks, whole):
-    """What a forked process does: train.py's main, with its own process group, its output in files."""
-    os.setpgid(0, 0)
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout.reconfigure(line_buffering=True)
-    torch.set_num_threads(1)
+class Training(Forked):
+    """A training process, which hooks make fail; without scores and pictures unless it shall be whole."""
+
+    def __init__(self, folder, options, *hooks, whole=False):
+        argv = [*TINY, "--cpu", "--logger", "none", "--max_train_steps", str(STEPS), "--output_dir", str(folder)]
+        super().__init__(_train, [*argv, *_words(options)], hooks, whole)
+
+
+def _train(argv, hooks, whole):
     if not whole:
         train.finish = lambda run: None
     for hook in hooks:
@@ -57,47 +50,9 @@ def _child(out, err, argv, hooks, whole):
     train.main(argv)
 
 
-@functools.cache
-def _server():
-    """The server to fork from; it must find the modules that it imports first."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-        multiprocessing.forkserver.ensure_running()
-    return context
-
-
-class Training:
-    """A training process, which hooks make fail; without scores and pictures unless it shall be whole."""
-
-    def __init__(self, folder, options, *hooks, whole=False):
-        self.folder = folder
-        self._logs = tempfile.TemporaryDirectory()
-        self._out, self._err = Path(self._logs.name) / "out", Path(self._logs.name) / "err"
-        for path in (self._out, self._err):
-            path.touch()
-        argv = [*TINY, "--cpu", "--logger", "none", "--max_train_steps", str(STEPS), "--output_dir", str(folder)]
-        argv += [str(part) for option in options for part in (option.split() if type(option) is str else [option])]
-        self._process = _server().Process(target=_child, args=(self._out, self._err, argv, hooks, whole))
-        self._process.start()
-
-    @property
-    def out(self):
-        return self._out.read_text()
-
-    @property
-    def err(self):
-        return self._err.read_text()
-
-    def end(self, seconds=120):
-        """Wait for its end; returns the exit code, that of the signal, negative, where one killed it."""
-        self._process.join(seconds)
-        if self._process.exitcode is None:
-            self._process.kill()
-            raise AssertionError(f"still running:\n{self.out}\n{self.err[-3000:]}")
-        return self._process.exitcode
+def _words(options):
+    """Those of the texts, and paths as they are."""
+    return [str(part) for option in options for part in (option.split() if type(option) is str else [option])]
 
 
 def ran(folder, *options, hooks=(), code=0, whole=False):
@@ -286,101 +241,8 @@ def far(a, b):
     return max(float((first[name] - second[name]).norm() / first[name].norm()) for name in first)
 
 
-# Data
-
-
-def write_data(folder, arrays):
-    """A parquet data set of grey images."""
-    features = datasets.Features({"image": datasets.Image()})
-    images = [PIL.Image.fromarray(array.astype(np.uint8)) for array in arrays]
-    folder.mkdir(parents=True)
-    datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(
-        str(folder / "train-00000-of-00001.parquet")
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder of image files, and where `datasets` may keep its own."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for i, image in enumerate(load_digits().images[:120] * 15):
-        PIL.Image.fromarray(image.astype(np.uint8)).save(folder / f"{i:03d}.png")
-    return folder
-
-
-@pytest.fixture
-def own_pictures(pictures, tmp_path):
-    """A copy that a test may spoil, and the options for it; the sampler must not look at the images beforehand."""
-    folder = shutil.copytree(pictures, tmp_path / "pictures")
-    options = f"{EVERY} --timestep_sampler uniform --train_data_dir", folder, "--cache_dir", tmp_path / "cache"
-    return folder, options
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """The options for a data set of 154, 8 and 18 images."""
-    folder = tmp_path_factory.mktemp("few")
-    write_data(folder / "data", load_digits().images[:180] * 15)
-    return "--dataset_name", folder / "data", "--cache_dir", folder / "cache"
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, few):
-    """A run that nothing happened to, with all its checkpoints."""
-    folder = tmp_path_factory.mktemp("straight") / "run"
-    ran(folder, EVERY, *few)
-    return folder
-
-
-@pytest.fixture
-def finished(straight, tmp_path):
-    """A copy of its folder that a test may spoil."""
-    return shutil.copytree(straight, tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, few):
-    """A `Run` in this process, whose checkpoints and training a test may call."""
-    runs = []
-    reset_accelerate()
-    options = map(str, few)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_and_finish", lambda run, loop: runs.append(run))
-        folder = str(tmp_path_factory.mktemp("own"))
-        fixed = f"--cpu --logger none {EVERY} --max_train_steps {STEPS}".split()
-        train.main([*TINY, *fixed, "--output_dir", folder, *options])
-    yield runs[0]
-    reset_accelerate()
-
-
-@pytest.fixture
-def begin(run):
-    """Load a checkpoint of a folder into the run; returns the run."""
-
-    def begun(folder, name="latest"):
-        run.checkpoints.folder = folder
-        run.checkpoints.begin(name)
-        return run
-
-    return begun
-
-
 # Commands
 
 
-def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
-
-
 def arguments(folder, *options):
-    texts = [str(part) for option in options for part in (option.split() if type(option) is str else [option])]
-    return [*TINY, "--logger", "none", "--output_dir", str(folder), *texts]
-
-
-def wait_for(condition, seconds=120):
-    """Poll."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    return [*TINY, "--logger", "none", "--output_dir", str(folder), *_words(options)]
