@@ -27,14 +27,18 @@ class Levels:
         return (self.array[:limit].float() * (2 / (self.levels - 1)) - 1).split(batch_size)
 
 
-def test_the_digits_baselines():
+@pytest.fixture(scope="module")
+def digits():
+    return load_image_data()
+
+
+def test_the_digits_baselines(digits):
     """Uniform is log2 17; the histogram agrees with one written from its definition; lzma needs bits, but fewer."""
-    data = load_image_data()
-    result = baselines(data.train, data.test)
+    result = baselines(digits.train, digits.test)
     assert result["uniform"] == math.log2(17)
     fitted, scored = (
         np.stack([np.rint((x_0.double().numpy() + 1) * 8).astype(int).ravel() for x_0 in part])
-        for part in (data.train, data.test)
+        for part in (digits.train, digits.test)
     )
     bits = 0.0
     for position in range(64):
@@ -44,10 +48,9 @@ def test_the_digits_baselines():
     assert 0 < result["lzma"] < math.log2(17)
 
 
-def test_baselines_are_of_the_scored_images():
+def test_baselines_are_of_the_scored_images(digits):
     """With --num_test_images they are those of these images, as the bound beside them is."""
-    data = load_image_data()
-    few, whole = baselines(data.train, data.test, num_test_images=8), baselines(data.train, data.test)
+    few, whole = (baselines(digits.train, digits.test, num_test_images=limit) for limit in (8, None))
     assert few["histogram_per_position"] != whole["histogram_per_position"] and few["lzma"] > whole["lzma"]
     assert few["uniform"] == whole["uniform"]
 

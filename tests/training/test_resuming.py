@@ -40,16 +40,18 @@ from ddpm_vlb.runtime.image_data import load_image_data
         pytest.param(f"{HARD} --no-use_ema", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_goes_on_exactly(tmp_path, few, options):
+def test_a_killed_run_goes_on_exactly(tmp_path, few, straight, options):
     """30 steps are 13, SIGKILL, and the rest from checkpoint-10: weights, average, optimizer, history."""
-    options = f"{EVERY} --max_train_steps {STEPS} {options}", *few
-    ran(tmp_path / "straight", *options)
+    if options:
+        straight = tmp_path / "straight"
+        ran(straight, EVERY, options, *few)
+    options = EVERY, options, *few
     ran(tmp_path / "killed", *options, RESUME, hooks=[functools.partial(after_step, 13, die)], code=KILLED)
     assert names(tmp_path / "killed") == {"checkpoint-5", "checkpoint-10"}
     resumed = ran(tmp_path / "killed", *options, RESUME)
     assert f"Resuming from {tmp_path / 'killed' / 'checkpoint-10'}" in resumed.out
     for step in (15, STEPS):
-        check_same(*(tmp_path / name / f"checkpoint-{step}" for name in ("straight", "killed")))
+        check_same(*(folder / f"checkpoint-{step}" for folder in (straight, tmp_path / "killed")))
 
 
 def test_a_run_that_is_killed_again_and_again_goes_on_exactly(tmp_path, few, straight):

@@ -17,7 +17,6 @@ from reliability_support import (
     KILLED,
     LAUNCH,
     RESUME,
-    STEPS,
     Training,
     arguments,
     before,
@@ -58,14 +57,14 @@ def test_a_signal_during_the_validation(tmp_path, few, straight, where):
 @pytest.mark.parametrize("where", ["evaluate", "sample"])
 def test_a_signal_during_the_end(tmp_path, few, where, options):
     """Exit code 0 without metrics.json; the resumed run only scores and samples, however rarely it saves."""
-    hook = functools.partial(before, where, send)
-    process = ran(tmp_path, EVERY, options, *few, hooks=[hook], whole=True)
-    assert "Stopped at step 30 by SIGTERM." in process.out and not (tmp_path / "metrics.json").exists()
-    assert "checkpoint-30, is whole" in process.out
-    again = ran(tmp_path, EVERY, RESUME, *few, whole=True)
-    assert json.loads((tmp_path / "metrics.json").read_text())["train"]["steps"] == STEPS
-    assert "checkpoint-30." in again.out and "Test bits/dim" in again.out
-    assert f"checkpoint-30 has all of --max_train_steps {STEPS} (or --num_epochs): give more to train on." in again.out
+    hook, steps = functools.partial(before, where, send), "--max_train_steps 10"
+    process = ran(tmp_path, EVERY, options, steps, *few, hooks=[hook], whole=True)
+    assert "Stopped at step 10 by SIGTERM." in process.out and not (tmp_path / "metrics.json").exists()
+    assert "checkpoint-10, is whole" in process.out
+    again = ran(tmp_path, EVERY, RESUME, steps, *few, whole=True)
+    assert json.loads((tmp_path / "metrics.json").read_text())["train"]["steps"] == 10
+    assert "checkpoint-10." in again.out and "Test bits/dim" in again.out
+    assert "checkpoint-10 has all of --max_train_steps 10 (or --num_epochs): give more to train on." in again.out
 
 
 @pytest.mark.parametrize("seconds, at_once", [(2.2, True), (0.3, False)])

@@ -20,7 +20,6 @@ from reliability_support import (
     HARD,
     LAUNCH,
     RESUME,
-    STEPS,
     Training,
     alike,
     arguments,
@@ -34,6 +33,7 @@ from reliability_support import (
 from ddpm_vlb.commands import train
 from ddpm_vlb.runtime.stopping import leave
 
+STEPS = 20
 # With a history of losses that is full before step 13, and dropout, which each process draws for itself.
 OPTIONS = f"--checkpointing_steps 5 --max_train_steps {STEPS} {HARD}"
 HALT = 13
@@ -122,7 +122,7 @@ def straight(tmp_path_factory, few):
 
 
 def test_two_killed_processes_go_on_exactly(tmp_path, few, straight):
-    """SIGKILL to both amid step 13: weights, average, optimizer, schedule, history, progress at 15 and 30."""
+    """SIGKILL to both amid step 13: weights, average, optimizer, schedule, history, progress at 15 and 20."""
     assert len(names(straight / f"checkpoint-{STEPS}", "custom_checkpoint_*.pkl")) == 3
     hook = functools.partial(within_step, HALT, halt)
     processes = started(tmp_path, OPTIONS, *few, hooks=([hook], [hook]))
