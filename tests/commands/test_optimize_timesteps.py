@@ -1,4 +1,4 @@
-"""examples/ddpm-vlb optimize-timesteps: its contract, on every kind of checkpoint, and what it leaves when it fails.
+"""`ddpm-vlb optimize-timesteps`: its contract, on every kind of checkpoint, and what it leaves when it fails.
 
 Networks that have learned nothing on a chain of 20 steps; the numbers are compared with evaluate.py's, which scores
 the stored chain from the saved files with the same draws.
@@ -16,27 +16,12 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 from hub_server import HubServer
-from processes import free_port
-from test_evaluate import (  # noqa: F401
-    T,
-    fresh_accelerate,
-    home,
-    models,
-    network,
-    ours,
-    reset_accelerate,
-    run,
-    sets,
-    stock,
-    strict_json,
-)
+from processes import free_port, reset_accelerate
+from scoring_support import ROOT, T, run_evaluate, strict_json
 
-from ddpm_vlb import DDPMVLBPipeline, StoredPath, VLBEstimator, spaced_timesteps
+from ddpm_vlb import DDPMVLBPipeline, VLBEstimator, spaced_timesteps
 from ddpm_vlb.commands import optimize_timesteps
-from ddpm_vlb.few_steps import candidates as few_steps
-from ddpm_vlb.few_steps import files as few_steps_files
 
-ROOT = Path(__file__).parents[2]
 FEW = "--num_knots 8 --num_fit_images 40".split()
 EVEN = ("leading", "linspace", "trailing", "quadratic")
 
@@ -48,7 +33,7 @@ def optimize(*options):
 
 
 @pytest.fixture(scope="module")
-def base(home, models, sets):  # noqa: F811
+def base(home, models, sets):
     """A finished run with a checkpoint of learned variance, into a folder of its own, and what was before."""
     before = {path: path.read_bytes() for path in Path(models["range"]).rglob("*") if path.is_file()}
     folder = home / "few"
@@ -58,7 +43,7 @@ def base(home, models, sets):  # noqa: F811
 
 
 @pytest.fixture
-def optimized(models, sets, tmp_path):  # noqa: F811
+def optimized(models, sets, tmp_path):
     """Optimize a copy of a checkpoint in place; returns its folder and the result."""
 
     def done(model="small", data="grey", *options):
@@ -103,7 +88,7 @@ def test_the_table(base):
     assert (folder / "few_steps.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_model_stays_as_it_was(base, models):  # noqa: F811
+def test_the_model_stays_as_it_was(base, models):
     """With --output_dir the whole pipeline goes there, and nothing of --model changes."""
     folder, _, before = base
     now = {path: path.read_bytes() for path in Path(models["range"]).rglob("*") if path.is_file()}
@@ -116,16 +101,12 @@ def test_the_model_stays_as_it_was(base, models):  # noqa: F811
 @pytest.mark.parametrize(
     "steps, spacing", [(1, None), (3, None), (6, "optimal"), *zip((1, 3, 6, 3), EVEN)], ids=lambda value: str(value)
 )
-def test_evaluate_scores_exactly_these_chains(base, sets, tmp_path, monkeypatch, steps, spacing):  # noqa: F811
+def test_evaluate_scores_exactly_these_chains(base, sets, tmp_path, steps, spacing):
     """evaluate.py on the saved files gives the number of the table, of the stored chain and of any other."""
-    from ddpm_vlb.commands import evaluate
-
-    for name in ("plot_vlb_terms", "plot_per_image"):
-        monkeypatch.setattr(evaluate, name, lambda *args, **options: None)
     folder, result, _ = base
     options = () if spacing is None else ("--timestep_spacing", spacing)
     where = ("--model", folder, "--output_dir", tmp_path, *sets["grey"].options, "--num_images", 11)
-    metrics = run(*where, "--estimator", "full", "--seed", 5, "--num_inference_steps", steps, *options)
+    metrics = run_evaluate(*where, "--estimator", "full", "--seed", 5, "--num_inference_steps", steps, *options)
     wanted = {"stored": True} if spacing in (None, "optimal") else {"path": spacing, "variance": "learned_range"}
     (row,) = rows(result, num_inference_steps=steps, **wanted)
     assert metrics["timesteps"][::-1] == row["timesteps"]
@@ -144,7 +125,7 @@ def test_the_pipeline_takes_the_stored_chain(base):
     assert pipeline.scheduler.timesteps.tolist() == spaced_timesteps("leading", 4, T)
 
 
-def test_stock_samples_it_as_before(base, models):  # noqa: F811
+def test_stock_samples_it_as_before(base, models):
     """DiffusionPipeline of the optimized folder gives the images of the plain one."""
     images = []
     for folder in (base[0], models["range"]):
@@ -175,23 +156,7 @@ def test_the_chosen_path_costs_least_in_training(base):
             assert best["bits_per_dim"] <= min(row["bits_per_dim"] for row in others) + slack
 
 
-def test_the_choice():
-    """The cheapest that is eligible; a simpler one where the gain is too small to matter; the one asked for."""
-
-    def candidate(variance, expected):
-        stored = StoredPath((T - 1, 2), variance) if variance != "fixed_large" else None
-        return few_steps.Candidate("optimal", variance, None, stored, expected)
-
-    every = [
-        candidate(*own) for own in [("network", 0.9), ("fixed_large", 0.1), ("per_pixel", 0.5), ("analytic", 0.7)]
-    ]
-    assert few_steps.chosen(every, "auto").variance == "per_pixel"
-    assert few_steps.chosen(every, "network").variance == "network"
-    close = [candidate("per_pixel", 0.5), candidate("analytic", 0.5004), candidate("network", 0.6)]
-    assert few_steps.chosen(close, "auto").variance == "analytic"
-
-
-def test_held_out_images_are_held_out(models, sets, tmp_path, monkeypatch):  # noqa: F811
+def test_held_out_images_are_held_out(models, sets, tmp_path, monkeypatch):
     """Paths and variances see training images alone, scores the others; both with noise of their own."""
     fitted, scored = [], []
 
@@ -217,7 +182,7 @@ def test_held_out_images_are_held_out(models, sets, tmp_path, monkeypatch):  # n
     assert not levels(sets["grey"].train) & levels(sets["grey"].test)
 
 
-def test_differences_are_paired(base, sets, tmp_path, monkeypatch):  # noqa: F811
+def test_differences_are_paired(base, sets, tmp_path, monkeypatch):
     """Against the stored chain and against one variance for all pixels, with the spread of the images' differences."""
     _, result, _ = base
     (kept,) = rows(result, num_inference_steps=3, stored=True)
@@ -230,7 +195,7 @@ def test_differences_are_paired(base, sets, tmp_path, monkeypatch):  # noqa: F81
     assert 0 < other["against_stored"]["se"] < 2 * (kept["image_se"] + other["image_se"])
 
 
-def test_a_run_that_was_stopped_goes_on(models, sets, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_that_was_stopped_goes_on(models, sets, tmp_path, monkeypatch):
     """The scores of its chains are kept: the second run makes fewer calls and ends with the same numbers."""
     where = ("--model", models["small"], *sets["grey"].options, *FEW, "--steps", 2, 3)
     scored, calls, whole = [], [], VLBEstimator.score
@@ -290,14 +255,14 @@ def test_every_kind_of_checkpoint(optimized, model, data, more):
     assert (result["unit"] == "bits/dim") == (model != "latents")
 
 
-def test_digits_by_default(models, tmp_path):  # noqa: F811
+def test_digits_by_default(models, tmp_path):
     """Without a data set: the digits, fitted on their training split and scored on their test split."""
     shutil.copytree(models["few levels"], tmp_path / "model")
     result = optimize("--model", tmp_path / "model", "--steps", 2, *FEW, "--num_images", 4)
     assert result["data"]["levels"] == 17 and result["data"]["split"] == "test" and result["fit_split"] == "train"
 
 
-def test_what_was_stored_before_is_replaced(optimized, sets):  # noqa: F811
+def test_what_was_stored_before_is_replaced(optimized, sets):
     """A second run takes the network's own variances again, and leaves no file of the first."""
     folder, first = optimized("small", "grey", "--steps", 2, 4, "--reverse_variance", "per_pixel")
     options = ("--num_images", 6, "--seed", 1, "--steps", 3)
@@ -307,42 +272,6 @@ def test_what_was_stored_before_is_replaced(optimized, sets):  # noqa: F811
     assert [path.name for path in (folder / "scheduler").glob("*.safetensors")] == [scheduler.errors_file]
     assert not list(folder.glob(".scheduler-*"))
     assert second["rows"] != first["rows"]
-
-
-class Killed(BaseException):
-    """In place of a signal that nothing survives."""
-
-
-@pytest.mark.parametrize("at", range(3))
-def test_killed_while_it_is_stored(optimized, models, monkeypatch, at):  # noqa: F811
-    """At every rename in the folder: what loads is whole, the old or the new, and a further run completes it."""
-    folder, result = optimized("small", "grey", "--steps", 2, "--variance", "per_pixel")
-    pipeline = DDPMVLBPipeline.from_pretrained(folder)
-    old = pipeline.scheduler.optimal_paths
-    errors = pipeline.scheduler.errors
-    new = {2: type(old[2])((T - 1, 1), "per_pixel", 0.25)}
-    changed = type(errors)(errors.timesteps, errors.mean * 2, errors.per_pixel * 2)
-    pipeline.scheduler.store_few_steps(list(new.values()), changed)
-    renames, real = [], os.replace
-
-    def rename(source, target):
-        if len(renames) == at:
-            raise Killed
-        renames.append(target)
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", rename)
-    if at < 2:
-        with pytest.raises(Killed):
-            few_steps_files.store_in_place(pipeline, folder)
-    else:
-        few_steps_files.store_in_place(pipeline, folder)
-    monkeypatch.undo()
-    found = DDPMVLBPipeline.from_pretrained(folder).scheduler
-    assert found.optimal_paths == (old if at < 2 else new)
-    assert torch.equal(found.errors.per_pixel, (errors if at < 2 else changed).per_pixel)
-    few_steps_files.store_in_place(pipeline, folder)
-    assert DDPMVLBPipeline.from_pretrained(folder).scheduler.optimal_paths == new
 
 
 @pytest.mark.parametrize(
@@ -360,7 +289,7 @@ def test_killed_while_it_is_stored(optimized, models, monkeypatch, at):  # noqa:
         ("--steps 2 --model nobody --output_dir {new}", "no such folder, and it is no Hub name"),
     ],
 )
-def test_bad_input_is_refused(models, sets, tmp_path, options, message):  # noqa: F811
+def test_bad_input_is_refused(models, sets, tmp_path, options, message):
     """Before anything is computed or written."""
     shutil.copytree(models["small"], tmp_path / "model")
     (tmp_path / "used").mkdir()
@@ -401,7 +330,7 @@ def test_few_images_are_said(optimized, capsys):
     assert "Only 20 training images: no variances of each pixel below 32" in capsys.readouterr().out
 
 
-def test_an_earlier_result_may_be_replaced(base, models, sets, tmp_path):  # noqa: F811
+def test_an_earlier_result_may_be_replaced(base, models, sets, tmp_path):
     """The same --output_dir again: the new pipeline, whole, and nothing of the old one beside it."""
     folder = tmp_path / "few"
     shutil.copytree(base[0], folder)
@@ -413,7 +342,7 @@ def test_an_earlier_result_may_be_replaced(base, models, sets, tmp_path):  # noq
     assert len(list((folder / "scheduler").iterdir())) == 2
 
 
-def test_a_network_that_breaks_leaves_the_model_alone(models, sets, tmp_path, monkeypatch):  # noqa: F811
+def test_a_network_that_breaks_leaves_the_model_alone(models, sets, tmp_path, monkeypatch):
     """NaN from the network: the timestep and the image, and nothing written."""
     shutil.copytree(models["small"], tmp_path / "model")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -445,7 +374,7 @@ else:
 
 
 @pytest.mark.slow
-def test_from_the_hub_and_back(base, models, tmp_path):  # noqa: F811
+def test_from_the_hub_and_back(base, models, tmp_path):
     """A Hub model is optimized into a folder; pushed, it gives the same images from the Hub, offline too."""
     with HubServer() as server:
         environment = server.environment(tmp_path / "home", OMP_NUM_THREADS="1")
@@ -480,7 +409,7 @@ def test_from_the_hub_and_back(base, models, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same(models, sets, tmp_path):  # noqa: F811
+def test_two_processes_give_the_same(models, sets, tmp_path):
     """The same paths, and the same scores but for the order of sums."""
     results = []
     for processes in (1, 2):

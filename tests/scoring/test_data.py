@@ -1,7 +1,6 @@
 """The images that evaluate.py scores: which ones, in what order, as what values; and what it refuses."""
 
 import json
-import shutil
 from pathlib import Path
 
 import datasets
@@ -9,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from scoring_support import write_arrays, write_images, write_splits, x_0_of
 from sklearn.datasets import load_digits
 
 from ddpm_vlb.runtime.image_data import load_image_data
@@ -18,44 +18,6 @@ GREY = NetworkShape(channels=1, size=(8, 8), levels=256, classes=None)
 COLOUR = NetworkShape(channels=3, size=(6, 8), levels=256, classes=None)
 CLASSES = NetworkShape(channels=1, size=(8, 8), levels=256, classes=5)
 LATENTS = NetworkShape(channels=4, size=(2, 3), levels=None, classes=None)
-
-
-def write_splits(folder, columns, **features):
-    """Write parquet files in the layout of the Hub, {split: {column: values}}; returns the folder's name."""
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "data").mkdir(parents=True)
-    for split, content in columns.items():
-        data = datasets.Dataset.from_dict(content, features=datasets.Features(features))
-        data.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
-    return str(folder)
-
-
-def write_images(folder, counts, shape=(8, 8), levels=256, labels=None, seed=0):
-    """Random image files by split, and labels if there are any; returns the folder's name and the levels by split."""
-    rng = np.random.default_rng(seed)
-    arrays = {split: rng.integers(0, levels, (count, *shape), dtype=np.uint8) for split, count in counts.items()}
-    content = {split: {"image": [PIL.Image.fromarray(k) for k in own]} for split, own in arrays.items()}
-    features = {"image": datasets.Image()}
-    if labels is not None:
-        features["label"] = datasets.Value("int64")
-        for split, own in content.items():
-            own["label"] = labels[split]
-    return write_splits(folder, content, **features), arrays
-
-
-def write_arrays(folder, arrays, column="image", feature=None):
-    """Arrays (N, *) by split, as arrays; returns the folder's name."""
-    first = next(iter(arrays.values()))
-    if feature is None:
-        kind = {2: datasets.Array2D, 3: datasets.Array3D}[first.ndim - 1]
-        feature = kind(first.shape[1:], str(first.dtype))
-    return write_splits(folder, {split: {column: list(own)} for split, own in arrays.items()}, **{column: feature})
-
-
-def x_0_of(levels, number=256):
-    """What the network should see of integer levels (N, H, W) or (N, H, W, C)."""
-    k = levels[:, None] if levels.ndim == 3 else levels.transpose(0, 3, 1, 2)
-    return torch.from_numpy(k.astype(np.float64) * 2 / (number - 1) - 1).float()
 
 
 def same(x_0, expected):
