@@ -204,9 +204,10 @@ def test_two_processes_without_data(models, tmp_path):
 @pytest.mark.slow
 def test_nan_on_one_of_two_processes_stops_both(models, tmp_path):
     """None waits for the other; the message is on standard error, and the launch fails."""
-    options = nan_for_image(5, models, tmp_path)  # the third unit of two images, the first process's
-    for option in (options, [*options, "--eval_batch_size", "8"]):  # the sixth unit of one, the second process's
-        command = [*launcher(2), str(ROOT / "examples" / "evaluate.py"), *map(str, option)]
+    options = nan_for_image(5, models, tmp_path)
+    for size in (16, 8):  # in the third unit of two images, the first process's; in the sixth of one, the second's
+        more = ("--eval_batch_size", size)
+        command = [*launcher(2), str(ROOT / "examples" / "evaluate.py"), *map(str, (*options, *more))]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode != 0 and not (tmp_path / "run" / "metrics.json").exists()

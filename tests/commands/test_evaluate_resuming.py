@@ -1,13 +1,18 @@
 """`ddpm-vlb evaluate` killed or stopped, and started again."""
 
+import functools
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -30,6 +35,7 @@ from scoring_support import (
 from ddpm_vlb import VLBEstimator
 from ddpm_vlb.commands import evaluate
 from ddpm_vlb.runtime import reporting
+from ddpm_vlb.scoring import sweep
 
 
 def stop_after(monkeypatch, number):
@@ -51,7 +57,7 @@ def test_a_stopped_tolerance_run_goes_on(score, straight, tmp_path, monkeypatch,
     whole = score(*options)
     shutil.rmtree(tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 12 + 2)  # the first sweep has 12 units of two images
+        stop_after(patch, 6 + 2)  # the first sweep has 6 units of four images
         score(*options)
     assert positions_in(tmp_path / "run", 0) == list(range(TEST))
     finished = positions_in(tmp_path / "run", 1)
@@ -62,48 +68,34 @@ def test_a_stopped_tolerance_run_goes_on(score, straight, tmp_path, monkeypatch,
     assert 0 not in [sweep for sweep, _, _ in scored]
 
 
-SLOWLY = """
-import sys, time
-from ddpm_vlb.commands import evaluate
-from ddpm_vlb import VLBEstimator
+def evaluate_and_die(options, folder, log):
+    """Evaluate, in a process of its own, until a part file is there; then die as no handler can prevent."""
+    ticks, score = itertools.count(0, 0.8), VLBEstimator.score
 
-score = VLBEstimator.score
+    def score_or_die(*args):
+        if list(folder.glob(PARTS)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return score(*args)
 
-def slowly(*args, **options):
-    time.sleep(0.3)
-    return score(*args, **options)
-
-VLBEstimator.score = slowly
-evaluate.main(sys.argv[1:])
-"""
-
-
-def kill_after_a_part(command, folder, stderr, **environment):
-    """Run a command and kill it, and what it started, without warning when a first part file is there."""
-    with open(stderr, "wb") as log:
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stderr=log)
-        try:
-            started = time.monotonic()
-            while not list(folder.glob(PARTS)):
-                assert process.poll() is None and time.monotonic() - started < 300, stderr.read_text()[-3000:]
-                time.sleep(0.01)
-        finally:
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            for member in family:
-                member.kill()
-            process.wait()
-            psutil.wait_procs(family, timeout=30)
+    with pytest.MonkeyPatch.context() as patch, open(log, "w", buffering=1) as stderr:
+        patch.setattr(sys, "stderr", stderr)
+        patch.setattr(VLBEstimator, "score", score_or_die)
+        patch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+        patch.setattr(sweep, "tqdm", functools.partial(sweep.tqdm, mininterval=0))
+        run_evaluate(*options)
 
 
 @pytest.fixture(scope="module")
 def killed(home, models, sets):
     """What a run leaves that was killed after its first part file, and what its standard error said until then."""
-    folder = home / "killed"
-    options = ("--cpu", "--model", models["small"], *sets["grey"].options, "--output_dir", folder, *FEW)
-    command = [sys.executable, "-c", SLOWLY, *map(str, options)]
-    kill_after_a_part(command, folder, home / "killed.txt")
+    folder, log = home / "killed", home / "killed.txt"
+    options = ("--model", models["small"], *sets["grey"].options, "--output_dir", folder, *FEW)
+    process = multiprocessing.get_context("fork").Process(target=evaluate_and_die, args=(options, folder, log))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     assert not (folder / "metrics.json").exists() and 0 < len(positions_in(folder)) < TEST
-    return folder, (home / "killed.txt").read_text()
+    return folder, log.read_text()
 
 
 @pytest.fixture
@@ -284,6 +276,39 @@ def test_the_progress_bar_shows_the_estimate(killed, straight):
         values = straight["per_image"][: int(done)]
         assert float(estimate) == pytest.approx(np.mean(values), abs=6e-4)
         assert float(error) == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5, abs=6e-4)
+
+
+SLOWLY = """
+import sys, time
+from ddpm_vlb.commands import evaluate
+from ddpm_vlb import VLBEstimator
+
+score = VLBEstimator.score
+
+def slowly(*args, **options):
+    time.sleep(0.3)
+    return score(*args, **options)
+
+VLBEstimator.score = slowly
+evaluate.main(sys.argv[1:])
+"""
+
+
+def kill_after_a_part(command, folder, stderr, **environment):
+    """Run a command and kill it, and what it started, without warning when a first part file is there."""
+    with open(stderr, "wb") as log:
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stderr=log)
+        try:
+            started = time.monotonic()
+            while not list(folder.glob(PARTS)):
+                assert process.poll() is None and time.monotonic() - started < 300, stderr.read_text()[-3000:]
+                time.sleep(0.01)
+        finally:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for member in family:
+                member.kill()
+            process.wait()
+            psutil.wait_procs(family, timeout=30)
 
 
 @pytest.mark.slow
