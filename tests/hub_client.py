@@ -15,6 +15,6 @@ def client_of(server, patch, home):
     patch.setenv("HF_TOKEN", server.token)
 
 
-def titles(server, repo_id, revision="main"):
+def titles(server, repo_id="tester/run", revision="main"):
     """The titles of a repository's commits, the newest first."""
     return [commit.title for commit in server.history(repo_id, revision)]

@@ -3,12 +3,14 @@
 The client is the real huggingface_hub, the Hub is tests/hub_server.py.
 """
 
+import io
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,14 +75,17 @@ def run(hub, home, script, *options, **environment):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of train.py as a command that uploads with its code, and the Hub it went to."""
-    folder = tmp_path_factory.mktemp("trained")
+    """A run that uploads with its code, what it printed, and the Hub it went to."""
+    folder, out, err = tmp_path_factory.mktemp("trained"), io.StringIO(), io.StringIO()
+    options = [*OPTIONS, "--output_dir", str(folder / "run"), "--push_to_hub", "--hub_model_id", "tester/digits"]
+    more = ["--hub_private_repo", "--hub_include_code", "--hub_license", "mit"]
     with HubServer() as server:
-        options = [*OPTIONS, "--output_dir", folder / "run", "--push_to_hub", "--hub_model_id", "tester/digits"]
-        more = ["--hub_private_repo", "--hub_include_code", "--hub_license", "mit"]
-        done = run(server, folder / "home", "train.py", *options, *more)
-        assert done.returncode == 0, done.stderr[-3000:]
-        yield SimpleNamespace(hub=server, folder=folder, done=done, run=folder / "run")
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            client_of(server, patch, folder)
+            reset_accelerate()
+            train.main([*options, *more])
+        printed = SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+        yield SimpleNamespace(hub=server, folder=folder, done=printed, run=folder / "run")
 
 
 def test_a_run_is_uploaded_as_it_goes(trained):
