@@ -80,12 +80,12 @@ def test_kernel_distance_is_the_double_sum(monkeypatch):
 
 @pytest.mark.parametrize("shift", [0.0, 0.7])
 def test_kernel_distance_is_unbiased(shift):
-    """Its mean over 1000 pairs of small sets is the closed form, zero without a shift, within 4 standard errors."""
+    """Its mean over 400 pairs of small sets is the closed form, zero without a shift, within 4 standard errors."""
     rng, sigma, dims = np.random.default_rng(0), 1.2, 3
     values = np.array(
         [
             kernel_distance(rng.standard_normal((6, dims)), rng.standard_normal((5, dims)) + shift, sigma)[0]
-            for _ in range(1000)
+            for _ in range(400)
         ]
     )
     width = sigma**2 + 2  # E k of two standard normals whose means are `shift` apart in each dimension
