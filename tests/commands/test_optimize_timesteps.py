@@ -5,6 +5,7 @@ the stored chain from the saved files with the same draws.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from scoring_support import ROOT, T, run_evaluate, strict_json
 
 from ddpm_vlb import DDPMVLBPipeline, VLBEstimator, spaced_timesteps
 from ddpm_vlb.commands import optimize_timesteps
+from ddpm_vlb.few_steps import files
 
 FEW = "--num_knots 8 --num_fit_images 40".split()
 EVEN = ("leading", "linspace", "trailing", "quadratic")
@@ -40,6 +42,12 @@ def base(home, models, sets):
     options = ("--output_dir", folder, "--steps", 1, 3, 6, "--seed", 4, "--num_images", 11)
     result = optimize("--model", models["range"], *sets["grey"].options, *FEW, *options)
     return folder, result, before
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Leave the picture empty, which takes longer than the scoring."""
+    monkeypatch.setattr(files, "plot", lambda rows, path, unit: path.touch())
 
 
 @pytest.fixture
@@ -192,7 +200,9 @@ def test_differences_are_paired(base, sets, tmp_path, monkeypatch):
         assert gap["difference"] == pytest.approx(row["bits_per_dim"] - kept["bits_per_dim"], abs=1e-9)
         assert (row["against_analytic"] is not None) == (row["variance"] == "per_pixel")
     (other,) = rows(result, num_inference_steps=3, path="trailing", variance="fixed_large")
-    assert 0 < other["against_stored"]["se"] < 2 * (kept["image_se"] + other["image_se"])
+    # No more than the errors of both together, noise and images; a half more, as these are estimates.
+    both = sum(math.hypot(row["noise_se"], row["image_se"]) for row in (kept, other))
+    assert 0 < other["against_stored"]["se"] < 1.5 * both
 
 
 def test_a_run_that_was_stopped_goes_on(models, sets, tmp_path, monkeypatch):
