@@ -18,8 +18,9 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from hub_client import client_of, titles
-from hub_server import HubServer, card_metadata
+from sharing_support import client_of, titles
+from hub_cards import card_metadata
+from hub_server import HubServer
 from processes import reset_accelerate
 from scoring_support import launcher, network
 

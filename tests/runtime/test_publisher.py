@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from hub_client import client_of, titles
+from sharing_support import client_of, titles
 from hub_server import HubServer
 
 from ddpm_vlb.runtime.publisher import Publisher, explain
