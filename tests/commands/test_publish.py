@@ -18,11 +18,11 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from sharing_support import client_of, titles
 from hub_cards import card_metadata
 from hub_server import HubServer
 from processes import reset_accelerate
 from scoring_support import launcher, network
+from sharing_support import client_of, titles
 
 from ddpm_vlb import CODE_FILES, DDPMVLBPipeline, DDPMVLBScheduler, SquaredErrors, StoredPath
 from ddpm_vlb.commands import publish, train

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from sharing_support import client_of, titles
 from hub_server import HubServer
+from sharing_support import client_of, titles
 
 from ddpm_vlb.runtime.publisher import Publisher, explain
 
