@@ -16,6 +16,8 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).parents[1]
+# For a test's own file that is launched as a script, which finds the modules beside this one as pytest does.
+PYTHONPATH = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
 def reset_accelerate():

@@ -28,7 +28,7 @@ from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlu
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, patch_environment
 from diffusers import UNet2DModel
-from processes import ROOT, Forked, as_rank, environment, free_port, reset_accelerate
+from processes import PYTHONPATH, ROOT, Forked, as_rank, environment, free_port, reset_accelerate
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
 from training_support import TINY, same_weights, weights
@@ -245,7 +245,7 @@ def start(kind, options, code, launcher, bad):
     """The worker under `accelerate launch`; returns what it printed, and its errors."""
     launcher += f" --main_process_port {free_port()} {Path(__file__)} {kind}"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher.split(), *options]
-    told = environment(ACCELERATE_USE_CPU="true", BAD_STEP=bad)
+    told = environment(ACCELERATE_USE_CPU="true", BAD_STEP=bad, PYTHONPATH=PYTHONPATH)
     done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stderr[-5000:]
     return done.stdout, done.stderr

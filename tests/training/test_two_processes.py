@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from processes import ROOT, as_rank, environment, free_port, wait_for
+from processes import PYTHONPATH, ROOT, as_rank, environment, free_port, wait_for
 from reliability_support import (
     HARD,
     LAUNCH,
@@ -180,7 +180,7 @@ def launched(folder, *options, halting=""):
         process = subprocess.Popen(
             [sys.executable, *start, __file__, halting or "none", *arguments(folder, *options)],
             cwd=ROOT,
-            env=environment(ACCELERATE_USE_CPU="true"),
+            env=environment(ACCELERATE_USE_CPU="true", PYTHONPATH=PYTHONPATH),
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
