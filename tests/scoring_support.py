@@ -207,6 +207,16 @@ def changed_model(models, tmp_path, change):
     return folder
 
 
+def edit_config(part, **changes):
+    """Change a saved configuration."""
+
+    def change(folder):
+        path = folder / part
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
 # By hand
 
 

@@ -310,6 +310,13 @@ def test_a_loose_tolerance_takes_one_sweep(score, straight, scored):
     assert metrics["per_image"] == straight["per_image"] and len(scored) == TEST
 
 
+@pytest.mark.parametrize("tolerance", ["1e-300", "1e-12"])
+def test_a_tolerance_that_is_out_of_reach(score, tolerance):
+    """More calls than can be counted are refused after the first sweep."""
+    with pytest.raises(SystemExit, match=f"^ddpm-vlb evaluate: --tolerance {tolerance} is out of reach"):
+        score("small", "grey", "--tolerance", tolerance)
+
+
 def test_the_tolerance_of_latents_is_in_nats(score):
     """As the errors that are reported."""
     first = score("latents", "latents")

@@ -3,7 +3,6 @@
 import functools
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -25,6 +24,7 @@ from scoring_support import (
     TEST,
     TRAIN,
     changed_model,
+    edit_config,
     launcher,
     positions_in,
     run_evaluate,
@@ -179,16 +179,6 @@ def nudge_a_weight(folder):
     weights = safetensors.torch.load_file(path)
     weights["conv_out.bias"][0] += 1e-3
     safetensors.torch.save_file(weights, path, {"format": "pt"})
-
-
-def edit_config(part, **changes):
-    """Change a saved configuration."""
-
-    def change(folder):
-        path = folder / part
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return change
 
 
 NETWORK, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"

@@ -38,6 +38,7 @@ from ddpm_vlb import (
     fit_pilot,
 )
 from ddpm_vlb.commands.options import (
+    LARGEST,
     SWITCH,
     Parser,
     add_machine_options,
@@ -207,7 +208,12 @@ def importance(run: Evaluation, pilot: Pilot | None, store: PartialScores) -> tu
             return combined, ()
         # The error falls with the root of the calls; a twentieth more makes another sweep unlikely.
         total = estimate.network_calls_per_image
-        missing = max(2.0, total * (1.05 * (noise_se / tolerance) ** 2 - 1))
+        ratio = noise_se / tolerance
+        missing = max(2.0, total * (1.05 * ratio * ratio - 1))
+        if not missing < LARGEST:
+            raise ValueError(
+                f"--tolerance {tolerance} is out of reach: the noise SE is {noise_se} after {total} calls."
+            )
         calls = 2 * math.ceil(missing / 2)
         dear = (
             ", more than the full loop's: stop, and ask for less" if total + calls > len(run.reverse.forward) else ""

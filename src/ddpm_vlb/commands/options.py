@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from ddpm_vlb.runtime.stopping import process_index
 
 SWITCH = argparse.BooleanOptionalAction
+LARGEST = 2**31 - 1  # integer of the options but seeds; what is counted in tensors stays below 2^63
 
 
 def _number(
@@ -25,9 +26,9 @@ def _number(
     return parse
 
 
-positive_int, not_negative_int = _number(int, 1), _number(int, 0)
+positive_int, not_negative_int = _number(int, 1, LARGEST), _number(int, 0)
 positive_float, not_negative_float = _number(float, 0, open_low=True), _number(float, 0)
-at_least_two, fraction = _number(int, 2), _number(float, 0, 1)
+at_least_two, fraction = _number(int, 2, LARGEST), _number(float, 0, 1)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
