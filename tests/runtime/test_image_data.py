@@ -465,3 +465,36 @@ def test_only_faults_of_the_data_set_blame_it(fault, named):
     if named:
         said = " ".join(str(fault).split()).rstrip(".")
         assert str(raised.value) == f"--dataset_name some/thing cannot be loaded: {said}. {HUB_HINT}"
+
+
+def broken(cause):
+    """What `datasets` raises when a file's content stops it."""
+    try:
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from cause
+    except datasets.exceptions.DatasetGenerationError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "fault, kind, message",
+    [
+        (
+            broken(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid")),
+            ValueError,
+            "train.csv cannot be loaded: Uni",
+        ),
+        (StopIteration(), ValueError, "train.csv cannot be loaded: StopIteration"),
+        (broken(OSError(errno.ENOSPC, "No space left on device")), OSError, "No space left"),
+    ],
+)
+def test_faults_of_datasets_are_told_as_values_or_the_system_s(tmp_path, load, monkeypatch, fault, kind, message):
+    """By their cause; a full disk stays one."""
+
+    def load_dataset(*args, **options):
+        raise fault
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (tmp_path / "train.csv").write_text("")
+    with pytest.raises(kind, match=message) as raised, named_data("train.csv"):
+        load(dataset_name=str(tmp_path / "train.csv"))
+    assert getattr(raised.value, "errno", None) == (errno.ENOSPC if kind is OSError else None)

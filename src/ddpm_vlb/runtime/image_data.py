@@ -130,8 +130,10 @@ def named_data(name: str) -> Iterator[None]:
         raise ValueError(f"--dataset_name {name} cannot be loaded: {said}. {HUB_HINT}") from error
 
 
-def decode_image(encoded: dict[str, Any], index: int) -> PIL.Image.Image:
+def decode_image(encoded: dict[str, Any] | None, index: int) -> PIL.Image.Image:
     """Decode one image; an unreadable one is named."""
+    if encoded is None:
+        raise ValueError(f"Image number {index} is missing: its row is null.")
     try:
         source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
         image = PIL.Image.open(source)
@@ -177,16 +179,31 @@ def load_splits(
     dataset_name: str | None, dataset_config_name: str | None, train_data_dir: str | None, cache_dir: str | None
 ):
     """The data set's own splits, from a Hub name, a folder or a file, or from a folder of image files."""
+    if dataset_name is not None and not dataset_name.strip("/"):
+        raise ValueError(f"`dataset_name` {dataset_name!r} names no data set.")
     if dataset_name is not None and Path(dataset_name).is_file():
         kind = _FILE_KINDS.get(Path(dataset_name).suffix)
         if kind is None:
             raise ValueError(f"`dataset_name` {dataset_name!r} is a file, but none of {sorted(_FILE_KINDS)}.")
-        return datasets.load_dataset(kind, data_files=dataset_name, cache_dir=cache_dir)
+        return _load_dataset(kind, data_files=dataset_name, cache_dir=cache_dir)
     if dataset_name is not None:
-        return datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
+        return _load_dataset(dataset_name, name=dataset_config_name, cache_dir=cache_dir)
     if not Path(str(train_data_dir)).is_dir():
         raise FileNotFoundError(f"`train_data_dir` {train_data_dir!r} is not a folder.")
-    return datasets.load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_dir)
+    return _load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_dir)
+
+
+def _load_dataset(path: str, **options: Any) -> Any:
+    """What `datasets` loads; its faults as the system's or as values that can be mended."""
+    try:
+        return datasets.load_dataset(path, **options)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # its own, YAML's, pandas' and whatever else a file's content leads to
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno is not None:  # a full disk, say
+            raise cause from error
+        raise OSError(f"{type(cause).__name__}: {cause}") from error
 
 
 def _pick(splits: datasets.DatasetDict, name: str) -> datasets.Dataset:
