@@ -402,6 +402,13 @@ def test_class_labels_are_numbers(tmp_path, load):
     assert data.record["label_column"] == "label"
 
 
+def test_booleans_are_two_classes(tmp_path, load):
+    """As 0 and 1."""
+    data = load(CLASSES, labelled(tmp_path, {"train": [True, False], "test": [False, True]}, datasets.Value("bool")))
+    labels = data.batch(data.scored, [0, 1])[1]["class_labels"]
+    assert labels.tolist() == [0, 1] and labels.dtype == torch.int64
+
+
 def test_an_unconditional_network_gets_no_labels(tmp_path, load):
     """Though the data has some."""
     data = load(GREY, labelled(tmp_path, {"train": [0, 1], "test": [9, 9, 9]}))

@@ -114,6 +114,8 @@ def load_part(args: argparse.Namespace, pipeline: Any, split: str, labelled: boo
             f"--model {args.model} makes arrays of {network.channels} channel(s), {network.levels or 'no'} levels: "
             "features are taken of grey or colour images only."
         )
+    if network.size is None:
+        raise ValueError(f"--model {args.model}: its network's config has no `sample_size`, the size of the samples.")
     if labelled and network.classes is None:
         network = replace(network, classes=MAX_LABELS)
     own = argparse.Namespace(**{**vars(args), "split": split, "num_images": None})
@@ -184,19 +186,22 @@ class Comparison:
             scheduler.store_few_steps(list(paths.values()), errors, reverse_variance)
             return
         name = scheduler.config.variance_type.removesuffix("_log") if variance == "network" else variance
-        own = [row for row in self._optimal_rows() if row["variance"] == name]
-        found = [StoredPath(tuple(row["timesteps"]), variance, row["decoder_shift"]) for row in own]
+        found = [StoredPath(steps, variance, shift) for own, steps, shift in self._optimal_paths() if own == name]
         scheduler.store_few_steps(found, errors, variance)
 
-    def _optimal_rows(self) -> list[dict[str, Any]]:
-        """The optimal paths of every variance, from the few_steps.json of these weights."""
+    def _optimal_paths(self) -> list[tuple[str, tuple[int, ...], float]]:
+        """Variance, timesteps and decoder shift of the optimal paths, from the few_steps.json of these weights."""
         path = Path(self.args.model) / "few_steps.json"
         if not path.is_file():
             return []
         try:
             content = json.loads(path.read_text())
             rows, weights = content["rows"], content["model"]["weights_sha256"]
-            optimal = [row for row in rows if row["path"] == "optimal"]
+            optimal = [
+                (row["variance"], tuple(row["timesteps"]), row["decoder_shift"])
+                for row in rows
+                if row["path"] == "optimal"
+            ]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no file of `ddpm-vlb optimize-timesteps`: {error!r}.") from error
         if weights != fingerprint_of(self.pipeline.unet):

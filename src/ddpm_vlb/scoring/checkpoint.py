@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -43,14 +45,37 @@ def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
             f"--model {args.model} has a {type(pipeline.scheduler).__name__}, whose chain has no variational bound. "
             "Replace it, `DDPMVLBScheduler.from_config(pipeline.scheduler.config)`, and save the pipeline again."
         )
+    _check_network(pipeline, args.model)
     return pipeline
+
+
+def _check_network(pipeline: DDPMVLBPipeline, name: str) -> None:
+    """Refuse a network of another kind, and a checkpoint that is not whole."""
+    unet = pipeline.unet
+    _, *others = inspect.signature(unet.forward).parameters.values()
+    needed = {own.name for own in others if own.default is own.empty and own.kind is own.POSITIONAL_OR_KEYWORD}
+    called = needed <= {"timestep"} and "timestep" in {own.name for own in others}
+    if not called or type(unet.config.get("in_channels")) is not int:
+        raise ValueError(
+            f"--model {name}: its `unet` is a {type(unet).__name__}, no network of x_t, t and labels alone."
+        )
+    if unet.config.get("class_embed_type") is not None and pipeline.num_classes is None:
+        raise ValueError(f"--model {name}: its network takes embeddings of classes, but labels are numbers here.")
+    missing = [key for key, tensor in unet.state_dict().items() if tensor.is_meta]
+    if missing:
+        raise ValueError(f"--model {name}: its checkpoint lacks weights, such as {missing[:3]}.")
 
 
 def network_shape(pipeline: DDPMVLBPipeline, args: argparse.Namespace) -> NetworkShape:
     """What the checkpoint says of its data."""
     config = pipeline.unet.config
     size = config.get("sample_size")
-    size = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
+    size = (size, size) if isinstance(size, int) else size
+    if size is not None:
+        pair = isinstance(size, (list, tuple)) and [type(own) for own in size] == [int, int] and min(size) > 0
+        if not pair:
+            raise ValueError(f"--model {args.model}: `sample_size` must be one or two integers, but is {size!r}.")
+        size = tuple(size)
     levels = stated = pipeline.scheduler.config.get("levels", 256)
     if "levels" in args and stated != 256 and args.levels != stated:
         raise ValueError(f"--levels {args.levels} contradicts the checkpoint, whose scheduler says `levels` {stated}.")
@@ -65,14 +90,24 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text())
-        missing = [name for name in RECORD if name not in record]
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if missing:
-        raise ValueError(
-            f"{path} is no record of `ddpm-vlb train`: it lacks {missing}. Name the data with `--dataset_name`."
-        )
+    missing = [name for name in RECORD if name not in record] if isinstance(record, dict) else RECORD
+    wrong = [] if missing else _wrong_values(record)
+    if missing or wrong:
+        what = f"it lacks {missing}" if missing else f"the values of {wrong} are none"
+        raise ValueError(f"{path} is no record of `ddpm-vlb train`: {what}. Name the data with `--dataset_name`.")
     return record
+
+
+def _wrong_values(record: dict[str, Any]) -> list[str]:
+    """The keys of a data.json whose values `ddpm-vlb train` does not write."""
+    kinds: dict[str, tuple[type, ...]] = dict.fromkeys(RECORD[:6], (str, NoneType))
+    kinds |= {"image_column": (str,), "train_split": (str,), "resolution": (int, NoneType)}
+    wrong = [name for name, own in kinds.items() if type(record[name]) not in own]
+    if "resolution" not in wrong and record["resolution"] is not None and record["resolution"] < 1:
+        wrong.append("resolution")
+    return wrong
 
 
 def load_data(args: argparse.Namespace, network: NetworkShape, check: bool) -> ScoringData:

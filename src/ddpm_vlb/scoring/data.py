@@ -56,7 +56,7 @@ class ScoringData:
         if self.label_column is None:
             return x_0, {}
         labels = images.data.select_columns([self.label_column])[indices][self.label_column]
-        return x_0, {"class_labels": torch.tensor(labels)}
+        return x_0, {"class_labels": torch.tensor(labels, dtype=torch.int64)}
 
 
 class Arrays(Images):
@@ -156,6 +156,8 @@ def load_scoring_data(
     if digits and network.levels == 256 and not levels_given:
         network = dataclasses.replace(network, levels=17)
     columns = [image_column] if network.classes is None else [image_column, _label_column(label_column, scored)]
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"`--image_column` and `--label_column` are both {image_column!r}.")
     to_score = _as_images(scored, columns, network, resolution)
     # Of the pilot's split only the images that it takes, spread over it.
     other = other.select(pilot_positions(len(other), to_score[0].numel()))
