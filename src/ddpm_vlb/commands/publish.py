@@ -30,16 +30,20 @@ def read_metrics(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         needed: keys that it must have.
 
     Raises:
-        SystemExit: it is not there, no JSON, or lacks a key.
+        ValueError: it is not there, no JSON, lacks a key, or holds something else than objects where it should.
     """
     try:
         metrics = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read: {error}") from error
-    missing = [key for key in needed if key not in metrics] if isinstance(metrics, dict) else list(needed)
-    if missing or not isinstance(metrics, dict):
-        train = " It is `ddpm-vlb train`'s, which is read by itself." if "train" in metrics else ""
-        raise SystemExit(f"{path} is no metrics.json of `ddpm-vlb evaluate`: it has no {missing}.{train}")
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    known = metrics if isinstance(metrics, dict) else {}
+    missing = [key for key in needed if key not in known]
+    if missing or known is not metrics:
+        train = " It is `ddpm-vlb train`'s, which is read by itself." if "train" in known else ""
+        raise ValueError(f"{path} is no metrics.json of `ddpm-vlb evaluate`: it has no {missing}.{train}")
+    wrong = [key for key in ("options", "train", "model") if not isinstance(metrics.get(key, {}), dict)]
+    if wrong:
+        raise ValueError(f"{path} is no metrics.json: the values of {wrong} are no objects.")
     return metrics
 
 
@@ -64,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if not (args.folder / "model_index.json").is_file():
         more = " Its run is not finished: it has checkpoints." if list(args.folder.glob("checkpoint-*")) else ""
-        raise SystemExit(f"{args.folder} holds no pipeline: there is no model_index.json in it.{more}")
+        raise ValueError(f"{args.folder} holds no pipeline: there is no model_index.json in it.{more}")
     needed = ("bits_per_dim", "timesteps", "data", "num_images", "network_calls_per_image")
     paths = [path / "metrics.json" if path.is_dir() else path for path in args.evaluations]
     evaluations = [read_metrics(path, needed) for path in dict.fromkeys(paths)]
-    hashes = {(own.get("model") or {}).get("weights_sha256") for own in evaluations} - {None}
+    hashes = {str(own["model"].get("weights_sha256")) for own in evaluations if "model" in own} - {"None"}
     if hashes and hashes != {fingerprint_of(DDPMVLBPipeline.from_pretrained(args.folder).unet)}:
-        raise SystemExit(f"--evaluations are of other weights than those in {args.folder}: score this model again.")
+        raise ValueError(f"--evaluations are of other weights than those in {args.folder}: score this model again.")
     metrics = args.folder / "metrics.json"
     content = read_metrics(metrics) if metrics.exists() else {}
     options = content.get("options", {})
@@ -80,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.hub_include_code = bool(options.get("hub_include_code"))
     name = args.hub_model_id or args.folder.resolve().name
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
-        raise SystemExit(f"{name!r} is no name of a repository: give one with --hub_model_id.")
+        raise ValueError(f"{name!r} is no name of a repository: give one with --hub_model_id.")
     publisher = Publisher.open(name, options, args, stale=(*OURS, *SAME_WEIGHTS))
     make = stage_result(args.folder, publisher.repo_id, content, args, evaluations)
     steps = content.get("train", {}).get("steps")
