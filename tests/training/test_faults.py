@@ -140,7 +140,7 @@ def test_a_full_disk(disk, few, straight, logger):
 @pytest.mark.parametrize("size", [1000, 90_000, 150_000])
 def test_a_file_that_the_system_refuses(tmp_path, few, size):
     """As on a full disk, for every user: amid the progress, the average, the moments."""
-    hook = functools.partial(after_step, 7, functools.partial(small_files, size=size))
+    hook = functools.partial(after_step, 9, functools.partial(small_files, size=size))
     process = ran(tmp_path / "run", EVERY, *few, hooks=[hook], code=1)
     assert "checkpoint-10 could not be written" in process.err and "checkpoint-5, is whole" in process.err
     assert names(tmp_path / "run") == {"checkpoint-5"} and not names(tmp_path / "run", ".checkpoint-*")
