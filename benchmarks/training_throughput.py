@@ -1,12 +1,12 @@
-"""Images per second of train.py's loop with the hybrid loss, beside diffusers' unconditional training loop.
+"""Images per second of `ddpm-vlb train`'s loop with the hybrid loss, beside diffusers' unconditional training loop.
 
 python benchmarks/training_throughput.py
 
 The other loop does what diffusers' train_unconditional.py does with the same network, batch, data and average: a
 shuffled data loader prepared by Accelerate, `add_noise`, the mean squared error, clipping, AdamW, the learning rate's
 schedule, EMA, and the loss read after every step; once as it is there, and once with the fused AdamW and the `foreach`
-average that train.py takes. The loops take turns in blocks of steps in one process. Then train.py itself, launched
-with one and with two processes of one thread each: the same global batch.
+average that `ddpm-vlb train` takes. The loops take turns in blocks of steps in one process. Then the command itself,
+launched with one and with two processes of one thread each: the same global batch.
 """
 
 import os
@@ -72,7 +72,7 @@ def stock_loop(run: Run, workers: int, fused: bool) -> Iterator[None]:
 
 
 def our_loop(run: Run, waits: list[float]) -> Iterator[None]:
-    """train.py's loop, a step at a time, with what it tells the tracker."""
+    """The recipe's loop, a step at a time, with what it tells the tracker."""
     source, told = batches(run), Statistics(run)
     while True:
         step(run, source, told)
@@ -110,7 +110,7 @@ def compare(workers: int) -> None:
 
 
 def launched(processes: int) -> None:
-    """Print the steps per second of train.py itself, the median over its logged intervals."""
+    """Print the steps per second of `ddpm-vlb train` itself, the median over its logged intervals."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,7 +135,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(describe())
     print(f"\nDigits, batches of {BATCH}, the default network; images/s, medians of {BLOCKS} blocks.\n")
-    print("| workers | train.py | diffusers' | ratio | diffusers', fused | ratio | train.py waits for data |")
+    print("| workers | ours | diffusers' | ratio | diffusers', fused | ratio | ours waits for data |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for workers in (0, 1):
         compare(workers)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from ddpm_vlb import cli
 
@@ -47,6 +49,9 @@ def split(name, line):
         ("--config_file fsdp.yaml --config mine.yaml", "--config_file fsdp.yaml", "--config mine.yaml"),
         ("--main-process-port 29501 --cpu", "--main-process-port 29501", "--cpu"),
         ("--unheard_of 1 --machine_rank 1", "--machine_rank 1", "--unheard_of 1"),
+        ("--gradient-accumulation-steps 7", "", "--gradient-accumulation-steps 7"),
+        ("--num_processes 2 -h", "--num_processes 2", "-h"),
+        ("-q --ema_power -1", "-q", "--ema_power -1"),
     ],
 )
 def test_options_find_their_owner(line, launch, own):
@@ -71,7 +76,6 @@ def launched(monkeypatch):
     """What `accelerate launch` is asked for, in place of doing it."""
     asked = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", asked.append)
-    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
     return asked
 
 
@@ -103,6 +107,31 @@ def test_every_command_has_help(launched, capsys, name):
     assert said.startswith(f"usage: ddpm-vlb {name} ") and f"ddpm-vlb {name}" in said.partition("\n\n")[2]
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--num_processes two", "argument --num_processes/--num-processes: invalid int value: 'two'"),
+        ("--multi_gpu stray.py", "'stray.py' stands behind an option that takes no such value"),
+        ("--num_processes 1 stray.py", "'stray.py' stands behind an option that takes no such value"),
+        ("--gradient-accumulation-steps 7", "unrecognized arguments: --gradient-accumulation-steps 7"),
+    ],
+)
+def test_bad_launches_are_answered_too(launched, capsys, line, message):
+    """As the command's own options are: one line, and nothing is launched, least of all a word that is no command."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *line.split()])
+    assert stop.value.code == 2 and not launched
+    assert capsys.readouterr().err == f"ddpm-vlb train: error: {message} (--help lists the options)\n"
+
+
+def test_what_the_launcher_cannot_do_is_told_in_a_line():
+    """A configuration that is not there; Accelerate itself raises whatever it likes."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--config_file", "nowhere.yaml"])
+    assert stop.value.code.startswith("ddpm-vlb train: cannot be launched so. ") and "nowhere.yaml" in stop.value.code
+    assert len(stop.value.code.splitlines()) == 1
+
+
 def test_help_lists_the_commands(capsys):
     """Without an argument too."""
     for argv in ([], ["--help"], ["-h"]):
@@ -117,18 +146,26 @@ def test_an_unknown_command_is_named():
         cli.main(["trian"])
 
 
-def test_exit_codes_come_through(monkeypatch):
-    """Those of the process, and those of a process that a signal killed as a shell has them."""
-    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+def test_exit_codes_come_through():
+    """Those of the process, of one or of several, and those of one that a signal killed as a shell has them."""
+
+    def fails(error):
+        raise error
+
     for code, expected in ((1, 1), (2, 2), (-9, 137)):
+        several = ChildFailedError("train", {0: ProcessFailure(0, 1, code, "")})
+        for error in (subprocess.CalledProcessError(code, "train"), several):
+            assert cli.outcome("train", lambda error=error: fails(error)) == expected
+    assert cli.outcome("train", lambda: fails(SignalException("stopped", signal.SIGINT))) == 130
+    assert cli.outcome("train", lambda: None) == 0
 
-        def fails(args, code=code):
-            raise subprocess.CalledProcessError(code, "train")
 
-        monkeypatch.setattr("accelerate.commands.launch.launch_command", fails)
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["train"])
-        assert stop.value.code == expected
+def test_ctrl_c_is_the_processes_for_as_long_as_they_run():
+    """And this process's again when they have ended."""
+    before = signal.getsignal(signal.SIGINT)
+    with cli.waiting_at_ctrl_c():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # Recipes

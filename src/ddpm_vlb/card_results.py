@@ -32,7 +32,8 @@ def check_metrics(training: Any, evaluations: Any) -> None:
         raise ValueError(f"`training` must be the metrics.json of `ddpm-vlb train`, but is {training!r:.80}.")
     if "bits_per_dim" in training:
         raise ValueError(
-            "`training` must be those of `ddpm-vlb train`; these are of `ddpm-vlb evaluate`: pass `evaluations=[...]`."
+            "`training` must be the metrics of `ddpm-vlb train`, but these are of `ddpm-vlb evaluate`: pass them as "
+            "`evaluations=[...]`."
         )
     if isinstance(evaluations, (str, Mapping)) or not all(isinstance(own, Mapping) for own in evaluations):
         raise ValueError(

@@ -6,13 +6,16 @@ is `accelerate launch --num_processes 2 -m ddpm_vlb.commands.train --max_train_s
 knows is the command's, one that only `accelerate launch` knows is the launch's.
 """
 
+import contextlib
 import importlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 LAUNCHED = {
     "train": "train a network, score it, save it as a diffusers pipeline",
@@ -40,20 +43,21 @@ def usage() -> str:
     )
 
 
-def split(argv: Sequence[str], own: Container[str], launch: Container[str]) -> tuple[list[str], list[str]]:
+def split(argv: Sequence[str], own: Container[str], launcher: Container[str]) -> tuple[list[str], list[str]]:
     """The options for `accelerate launch`, and the command's own.
 
     Args:
         argv: all of them, with their values behind them.
         own: names of the command's options.
-        launch: names of the launch's options.
+        launcher: names of the launcher's, which has each with hyphens and with underscores.
     """
     parts: tuple[list[str], list[str]] = [], []
     chosen = parts[1]
     for word in argv:
-        name = word.partition("=")[0]
-        if word.startswith("--"):
-            chosen = parts[0] if name not in own and name in launch else parts[1]
+        if re.match("--?[A-Za-z]", word):
+            name = word.partition("=")[0]
+            known = {name, "--" + name[2:].replace("-", "_")}
+            chosen = parts[0] if name in launcher and not any(spelt in own for spelt in known) else parts[1]
         chosen.append(word)
     return parts
 
@@ -63,30 +67,73 @@ def launch(name: str, argv: Sequence[str]) -> None:
 
     Args:
         name: of the command.
-        argv: its options, and those of the launch.
+        argv: its options, and those of the launcher.
 
     Raises:
-        SystemExit: with the exit code of what was launched.
+        SystemExit: with the exit code of what was launched, or a line that says why nothing was.
     """
     module = f"ddpm_vlb.commands.{name.replace('-', '_')}"
-    command = importlib.import_module(module)
+    command = load(module)
     from accelerate.commands.launch import launch_command, launch_command_parser
+
+    parser, own = launch_command_parser(), command.build_parser()
+    parser.error = own.error
+    # argparse has no public list of a parser's options.
+    to_launch, to_command = split(argv, own._option_string_actions, parser._option_string_actions)
+    getattr(command, "parse_args", own.parse_args)(to_command)
+    args = parser.parse_args([*to_launch, "-m", module, *to_command])
+    if args.training_script != module:
+        own.error(f"{args.training_script!r} stands behind an option that takes no such value")
+    with waiting_at_ctrl_c():
+        code = outcome(name, lambda: launch_command(args))
+    if code != 0:
+        sys.exit(code)
+
+
+def outcome(name: str, run: Callable[[], object]) -> int | str:
+    """What becomes of a launch: 0, the exit code of its processes, or why there are none.
+
+    Args:
+        name: of the command.
+        run: the launch.
+    """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    parser, own = launch_command_parser(), command.build_parser()
-    to_launch, to_command = split(argv, own._option_string_actions, parser._option_string_actions)
-    getattr(command, "parse_args", own.parse_args)(to_command)
-    # Ctrl-C is for the processes, which save and end; this one waits for them.
-    signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
-        launch_command(parser.parse_args([*to_launch, "-m", module, *to_command]))
+        run()
     except subprocess.CalledProcessError as failure:  # the process has said why
-        sys.exit(failure.returncode if failure.returncode > 0 else 128 - failure.returncode)
+        return as_in_a_shell(failure.returncode)
     except ChildFailedError as failure:
-        sys.exit(next(iter(failure.failures.values())).exitcode)
+        return as_in_a_shell(failure.get_first_failure()[1].exitcode)
     except SignalException as stop:  # the processes were asked to stop, and have
-        sys.exit(128 + stop.sigval)
+        return 128 + stop.sigval
+    except Exception as error:  # of the launcher itself: what it was asked for cannot be
+        return f"ddpm-vlb {name}: cannot be launched so. {type(error).__name__}: {' '.join(str(error).split())}"
+    return 0
+
+
+def as_in_a_shell(code: int) -> int:
+    """The exit code of a process, 128 and the signal's number where one has killed it."""
+    return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def waiting_at_ctrl_c() -> Iterator[None]:
+    """Leave Ctrl-C to the processes, which save and end, and wait for them."""
+    previous = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def load(module: str) -> Any:
+    """A command's module; without the `train` extra a line says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        sys.exit(str(error))
 
 
 def copy(argv: Sequence[str]) -> None:
@@ -103,7 +150,7 @@ def copy(argv: Sequence[str]) -> None:
         sys.exit(f"usage: ddpm-vlb cp RECIPE FILE, where RECIPE is one of {names}")
     target = Path(argv[1])
     if target.exists():
-        sys.exit(f"ddpm-vlb cp: {target} is there already: give another name, or remove it.")
+        sys.exit(f"ddpm-vlb cp: {target} is there already: give another name.")
     try:
         shutil.copyfile(RECIPES / f"{argv[0]}.py", target)
     except OSError as error:
@@ -123,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     others: dict[str, Callable[[], object]] = {
         "cp": lambda: copy(rest),
-        "publish": lambda: importlib.import_module("ddpm_vlb.commands.publish").main(rest),
+        "publish": lambda: load("ddpm_vlb.commands.publish").main(rest),
         "--help": lambda: print(usage()),
         "-h": lambda: print(usage()),
     }

@@ -38,7 +38,7 @@ from ddpm_vlb.commands import train
 from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.runtime import launching
 from ddpm_vlb.runtime.image_data import load_image_data
-from ddpm_vlb.training.run import full
+from ddpm_vlb.training.average import full
 
 CHECKED = "what each process holds was checked"
 # With a warm-up, as in test_equivalence.py, and clipping in most steps.

@@ -12,14 +12,16 @@ LARGEST = 2**31 - 1  # integer of the options but seeds; what is counted in tens
 
 
 def _number(
-    kind: Callable[[str], Any], low: float, high: float = math.inf, open_low: bool = False
+    kind: Callable[[str], Any], low: float, high: float = math.inf, open_low: bool = False, why: str = ""
 ) -> Callable[[str], Any]:
-    """An argparse type: a number in a range."""
+    """An argparse type: a number in a range, and why it must lie there."""
 
     def parse(text: str) -> Any:
         value = kind(text)
         if not (low < value if open_low else low <= value) or value > high:
-            raise argparse.ArgumentTypeError(f"must lie in {'(' if open_low else '['}{low}, {high}], but got {text}")
+            raise argparse.ArgumentTypeError(
+                f"must lie in {'(' if open_low else '['}{low}, {high}]{why}, but got {text}"
+            )
         return value
 
     parse.__name__ = kind.__name__
@@ -28,7 +30,7 @@ def _number(
 
 positive_int, not_negative_int = _number(int, 1, LARGEST), _number(int, 0)
 positive_float, not_negative_float = _number(float, 0, open_low=True), _number(float, 0)
-at_least_two, fraction = _number(int, 2, LARGEST), _number(float, 0, 1)
+at_least_two, fraction = _number(int, 2, LARGEST, why=" (one has no spread)"), _number(float, 0, 1)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -50,7 +52,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong; the usage of dozens of options would bury it."""
-        self.exit(2, None if process_index() else f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(
+            2,
+            None
+            if process_index()
+            else f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n",
+        )
 
 
 def add_model_options(parser: argparse.ArgumentParser, verb: str, output: str) -> None:

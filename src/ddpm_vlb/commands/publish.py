@@ -40,7 +40,10 @@ def read_metrics(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     missing = [key for key in needed if key not in known]
     if missing or known is not metrics:
         train = " It is `ddpm-vlb train`'s, which is read by itself." if "train" in known else ""
-        raise ValueError(f"{path} is no metrics.json of `ddpm-vlb evaluate`: it has no {missing}.{train}")
+        lacks = (
+            f"of `ddpm-vlb evaluate`: it has no {missing}.{train}" if missing else "of `ddpm-vlb train`: no object."
+        )
+        raise ValueError(f"{path} is no metrics.json {lacks}")
     wrong = [key for key in ("options", "train", "model") if not isinstance(metrics.get(key, {}), dict)]
     if wrong:
         raise ValueError(f"{path} is no metrics.json: the values of {wrong} are no objects.")

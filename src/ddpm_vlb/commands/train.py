@@ -237,7 +237,13 @@ def train_and_finish(run: Run, loop: Loop) -> dict[str, Any] | None:
         # What the folder holds of later steps is of a run that was killed, or of an earlier one.
         purge = {"tensorboard": {"purge_step": run.progress.step + 1}}
         options = {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}
-        accelerator.init_trackers("train", config=options, init_kwargs=purge)
+        with refused("train", (OSError, ImportError, ValueError)):
+            main_first(
+                accelerator,
+                lambda: accelerator.init_trackers("train", config=options, init_kwargs=purge),
+                "train",
+                *(OSError, ImportError, ValueError),
+            )
         accelerator.print(
             f"{run.batches.global_batch_size} images a step: {accelerator.num_processes} process(es) x "
             f"{args.gradient_accumulation_steps} x {args.train_batch_size}."

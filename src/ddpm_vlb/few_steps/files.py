@@ -34,7 +34,7 @@ def check_output(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     if Path(args.model).is_dir() and folder.resolve() == Path(args.model).resolve():
         raise ValueError("--output_dir is --model: leave it out to update the model in place.")
-    # What an earlier run of this script wrote may be replaced, and nothing else.
+    # What an earlier run of the command wrote may be replaced, and nothing else.
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = [name for name in found if not name.startswith(PARTIAL)]
     foreign = [name for name in found if name not in WRITTEN or "few_steps.json" not in found]

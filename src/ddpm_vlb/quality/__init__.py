@@ -1,3 +1,5 @@
 """How good samples are: features, distances between sets of them, their report."""
 
-import ddpm_vlb.runtime  # noqa: F401  (it says what to install)
+from ddpm_vlb.runtime import require
+
+require(scipy="scipy", transformers="transformers")

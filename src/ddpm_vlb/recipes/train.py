@@ -48,12 +48,16 @@ def draw(run: Run) -> Drawn:
 
 
 def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
-    """The terms of --objective, (B, terms), in the order of `run.term_weights`."""
+    """The terms of --objective, (B, terms), in the order of `run.term_weights`: their names and weights in the loss.
+
+    A term of your own gets its name and weight there before the first step (`run.term_weights["mine"] = 0.1` at the
+    beginning of `train`) and its values here; the logs then have it too.
+    """
     values = []
     for name in run.term_weights:
         if name == "simple":
             values.append(simple_loss(run.reverse, output, diffused, run.args.snr_gamma))
-        else:
+        elif name == "vlb":
             frozen = run.args.objective == "hybrid"
             values.append(vlb_loss(run.reverse, output, diffused, freeze_mean=frozen))
     return torch.stack(values, dim=1)

@@ -2,18 +2,22 @@
 
 import importlib.util
 
-# A module of each package that the wings import as they load, and what pip calls it.
-_NEEDED = {
-    "accelerate": "accelerate",
-    "datasets": "datasets",
-    "matplotlib": "matplotlib",
-    "scipy": "scipy",
-    "sklearn": "scikit-learn",
-    "transformers": "transformers",
-}
-_missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
-if _missing:
-    raise ModuleNotFoundError(
-        f"ddpm-vlb's commands need {', '.join(_missing)}, which the package without its `train` extra does not bring: "
-        'pip install "ddpm-vlb[train]"'
-    )
+
+def require(**packages: str) -> None:
+    """Make sure that packages of the `train` extra are there.
+
+    Args:
+        packages: what pip calls them, by their modules.
+
+    Raises:
+        ModuleNotFoundError: some are not; it says what to install.
+    """
+    missing = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"This part of ddpm-vlb needs {', '.join(missing)}, which the package without its `train` extra does not "
+            'bring: pip install "ddpm-vlb[train]"'
+        )
+
+
+require(accelerate="accelerate", datasets="datasets", matplotlib="matplotlib", sklearn="scikit-learn")

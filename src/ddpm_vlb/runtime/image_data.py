@@ -1,8 +1,8 @@
-"""Image data for the example scripts: scikit-learn's digits by default, or whatever `datasets` can read.
+"""Image data for the commands: scikit-learn's digits by default, or whatever `datasets` can read.
 
 Levels, not pixels: an image is x_0 = 2 k / (levels - 1) - 1 with integer k, so that bits/dim are those of the data as
-it is stored. The split into training, validation and test images depends on the data alone, never on a script's seed;
-it is written beside a trained pipeline as data.json, and `from_record` gives every later script the same images.
+it is stored. The split into training, validation and test images depends on the data alone, never on a seed;
+it is written beside a trained pipeline as data.json, and `from_record` gives every later command the same images.
 """
 
 import contextlib

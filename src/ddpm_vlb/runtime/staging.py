@@ -64,7 +64,7 @@ def describe_folder(
     metrics, evaluations = without_folders(metrics), without_folders(evaluations)
     if metrics:
         write_json(metrics, folder / "metrics.json")
-    # Also the mark by which a repository is known as one that this script may write to.
+    # Also the mark by which a repository is known as one that a run may write to.
     write_json(metrics.get("options", {}), folder / OPTIONS_FILE)
     if "data" in metrics:
         write_json(metrics["data"], folder / "data.json")

@@ -148,7 +148,9 @@ def refused(command: str, kinds: tuple[type[Exception], ...] = MENDABLE) -> Iter
 
 
 def process_index() -> int:
-    """This process's number, also before Accelerate is asked."""
+    """This process's number among those of the run, also before Accelerate is asked."""
+    if get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1) < 2:
+        return 0  # a cluster may number what runs alone
     return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0)
 
 

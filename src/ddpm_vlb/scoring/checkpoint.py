@@ -139,19 +139,19 @@ class Checkpoint:
     """A checkpoint, held-out images, and how the network is called; loaded by all processes.
 
     Args:
-        args: of the script.
+        args: of the command.
         accelerator: of the run.
-        script: named before messages.
+        command: named before messages.
     """
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, script: str):
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, command: str):
         self.args, self.accelerator = args, accelerator
 
         def load() -> tuple[DDPMVLBPipeline, ScoringData]:
             pipeline = load_pipeline(args)
             return pipeline, load_data(args, network_shape(pipeline, args), accelerator.is_main_process)
 
-        self.pipeline, data = main_first(accelerator, load, script, ValueError, OSError)
+        self.pipeline, data = main_first(accelerator, load, command, ValueError, OSError)
         record = broadcast_object_list([data.record])[0]  # with the main process's fingerprints
         self.data: ScoringData = dataclasses.replace(data, record=record)
         self.unet = self.pipeline.unet.to(accelerator.device).eval()

@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_vlb.runtime.stopping import end
-from ddpm_vlb.training.run import Run, full
+from ddpm_vlb.training.average import full
+from ddpm_vlb.training.run import Run
 
 QUARTILES = 4
 
@@ -88,8 +89,8 @@ def offenders(run: Run, drawn: Drawn, shared: Shared) -> str:
     found = []
     for (name, _), values in zip(run.term_weights.items(), shared.values.unbind(1)):
         parts = {"L_t (KL)": drawn.t > 0, "L_0 (decoder)": drawn.t == 0}
-        if name == "simple":
-            parts = {"L_simple": drawn.t >= 0}
+        if name != "vlb":
+            parts = {f"L_{name}": drawn.t >= 0}
         for part, own in parts.items():
             t = sorted(set(drawn.t[own & ~values.isfinite()].tolist()))
             if t:

@@ -9,9 +9,7 @@ from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ddpm_vlb import (
     DDPMVLBPipeline,
@@ -30,6 +28,7 @@ from ddpm_vlb.runtime.publisher import Publisher
 from ddpm_vlb.runtime.reporting import versions
 from ddpm_vlb.runtime.staging import PATHS
 from ddpm_vlb.runtime.stopping import Stop, own_process_group
+from ddpm_vlb.training.average import build_average, full
 from ddpm_vlb.training.checkpoints import Checkpoints
 from ddpm_vlb.training.global_batches import GlobalBatches, Noise
 
@@ -162,56 +161,6 @@ def term_weights(args: argparse.Namespace) -> dict[str, float]:
     return {args.objective: 1.0}
 
 
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; a collective then."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-class ShardedEMAModel(EMAModel):
-    """Diffusers' average, of parameters that may be sharded; its saved state is whole either way."""
-
-    shadow_params: list[Tensor]
-    _whole: list[Tensor] | None = None
-
-    def gather(self) -> None:
-        """Make the whole average for the next `state_dict`; all processes must call it."""
-        self._whole = [full(tensor).cpu() for tensor in self.shadow_params]
-
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; without `gather` before it, a collective."""
-        if self._whole is None:
-            self.gather()
-        whole, self._whole = self._whole, None
-        return {**super().state_dict(), "shadow_params": whole}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From a checkpoint, whatever the number of processes that wrote it; the decay stays this run's."""
-        own: list[Tensor] = self.shadow_params
-        kept = {name: getattr(self, name) for name in ("decay", "inv_gamma", "power")}
-        super().load_state_dict({**state_dict, **kept})
-        self.shadow_params = [
-            distribute_tensor(saved.to(old.device), old.device_mesh, old.placements)
-            if isinstance(old, DTensor)
-            else saved.to(old.device)
-            for saved, old in zip(self.shadow_params, own, strict=True)
-        ]
-
-
-def build_average(args: argparse.Namespace, unet: torch.nn.Module, accelerator: Accelerator) -> ShardedEMAModel:
-    """The average of --use_ema, in float32."""
-    average = ShardedEMAModel(
-        unet.parameters(),
-        decay=args.ema_max_decay,
-        use_ema_warmup=True,
-        inv_gamma=args.ema_inv_gamma,
-        power=args.ema_power,
-        foreach=accelerator.distributed_type != DistributedType.FSDP,  # DTensors know no _foreach_copy_
-    )
-    # The parameters are half under DeepSpeed, where small updates would vanish.
-    average.shadow_params = [value.float() for value in average.shadow_params]
-    return average
-
-
 class Progress:
     """The optimizer steps done, the seconds spent on them, and the skipped ones; kept in checkpoints."""
 
@@ -229,7 +178,23 @@ class Progress:
 
 
 class Run:
-    """What the parts of a training run share."""
+    """What the parts of a training run share, and what a recipe finds on `run`.
+
+    `args`, the options; `accelerator`; `data`, the training, validation and test images; `scheduler` and its `reverse`
+    (p; `reverse.forward` is q); `sampler` of t; `unet`, `optimizer` and `lr_scheduler`, as Accelerate prepares them;
+    `ema`, the average or None; `batches` and `loader`, which images a step takes; `noise`, of single images;
+    `term_weights`, of the loss's terms by name; `progress.step`, the optimizer steps done; `max_steps`; `checkpoints`;
+    `folder`; `publisher`, of uploads, or None; `stop`, which notes that the run was asked to stop.
+
+    Args:
+        args: the options of `ddpm-vlb train`.
+        accelerator: of the run.
+        data: the images.
+        folder: of --output_dir.
+
+    Raises:
+        ValueError, SystemExit: options that do not go with the data, of one process and of several.
+    """
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, data: ImageData, folder: Path):
         self.args, self.accelerator, self.data, self.folder = args, accelerator, data, folder

@@ -1,0 +1,61 @@
+"""The average of the weights, which may be sharded over processes."""
+
+import argparse
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; a collective then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class ShardedEMAModel(EMAModel):
+    """Diffusers' average, of parameters that may be sharded; its saved state is whole either way."""
+
+    shadow_params: list[Tensor]
+    _whole: list[Tensor] | None = None
+
+    def gather(self) -> None:
+        """Make the whole average for the next `state_dict`; all processes must call it."""
+        self._whole = [full(tensor).cpu() for tensor in self.shadow_params]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; without `gather` before it, a collective."""
+        if self._whole is None:
+            self.gather()
+        whole, self._whole = self._whole, None
+        return {**super().state_dict(), "shadow_params": whole}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint, whatever the number of processes that wrote it; the decay stays this run's."""
+        own: list[Tensor] = self.shadow_params
+        kept = {name: getattr(self, name) for name in ("decay", "inv_gamma", "power")}
+        super().load_state_dict({**state_dict, **kept})
+        self.shadow_params = [
+            distribute_tensor(saved.to(old.device), old.device_mesh, old.placements)
+            if isinstance(old, DTensor)
+            else saved.to(old.device)
+            for saved, old in zip(self.shadow_params, own, strict=True)
+        ]
+
+
+def build_average(args: argparse.Namespace, unet: torch.nn.Module, accelerator: Accelerator) -> ShardedEMAModel:
+    """The average of --use_ema, in float32."""
+    average = ShardedEMAModel(
+        unet.parameters(),
+        decay=args.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=args.ema_inv_gamma,
+        power=args.ema_power,
+        foreach=accelerator.distributed_type != DistributedType.FSDP,  # DTensors know no _foreach_copy_
+    )
+    # The parameters are half under DeepSpeed, where small updates would vanish.
+    average.shadow_params = [value.float() for value in average.shadow_params]
+    return average
