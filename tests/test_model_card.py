@@ -456,7 +456,7 @@ def test_an_error_that_is_not_known_is_no_zero():
     ("options", "message"),
     [
         ({"training": "metrics.json"}, "`training` must be"),
-        ({"training": {**SCORE, "timesteps": [0]}}, "these are of `ddpm-vlb evaluate`: pass `evaluations"),
+        ({"training": {**SCORE, "timesteps": [0]}}, "these are of `ddpm-vlb evaluate`: pass them as `evaluations"),
         ({"training": {"test": {"bits_per_dim": 1.7}}}, "`training`.*num_images"),
         ({"evaluations": {**SCORE}}, "`evaluations` must be a list"),
         ({"evaluations": ["metrics.json"]}, "`evaluations` must be a list"),

@@ -64,10 +64,10 @@ def test_a_snapshot_is_uploaded_while_the_caller_goes_on(hub):
         write(model__index_json=b"1")(folder)
 
     own.offer(make, "first")
-    assert titles(hub) == ["initial commit"]
+    assert titles(hub, "tester/run") == ["initial commit"]
     gate.set()
     own._running.result()
-    assert titles(hub)[0] == "first" and hub.files("tester/run")["model/index.json"] == b"1"
+    assert titles(hub, "tester/run")[0] == "first" and hub.files("tester/run")["model/index.json"] == b"1"
     assert not folders[0].exists()
 
 
@@ -83,7 +83,7 @@ def test_a_snapshot_that_comes_too_early_is_left_out(hub):
     own._running.result()
     own.offer(write(a_txt=b"3"), "third")
     own._running.result()
-    assert titles(hub)[:2] == ["third", "first"]
+    assert titles(hub, "tester/run")[:2] == ["third", "first"]
     assert [line for line in said if "second" in line and "still running" in line]
 
 
@@ -109,7 +109,7 @@ def test_a_failed_upload_is_retried(hub, monkeypatch, fault, failures):
     assert len([line for line in said if "failed, trying again" in line]) == failures
     answers = {request.status for request in hub.requests if re.search(fault["path_regex"], request.path)}
     assert (None in answers) == ("drop_connection" in fault)  # a dropped one is answered with nothing
-    assert titles(hub) == ["result", "initial commit"]
+    assert titles(hub, "tester/run") == ["result", "initial commit"]
     files = hub.files("tester/run", "step-1")
     assert files["unet/a.safetensors"] == weights and files["b.json"] == b"{}"
 
@@ -122,7 +122,7 @@ def test_a_hub_that_goes_on_failing(hub, status):
     assert own.finish(write(a_json=b"1"), "before", "step-1") == "step-1"
     injected = hub.fail("POST", "/commit/", times=1000, status=status)
     assert own.finish(write(a_json=b"2"), "after", "step-2") is None
-    assert hub.files("tester/run")["a.json"] == b"1" and titles(hub)[0] == "before"
+    assert hub.files("tester/run")["a.json"] == b"1" and titles(hub, "tester/run")[0] == "before"
     assert [ref.name for ref in own.api.list_repo_refs("tester/run").tags] == ["step-1"]
     failures = [line for line in said if "'after' failed" in line]
     assert len(failures) == (3 if status == 500 else 1) and "given up" in failures[-1]
@@ -139,7 +139,7 @@ def test_a_failed_snapshot_does_not_disturb(hub):
     own._running.result()
     injected.times = 0
     assert own.finish(write(a_json=b"2"), "result", "step-2") == "step-2"
-    assert titles(hub) == ["result", "initial commit"]
+    assert titles(hub, "tester/run") == ["result", "initial commit"]
     assert any("snapshot" in line and "given up" in line for line in said)
 
 
@@ -166,7 +166,7 @@ def test_an_early_end_waits_for_one_attempt_only(hub, tmp_path):
     own = publisher(hub, said, waits=(1000.0,))
     own.offer(write(a_json=b"1"), "snapshot")
     own.close()
-    assert titles(hub)[0] == "snapshot"
+    assert titles(hub, "tester/run")[0] == "snapshot"
     own = publisher(hub, said, "tester/other", waits=(1000.0,))
     hub.fail("POST", "/commit/", times=1000, status=500)
     own.offer(write(a_json=b"1"), "snapshot")
@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_written(hub, when):
     else:
         assert own.finish(full, "result", "step-1") is None
     assert any("No space left on device" in line for line in said)
-    assert titles(hub) == ["initial commit"]
+    assert titles(hub, "tester/run") == ["initial commit"]
 
 
 def test_files_of_an_earlier_run_do_not_stay(hub):

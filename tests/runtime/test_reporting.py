@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_vlb import VLBEstimate
-from ddpm_vlb.runtime import reporting
+from ddpm_vlb.runtime import files, reporting
 from ddpm_vlb.runtime.image_data import load_image_data
 from ddpm_vlb.runtime.reporting import baselines
 
@@ -115,9 +115,9 @@ def test_samples_are_a_grid(tmp_path, monkeypatch):
 def test_json_is_never_half_written(tmp_path):
     """A failed write leaves the file that was there."""
     path = tmp_path / "a.json"
-    reporting.write_json({"a": 1}, path)
+    files.write_json({"a": 1}, path)
     with pytest.raises(TypeError):
-        reporting.write_json({"a": object()}, path)
+        files.write_json({"a": object()}, path)
     assert json.loads(path.read_text()) == {"a": 1}
 
 
@@ -135,5 +135,5 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
-    reporting.write_json({"a": 1}, tmp_path / "a.json")
+    files.write_json({"a": 1}, tmp_path / "a.json")
     assert done == [str(tmp_path / "a.json.partial"), "replace", str(tmp_path)]

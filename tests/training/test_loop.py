@@ -151,3 +151,29 @@ def test_a_loss_that_is_not_finite_is_skipped_with_a_gradient_scaler(tmp_path, f
     monkeypatch.setattr(recipe, "update", watched)
     run = only_train(tmp_path, "--max_train_steps 5 --lr_scheduler constant", *few)
     assert moved == [True, True, False, True, True] and run.progress.skipped == 1
+
+
+def test_a_term_of_one_s_own(tmp_path, few, monkeypatch):
+    """What a copied recipe may add: it is trained on, logged, and named where it is not finite."""
+    loss_terms, loop, logged = recipe.loss_terms, recipe.train, []
+
+    def with_mine(run, output, diffused):
+        mine = output.square().flatten(1).mean(1)
+        mine = torch.where(torch.tensor(run.progress.step == 1), torch.inf, mine)
+        return torch.cat([loss_terms(run, output, diffused), mine[:, None]], dim=1)
+
+    def train_with_mine(run, validate):
+        run.term_weights["mine"] = 0.5
+        run.accelerator.log = lambda numbers, step: logged.append(numbers)
+        return loop(run, validate)
+
+    monkeypatch.setattr(recipe, "loss_terms", with_mine)
+    monkeypatch.setattr(recipe, "train", train_with_mine)
+    said = []
+    monkeypatch.setattr("ddpm_vlb.training.loop.tqdm.write", said.append)
+    run = only_train(tmp_path, "--max_train_steps 4", *few)
+    assert run.progress.skipped == 1 and "Step 2 is not finite: L_mine at t=" in said[0]
+    numbers = logged[-1]
+    assert numbers["loss_mine"] > 0 and numbers["loss"] == pytest.approx(
+        numbers["loss_vlb"] + 0.5 * numbers["loss_mine"]
+    )

@@ -44,8 +44,8 @@ CHECKED = "what each process holds was checked"
 # With a warm-up, as in test_equivalence.py, and clipping in most steps.
 RUN = (*TINY, *"--lr_warmup_steps 100 --max_grad_norm 1 --attention_levels 1".split())
 LONG = "--max_train_steps 20 --checkpointing_steps 10 --validation_steps 15"
-ASKED = "^FSDP was asked for, but Accelerate runs .* on this device .*on the CPU launch without it"
-REFUSED = {"1": f"{ASKED}|^FSDP 1 flattens the parameters.*set fsdp_version: 2", "2": ASKED}
+ASKED = "^ddpm-vlb train: FSDP was asked for, but Accelerate runs .* on this device .*on the CPU launch without it"
+REFUSED = {"1": f"{ASKED}|^ddpm-vlb train: FSDP 1 flattens the parameters.*set fsdp_version: 2", "2": ASKED}
 FSDP_KINDS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
 ZERO = {"zero": "no", "zero-bf16": "bf16", "zero-fp16": "fp16"}
 HISTORY = "--timestep_sampler loss_second_moment --lr_scheduler constant"
