@@ -445,7 +445,7 @@ def test_processes_of_another_chain_are_refused():
 # --- memory
 
 MEMORY = """
-import sys, torch
+import os, sys, torch
 from ddpm_vlb import ForwardProcess, ReverseProcess, VLBEstimator, estimate_vlb, fit_pilot, make_betas
 
 torch.set_num_threads(1)
@@ -476,21 +476,33 @@ def full_loop(steps):
 def peak():  # getrusage would begin with the peak of the process that started this one
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-run, small, large = {
-    "images": (many_images, 200, 2000), "steps": (many_steps, 1000, 6000), "full": (full_loop, 250, 1250)
-}[sys.argv[1]]
-run(small)
-before = peak()
-run(large)
-after = peak()
-block = torch.ones(32, 2**20)
-print(after - before, peak() - after)
+cases = {"images": (many_images, 200, 2000), "steps": (many_steps, 1000, 6000), "full": (full_loop, 250, 1250)}
+for name, (run, small, large) in cases.items():
+    if os.fork() == 0:  # a process, and a peak, of its own, which needs not import anything again
+        run(small)
+        before = peak()
+        run(large)
+        after = peak()
+        block = torch.ones(32, 2**20)
+        print(name, after - before, peak() - after, flush=True)
+        os._exit(0)
+    if os.wait()[1] != 0:
+        sys.exit(f"{name} has failed")
 """
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    """By how much each kind of growth raised the peak of its process, and by how much a block on top did."""
+    # glibc gives freed blocks of this size back at once; else the peak would tell of its holes.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, env=environment)
+    return {name: (int(grown), int(seen)) for name, grown, seen in map(str.split, done.stdout.splitlines())}
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("growth", ["images", "steps", "full"])
-def test_memory_does_not_grow(growth):
+def test_memory_does_not_grow(growth, peaks):
     """The peak rises by less than 32 MiB from 200 images to 2000, and on a chain five or six times as long.
 
     What may grow: the rows of scores, 40 bytes for each of 1800 images; the tables of the control variate with their
@@ -498,11 +510,6 @@ def test_memory_does_not_grow(growth):
     images (172 MB), or of 600 images for 5000 more steps (144 MB); the noise of 10 images at 1000 more steps (123 MB).
     Memory that lay free below the peak hides growth: that it is less than 32 MiB shows in a block of 128 MiB on top.
     """
-    # glibc gives freed blocks of this size back at once; else the peak would tell of its holes.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    output = subprocess.run(
-        [sys.executable, "-c", MEMORY, growth], capture_output=True, text=True, check=True, env=environment
-    )
-    grown, seen = map(int, output.stdout.split())
+    grown, seen = peaks[growth]
     assert grown < 32 * 2**20
     assert seen > 96 * 2**20

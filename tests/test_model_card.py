@@ -343,6 +343,7 @@ for block in __import__("json").loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow  # test_sharing.py loads a repository in these ways; this is the card's own words
 def test_the_three_ways_to_load_run(tmp_path):
     """Each block of a portable card runs as it is: stock's class, ours, and ours from the code in the repository."""
     folder = tmp_path / "repository"
