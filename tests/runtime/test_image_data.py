@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from ddpm_vlb import check_data
 from ddpm_vlb.runtime.image_data import HUB_HINT, from_record, load_image_data, named_data
 
-MNIST = Path(__file__).parents[2] / "shared" / "mnist"
+MNIST = Path(__file__).parents[3] / "shared" / "mnist"
 EXIF_ORIENTATION, QUARTER_TURN = 0x0112, 6
 
 
