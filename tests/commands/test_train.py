@@ -434,7 +434,7 @@ def test_two_processes_draw_from_the_same_probabilities(tmp_path, few):
     """Also where their machines round differently; here, one would find twice the variances."""
     (tmp_path / "rounds.py").write_text(ROUNDS)
     options = "--max_train_steps 2 --timestep_sampler gaussian"
-    launch_two(tmp_path / "run", " ".join([options, *few]), script=str(tmp_path / "rounds.py"))
+    launch_two(tmp_path / "run", " ".join([options, *map(str, few)]), script=str(tmp_path / "rounds.py"))
     assert torch.equal(*(torch.load(tmp_path / "run" / f"probabilities-{rank}") for rank in (0, 1)))
 
 
