@@ -38,19 +38,22 @@ ORDER = (
     "optimal_paths",
     "step_statistics",
     "transition_costs",
+    "described_chains",
     "configurations",
     "few_step_store",
     "chains",
     "walk",
     "scheduling_ddpm_vlb",
+    "sample_shapes",
     "card_results",
     "model_card",
     "repositories",
     "guidance",
+    "finite_samples",
     "swapped_schedulers",
     "pipeline_ddpm_vlb",
 )
-MATHEMATICS = ORDER[: ORDER.index("configurations")]
+MATHEMATICS = ORDER[: ORDER.index("described_chains")]
 # Narrower than the order: what some modules may import of this package at all.
 SIBLINGS = {
     "distributions": set(),
@@ -60,12 +63,15 @@ SIBLINGS = {
     "scores": set(),
     "respacing": {"forward_process"},
     "optimal_paths": {"forward_process"},
-    "configurations": {"respacing", "schedules"},
+    "described_chains": set(),
+    "configurations": {"described_chains", "respacing", "schedules"},
     "few_step_store": {"respacing"},
-    "card_results": set(),
-    "model_card": {"card_results"},
+    "sample_shapes": set(),
+    "card_results": {"sample_shapes"},
+    "model_card": {"card_results", "sample_shapes"},
     "repositories": set(),
     "guidance": set(),
+    "finite_samples": set(),
     "swapped_schedulers": {"scheduling_ddpm_vlb"},
 }
 # The console command stands above all of this: test_wings.py.

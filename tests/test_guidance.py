@@ -1,8 +1,12 @@
 """Classes of a batch and guidance to them, in the pipeline."""
 
+import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from networks import pipeline, sample, spy_on_step, tiny_dit, tiny_unet
+
+from ddpm_vlb import model_card
 
 # Stock's numpy round trips, none of our business.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -65,3 +69,33 @@ def test_guidance_of_a_fixed_variance_network():
     """Guidance needs no variance half."""
     pipe = pipeline(tiny_unet(out=1, classes=3), variance_type="fixed_small")
     assert sample(pipe, class_labels=0, guidance_scale=2.0).isfinite().all()
+
+
+@pytest.mark.parametrize("two", [np.int64(2), np.uint8(2), torch.tensor(2)])
+def test_counts_of_other_kinds(two):
+    """Integers of numpy and of a tensor count images, steps and labels as Python's do."""
+    pipe = pipeline(tiny_unet(classes=4))
+    options = {"class_labels": np.int64(1), "guidance_scale": 2.0, "null_class_label": np.int64(3)}
+    expected = sample(pipe, batch_size=2, class_labels=1, guidance_scale=2.0, steps=2)
+    steps = two if isinstance(two, np.integer) else 2
+    assert torch.equal(sample(pipe, batch_size=two, steps=steps, **options), expected)
+
+
+@pytest.mark.parametrize("count", [2.0, np.float64(2), "2", None, -1, torch.tensor([1, 2])])
+def test_counts_that_are_none(count):
+    """Anything else is refused by name."""
+    with pytest.raises(ValueError, match="`batch_size` must be an integer of at least 1"):
+        sample(pipeline(), batch_size=count)
+
+
+@pytest.mark.parametrize("labels", [None, 1, torch.ones(1, 32)])
+@pytest.mark.parametrize("kind", ["timestep", "identity"])
+def test_embeddings_of_classes(kind, labels):
+    """Networks that take something else than labels are refused as such, and never called unconditional."""
+    own = {"class_embed_type": kind, "num_class_embeds": 4}
+    pipe = pipeline(UNet2DModel.from_config(tiny_unet().config, **own))
+    assert pipe.num_classes is None and not pipe.portable
+    with pytest.raises(ValueError, match=f"embeddings of classes .`class_embed_type='{kind}'"):
+        sample(pipe, class_labels=labels)
+    card = str(model_card(pipe, "me/embedded"))
+    assert "A class-conditional" in card and "images = " not in card and "takes no class labels" in card

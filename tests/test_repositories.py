@@ -3,11 +3,13 @@
 import ast
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
@@ -16,7 +18,7 @@ from networks import pipeline, quiet, tiny_unet
 from sharing_support import OURS_ONLY, digits, images
 
 import ddpm_vlb
-from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, SquaredErrors
 from ddpm_vlb.repositories import CODE_FILES
 
 # --- a stock pipeline that holds our scheduler
@@ -151,3 +153,73 @@ def test_another_kind_of_pipeline_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"vqvae": ["diffusers", "VQModel"]}))
     with pytest.raises(ValueError, match="vqvae.*another kind"):
         DDPMVLBPipeline.from_pretrained(tmp_path)
+
+
+# --- repositories of other layouts
+
+
+def in_the_root(folder: Path, moved: Path) -> Path:
+    """A saved pipeline as in repositories of 2022: the files of its parts beside model_index.json."""
+    moved.mkdir(parents=True)
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        shutil.copyfile(file, moved / file.name)
+    return moved
+
+
+@pytest.mark.parametrize("max_shard_size", [None, "2KB"])
+def test_parts_in_the_root(tmp_path, hub, max_shard_size):
+    """From a folder, a branch of the Hub and subfolders of both; whole weights and shards."""
+    original = pipeline(tiny_unet(), variance_type="learned_range", levels=17, num_train_timesteps=50)
+    original.save_pretrained(tmp_path / "usual", max_shard_size=max_shard_size)
+    root = in_the_root(tmp_path / "usual", tmp_path / "root")
+    huggingface_hub.create_repo("tester/root")
+    huggingface_hub.create_branch("tester/root", branch="old")
+    huggingface_hub.upload_folder(repo_id="tester/root", folder_path=root, revision="old")
+    huggingface_hub.upload_folder(repo_id="tester/root", folder_path=root, path_in_repo="inside")
+    places = [
+        (root, {}),
+        (tmp_path, {"subfolder": "root"}),
+        ("tester/root", {"subfolder": "inside"}),
+        ("tester/root", {"revision": "old"}),
+    ]
+    for name, more in places:
+        loaded = DDPMVLBPipeline.from_pretrained(name, cache_dir=tmp_path / "cache", **more)
+        assert loaded.scheduler.levels == 17 and type(loaded.scheduler) is DDPMVLBScheduler
+        for a, b in zip(original.unet.parameters(), loaded.unet.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_errors_of_each_pixel_in_the_root(tmp_path):
+    """The file with the variances is looked for where the configuration lies."""
+    pipe = pipeline(tiny_unet(out=1), variance_type="fixed_small", num_train_timesteps=5)
+    errors = SquaredErrors(torch.arange(5), torch.full((5,), 0.1, dtype=torch.float64), torch.full((5, 1, 8, 8), 0.1))
+    pipe.scheduler.store_few_steps((), errors, "per_pixel")
+    pipe.save_pretrained(tmp_path / "usual")
+    loaded = DDPMVLBPipeline.from_pretrained(in_the_root(tmp_path / "usual", tmp_path / "root"))
+    assert loaded.scheduler.errors.per_pixel is not None
+
+
+def test_a_scheduler_that_is_nowhere(tmp_path, hub):
+    """Neither in its folder nor in the root: the folder is named."""
+    digits().save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "scheduler")
+    huggingface_hub.create_repo("tester/none")
+    huggingface_hub.upload_folder(repo_id="tester/none", folder_path=tmp_path)
+    for name in (tmp_path, "tester/none"):
+        with pytest.raises(OSError, match="scheduler_config.json"):
+            DDPMVLBPipeline.from_pretrained(name, cache_dir=tmp_path / "cache")
+
+
+def test_pickles_are_said_to_be_convertible(tmp_path, hub):
+    """Weights that are pickles only: refused from folder and Hub, and what the message says to do works."""
+    usual = digits()
+    usual.save_pretrained(tmp_path / "old", safe_serialization=False)
+    huggingface_hub.create_repo("tester/old")
+    huggingface_hub.upload_folder(repo_id="tester/old", folder_path=tmp_path / "old")
+    for name in (tmp_path / "old", "tester/old"):
+        with pytest.raises(OSError, match="in safetensors.*pickles.*trust") as refusal:
+            DDPMVLBPipeline.from_pretrained(name)
+        (code,) = re.findall(r"`(DDPM[^`]*)`", str(refusal.value))
+        new = tmp_path / f"new-{len(str(name))}"
+        eval(code, {"DDPMVLBPipeline": DDPMVLBPipeline, "folder": new})
+        assert torch.equal(images(quiet(DDPMVLBPipeline.from_pretrained(new))), images(usual))

@@ -11,11 +11,22 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from .sample_shapes import is_image, sample_shape
+
 METRIC_TYPE, METRIC_NAME = "bits_per_dim", "Bits/dim (VLB)"
 NATS_TYPE, NATS_NAME = "nats_per_dim", "Nats/dim (VLB)"
 TASK_TYPE, TASK_NAME = "unconditional-image-generation", "Unconditional Image Generation"
 Metrics = Mapping[str, Any]
 _SCORE: tuple[str, ...] = ("bits_per_dim", "num_images", "network_calls_per_image")
+
+
+def is_conditional(pipeline: Any) -> bool:
+    """Whether its network is told classes, by labels or by embeddings.
+
+    Args:
+        pipeline: a `DDPMVLBPipeline`.
+    """
+    return pipeline.num_classes is not None or pipeline.unet.config.get("class_embed_type") is not None
 
 
 def check_metrics(training: Any, evaluations: Any) -> None:
@@ -59,7 +70,7 @@ def hub_metadata(
         data: of the training.
         license: an identifier of the Hub's list.
     """
-    conditional = pipeline.num_classes is not None
+    conditional = is_conditional(pipeline)
     results = [
         _result(score, own, "class-conditional-image-generation" if conditional else TASK_TYPE)
         for score, own in scores
@@ -71,7 +82,7 @@ def hub_metadata(
         license=license,
         library_name="diffusers",
         # The Hub has no task for images of a class.
-        pipeline_tag=None if conditional or pipeline.unet.config.in_channels not in (1, 3) else TASK_TYPE,
+        pipeline_tag=None if conditional or not is_image(sample_shape(pipeline.unet)) else TASK_TYPE,
         tags=tags,
         datasets=sets or None,
         metrics=sorted({result.metric_type for result in results}) or None,

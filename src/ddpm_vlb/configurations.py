@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from diffusers import pipelines
-from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.configuration_utils import ConfigMixin
 
+from .described_chains import check_described
 from .respacing import TIMESTEP_SPACINGS, VARIANCES
 from .schedules import check_betas
 
@@ -52,8 +53,6 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         ("steps_offset",),
     ),
 }
-# The classes whose defaults are ours: a configuration of theirs may leave anything out.
-_OUR_DEFAULTS = (None, "DDPMVLBScheduler", "DDPMScheduler", "DDPMParallelScheduler")
 # What the network was trained with must survive a change of class even where it equals a default.
 _MODEL_DEFINING = {
     "num_train_timesteps",
@@ -102,26 +101,14 @@ def taken_over(config: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str,
         given: values in place of the configuration's.
 
     Raises:
-        ValueError: the configuration of a scheduler that has no betas or shifts its noise levels away from them, or
-            that names what no configuration may.
+        ValueError: a configuration that describes no chain of betas, whatever is given, or that names what no
+            configuration may.
     """
     unset = config.get("_use_default_values", ())
     if not isinstance(unset, (list, tuple)) or {"self", "cls"} & config.keys():
         raise ValueError("`_use_default_values` must be a list, and no key `self` or `cls`.")
-    unshifted = {"snr_shift_scale": (None, 1), "use_flow_sigmas": (None, False)}
-    shifted = [key for key, values in unshifted.items() if config.get(key) not in values]
-    if shifted:
-        raise ValueError(
-            f"This configuration's `{shifted[0]}={config[shifted[0]]!r:.80}` gives noise levels that are not "
-            "those of its betas. Pass the betas of a chain as `trained_betas`, without that key."
-        )
+    check_described(config)
     named = {key: config[key] for key in _MODEL_DEFINING if config.get(key) is not None}
-    foreign = isinstance(config, FrozenDict) or config.get("_class_name") not in _OUR_DEFAULTS
-    if foreign and not {"beta_schedule", "trained_betas"} & (named.keys() | given.keys()):
-        raise ValueError(
-            f"This configuration names no betas: {sorted(k for k in config if not k.startswith('_'))}. Its "
-            "scheduler has noise levels of another kind. Pass `beta_schedule` or `trained_betas`."
-        )
     # The DPM-Solvers and SA-Solver save `variance_type: null`.
     kept = {k: v for k, v in config.items() if k not in _MODEL_DEFINING or v is not None}
     return kept, named | given

@@ -167,20 +167,18 @@ def to_config(paths: Sequence[StoredPath], errors: SquaredErrors | None) -> dict
     return {"optimal_paths": [path.to_config() for path in ascending] or None, "x_0_mse": entry}
 
 
-def check_image_shape(errors: SquaredErrors | None, network: Mapping[str, Any]) -> None:
+def check_image_shape(errors: SquaredErrors | None, shape: tuple[int, ...] | None) -> None:
     """Refuse errors of each pixel that are not those of a network's images.
 
     Args:
         errors: of a scheduler.
-        network: the network's configuration.
+        shape: of the network's samples, (C, *); None where it is not known.
 
     Raises:
         ValueError: images of another shape.
     """
-    size = network.get("sample_size")
-    if errors is None or errors.per_pixel is None or size is None:
+    if errors is None or errors.per_pixel is None or shape is None:
         return
-    shape = (network["in_channels"], *((size, size) if isinstance(size, int) else size))
     if tuple(errors.per_pixel.shape[1:]) != shape:
         raise ValueError(
             f"The scheduler's variances of each pixel are for images of shape {tuple(errors.per_pixel.shape[1:])}, "

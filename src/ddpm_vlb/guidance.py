@@ -3,12 +3,62 @@
 Source: Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", with the scale as diffusers counts it: 1 is none.
 """
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def batch_count(batch_size: Any) -> int:
+    """A number of images, as Python has it.
+
+    Args:
+        batch_size: B, an integer of Python's, numpy's or a tensor's.
+
+    Raises:
+        ValueError: no integer, or none above 0.
+    """
+    try:
+        count = operator.index(batch_size)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"`batch_size` must be an integer of at least 1, but got {batch_size!r}.")
+    return count
+
+
+def classes_of(config: Mapping[str, Any]) -> int | None:
+    """The number of labels that a network takes, the one for no class included; None for an unconditional one.
+
+    Args:
+        config: the network's.
+    """
+    if config.get("class_embed_type") is not None:  # it goes before a number
+        return None
+    if config.get("num_class_embeds") is not None:
+        return int(config["num_class_embeds"])
+    # A DiT keeps one more label than it has classes, for no class.
+    return config["num_embeds_ada_norm"] + 1 if config.get("num_embeds_ada_norm") is not None else None
+
+
+def check_no_embeddings(config: Mapping[str, Any]) -> None:
+    """Refuse a network that takes something else than labels for classes.
+
+    Args:
+        config: the network's.
+
+    Raises:
+        ValueError: such a network.
+    """
+    kind = config.get("class_embed_type")
+    if kind is not None:
+        raise ValueError(
+            f"This network takes embeddings of classes (`class_embed_type={kind!r:.80}`), but labels are numbers "
+            "here. Sample it in a loop of your own, with `scheduler.step`."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +96,9 @@ class Guidance:
             device: where the labels shall live.
 
         Raises:
-            ValueError: no batch, labels that the network does not take or that do not match the batch, or guidance
+            ValueError: labels that the network does not take or that do not match the batch, or guidance
                 without labels.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1, but got {batch_size!r}.")
         if class_labels is None:
             if scale != 1.0:
                 raise ValueError(

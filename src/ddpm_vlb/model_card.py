@@ -18,10 +18,12 @@ from .card_results import (
     hub_metadata,
     hub_name,
     in_words,
+    is_conditional,
     likelihood_section,
     markdown_table,
     unit,
 )
+from .sample_shapes import is_image, sample_shape
 
 # Not on a line of its own: diffusers takes such a line in code from the Hub for an import of this module.
 _IMPORT = "from ddpm_vlb import DDPMVLBPipeline"
@@ -83,22 +85,23 @@ def model_card(
 
 
 def _shape(pipeline: Any) -> str:
-    size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    height, width = (size, size) if isinstance(size, int) else size
+    shape, channels = sample_shape(pipeline.unet), pipeline.unet.config.in_channels
+    kind = "images" if shape is None or len(shape) == 3 else "samples"
+    size = "any size" if shape is None else "x".join(map(str, shape[1:]))
     levels = pipeline.scheduler.config.get("levels", 256)
     values = "continuous values" if levels is None else f"{levels} levels"
-    return f"{height}x{width} with {channels} channel{'s' * (channels > 1)} of {values}"
+    return f"{kind} of {size} with {channels} channel{'s' * (channels > 1)} of {values}"
 
 
 def _what(pipeline: Any, scores: Sequence[tuple[Metrics, Metrics]]) -> str:
     config = pipeline.scheduler.config
-    kind = "A class-conditional" if pipeline.num_classes is not None else "An unconditional"
+    kind = "A class-conditional" if is_conditional(pipeline) else "An unconditional"
     predicts, variance_type = _PREDICTS[config.get("prediction_type", "epsilon")], config.get("variance_type")
     kind_of_variance = "learned" if str(variance_type).startswith("learned") else "fixed"
     variance = f"with {kind_of_variance} variance (`{variance_type}`), " if variance_type else ""
     parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
     lines = [
-        f"{kind} denoising diffusion model (DDPM) of images of {_shape(pipeline)}: a "
+        f"{kind} denoising diffusion model (DDPM) of {_shape(pipeline)}: a "
         f"`{type(pipeline.unet).__name__}` of {parameters / 1e6:.2f} M parameters that predicts "
         f"{predicts}, {variance}over {config.num_train_timesteps} steps. Made with ddpm-vlb, a likelihood toolkit for "
         "🤗 diffusers."
@@ -117,17 +120,19 @@ _PREDICTS = {"epsilon": "the noise", "sample": "the data", "v_prediction": "v"}
 
 
 def _loading(pipeline: Any, name: str, includes_code: bool) -> str:
-    config, channels = pipeline.scheduler.config, pipeline.unet.config.in_channels
+    config, image = pipeline.scheduler.config, is_image(sample_shape(pipeline.unet))
     steps = config.num_train_timesteps
-    latents = channels not in (1, 3) and config.get("levels", 256) is None
+    latents = not image and config.get("levels", 256) is None
     given = "batch_size=4"
     if pipeline.num_classes is not None:
         given += ", class_labels=0"
-    if channels not in (1, 3):  # no image of PIL's
+    if not image:
         given += ', output_type="latent"' if latents else ', output_type="np"'
     if "DDPM" not in type(pipeline.scheduler).__name__:
         given += f", num_inference_steps={max(1, min(50, steps // 2))}"
     call = f"pipeline({given})"
+    # No pipeline hands embeddings of classes to a network.
+    drawn = "" if is_conditional(pipeline) and pipeline.num_classes is None else f"\nimages = {call}.images"
     # Stock's default are 1000 steps, whatever the chain.
     stock_call = f"pipeline({given}, num_inference_steps={steps})" if steps < 1000 else call
     learned = " with the learned variance" if str(config.get("variance_type")).startswith("learned") else ""
@@ -138,8 +143,7 @@ With ddpm-vlb: any number of steps{learned}, swapped schedulers, and the likelih
 ```python
 {_IMPORT}
 
-pipeline = DDPMVLBPipeline.from_pretrained({name})
-images = {call}.images
+pipeline = DDPMVLBPipeline.from_pretrained({name}){drawn}
 ```{_stored(pipeline)}"""
     stock = f"""\
 With 🤗 diffusers alone:
@@ -164,8 +168,7 @@ it.
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, trust_remote_code=True)
-images = {call}.images
+pipeline = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, trust_remote_code=True){drawn}
 ```"""
     if not includes_code:
         code = (
@@ -192,8 +195,11 @@ def _why_not_stock(pipeline: Any) -> str | None:
     variance_type = pipeline.scheduler.config.get("variance_type")
     if pipeline.portable:
         return None
-    if pipeline.num_classes is not None:
+    if is_conditional(pipeline):
         return "its `DDPMPipeline` takes no class labels"
+    shape = sample_shape(pipeline.unet)
+    if shape is None or len(shape) != 3:
+        return "its `DDPMPipeline` makes images of two dimensions and of a stated size only"
     if variance_type == "learned":
         return 'its `DDPMScheduler` samples `variance_type="learned"` wrongly'
     if not type(pipeline.scheduler).__name__.startswith(("DDPMVLB", "DDPMScheduler")):
@@ -254,7 +260,7 @@ def _limitations(pipeline: Any, measured: bool) -> str:
         lines.append("- The data is continuous: its bound is one on a density and cannot be compared with bits/dim.")
     else:
         lines.append(
-            f"- Bits/dim compare only between models of the same data: images of {_shape(pipeline)}, as they were "
+            f"- Bits/dim compare only between models of the same data: {_shape(pipeline)}, as they were "
             "prepared for this training."
         )
     if not measured:

@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet1DModel, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
@@ -24,45 +22,60 @@ from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
 
 from .configurations import check_index, check_no_code, read_config
+from .described_chains import check_scheduler
 from .few_step_store import check_image_shape
-from .guidance import Guidance
+from .finite_samples import FiniteSamples
+from .guidance import Guidance, batch_count, check_no_embeddings, classes_of
 from .model_card import model_card
-from .repositories import forget_origin, local_folder, read_index, write_card, write_code
+from .repositories import forget_origin, load_part, local_folder, read_index, weights_of, write_card, write_code
+from .sample_shapes import check_output_type, given_out, needed_shape, sample_shape
 from .scheduling_ddpm_vlb import _INDEX_IS_OURS, DDPMVLBScheduler
-from .swapped_schedulers import mean_half_whole, set_timesteps, step_options, takes_variance, warn_of_another_chain
+from .swapped_schedulers import (
+    mean_half_whole,
+    not_finite,
+    set_timesteps,
+    step_options,
+    takes_variance,
+    warn_of_another_chain,
+)
 
 logger = logging.get_logger(DiffusionPipeline.__module__)
 _PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder", "card")
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class DDPMVLBPipeline(DiffusionPipeline):
-    """Images from a (class-conditional) DDPM; any number of channels, square or not.
+    """Samples of a (class-conditional) DDPM: images, square or not, signals, volumes; any number of channels.
 
     Args:
         unet: the network, called as unet(sample, timestep[, class_labels=...]); its config gives `in_channels` and
-            `sample_size`.
+            `sample_size`: an integer n is (n, n), or (n,) for a `UNet1DModel`, a tuple is (*) itself.
         scheduler: a `DDPMVLBScheduler`; a stock `DDPMScheduler` is replaced by one with the same configuration, any
-            other scheduler is kept.
+            other scheduler of a chain of betas is kept.
+
+    Raises:
+        ValueError: a scheduler of another kind (flow matching, EDM), or variances of another network's images.
     """
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: UNet2DModel | DiTTransformer2DModel, scheduler: SchedulerMixin):
+    def __init__(self, unet: UNet2DModel | UNet1DModel | DiTTransformer2DModel, scheduler: SchedulerMixin):
         super().__init__()
         if type(scheduler) is DDPMScheduler:
             scheduler = DDPMVLBScheduler.from_config(scheduler.config)
         if isinstance(scheduler, DDPMVLBScheduler):
-            check_image_shape(scheduler.errors, unet.config)
+            check_image_shape(scheduler.errors, sample_shape(unet))
+        else:
+            check_scheduler(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a pipeline of ours or a stock DDPMPipeline, from a folder or the Hub.
 
-        The scheduler is read as ours from the start: stock's class would warn of `levels` on the way.
+        The scheduler is read as ours from the start: stock's class would warn of `levels` on the way. Its file and the
+        network's may lie in the repository's root, as in some of 2022.
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a Hub repository.
@@ -84,12 +97,13 @@ class DDPMVLBPipeline(DiffusionPipeline):
             check_no_code(index, Path(pretrained_model_name_or_path))
         if "scheduler" not in kwargs:
             if list(index.get("scheduler", ())) == ["diffusers", "DDPMScheduler"]:
-                kwargs["scheduler"] = DDPMVLBScheduler.from_pretrained(
-                    pretrained_model_name_or_path, subfolder="scheduler", **where
+                kwargs["scheduler"] = load_part(
+                    DDPMVLBScheduler.from_pretrained, pretrained_model_name_or_path, "scheduler", where
                 )
                 # As the loader says of each component that it reads itself.
                 logger.info(f"Loaded scheduler as DDPMVLBScheduler from {pretrained_model_name_or_path}.")
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with weights_of(pretrained_model_name_or_path, kwargs["use_safetensors"]):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     # diffusers' private name; its own would read a file of any size, and a test holds it to calling this one.
     _dict_from_json_file = staticmethod(read_config)
@@ -218,8 +232,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
             timestep_spacing: of `num_inference_steps`: "leading", "linspace", "trailing", "quadratic" or "optimal",
                 the stored path. None takes the stored path where there is one, else what the configuration says.
             eta: of DDIM, from 0 (no noise) to 1 (DDPM); None is the scheduler's default, 1 for ours.
-            output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (B, C, H, W: x_0
-                as it is, not clamped, for a VAE to decode).
+            output_type: "pil" (images only), "np" (B, *, C in [0, 1]), "pt" (B, C, * in [0, 1]) or "latent" (B, C, *:
+                x_0 as it is, not clamped, for a VAE to decode).
             return_dict: return an `ImagePipelineOutput`, or a tuple.
             callback_on_step_end: called as callback(pipeline, step, timestep, tensors) after each step; it may return
                 a dict with a new "latents".
@@ -228,31 +242,31 @@ class DDPMVLBPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: an unknown output type or callback tensor, a wrong number of generators, labels that the
-                network does not take or that do not match the batch, guidance without labels, or steps that the
-                scheduler refuses.
+                network does not take or that do not match the batch, guidance without labels, a scheduler of no chain
+                of betas, steps that it refuses, or NaN or infinity, told after the last step with who made it.
         """
-        device = self._execution_device
-        classes = class_labels, guidance_scale, null_class_label, self.num_classes
-        guidance = Guidance.of(batch_size, *classes, device)
-        self._check_inputs(output_type, callback_on_step_end_tensor_inputs, num_inference_steps, timesteps)
+        device, batch_size, sample = self._execution_device, batch_count(batch_size), needed_shape(self.unet)
+        self._check_inputs(callback_on_step_end_tensor_inputs, num_inference_steps, timesteps)
+        check_output_type(output_type, sample)
+        guidance = Guidance.of(batch_size, class_labels, guidance_scale, null_class_label, self.num_classes, device)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` must be one or a list of {batch_size}, but it holds {len(generator)}.")
-        size = self.unet.config.sample_size
-        spatial = (size, size) if isinstance(size, int) else tuple(size)
-        shape = (batch_size, self.unet.config.in_channels, *spatial)
         # The chain runs in float32 whatever the network's precision: in half the last steps' noise would be lost.
-        image = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        image = randn_tensor((batch_size, *sample), generator=generator, device=device, dtype=torch.float32)
         scheduler = self.scheduler
         set_timesteps(scheduler, num_inference_steps, timesteps, timestep_spacing, eta, device)
         image = image * scheduler.init_noise_sigma
         options = step_options(scheduler, generator, eta)
         steps = scheduler.timesteps
         warn_of_another_chain(scheduler)
-        self._num_timesteps = len(steps)
+        self._num_timesteps, finite = len(steps), FiniteSamples()
         for i, timestep in enumerate(self.progress_bar(steps.tolist())):
             # Only a scheduler with fractional timesteps (Euler, LMS) needs its own tensor back.
             t = timestep if isinstance(timestep, int) else steps[i]
             output = self._predict(image, t, guidance)
+            finite.note(image, output)
+            if output.shape[1] == 2 * len(image[0]) and not takes_variance(scheduler):
+                output = output[:, : len(image[0])]
             if "prev_timestep" in options:
                 options["prev_timestep"] = int(steps[i + 1]) if i + 1 < len(steps) else None
             with mean_half_whole(scheduler):
@@ -260,14 +274,15 @@ class DDPMVLBPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 tensors = {name: image for name in callback_on_step_end_tensor_inputs}
                 image = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", image)
-        if type(scheduler) is not DDPMVLBScheduler and not bool(image.isfinite().all()):
-            raise ValueError(
-                f"{type(scheduler).__name__} gave values that are not finite in {len(steps)} steps. Multistep "
-                "solvers need fewer steps than the chain has: pass a smaller `num_inference_steps`."
-            )
-        images = self._finish(image, output_type)
+        finite.check(image, steps.tolist(), type(self.unet).__name__, not_finite(scheduler, len(steps)))
+        images = given_out(image, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """The shape (C, *) of one sample; None where the network's config has no `sample_size`."""
+        return sample_shape(self.unet)
 
     @property
     def num_timesteps(self) -> int:
@@ -277,20 +292,12 @@ class DDPMVLBPipeline(DiffusionPipeline):
     @property
     def num_classes(self) -> int | None:
         """Number of labels that the network takes, the one for no class included; None for an unconditional one."""
-        config = self.unet.config
-        if config.get("num_class_embeds") is not None:
-            return int(config["num_class_embeds"])
-        # A DiT keeps one more label than it has classes, for no class.
-        return config["num_embeds_ada_norm"] + 1 if config.get("num_embeds_ada_norm") is not None else None
+        return classes_of(self.unet.config)
 
-    def _check_inputs(
-        self, output_type: str, tensor_inputs: Sequence[str], num_inference_steps: int | None, timesteps: Any
-    ) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {list(OUTPUT_TYPES)}, but got {output_type!r}.")
-        channels = self.unet.config.in_channels
-        if output_type == "pil" and channels not in (1, 3):
-            raise ValueError(f"PIL has no images of {channels} channels: use `output_type='np'`, 'pt' or 'latent'.")
+    def _check_inputs(self, tensor_inputs: Sequence[str], num_inference_steps: int | None, timesteps: Any) -> None:
+        if not isinstance(self.scheduler, DDPMVLBScheduler):  # it may have been replaced since
+            check_scheduler(self.scheduler)
+        check_no_embeddings(self.unet.config)
         unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -300,29 +307,15 @@ class DDPMVLBPipeline(DiffusionPipeline):
             raise ValueError("Pass only one of `num_inference_steps` and `timesteps`.")
 
     def _predict(self, image: Tensor, timestep: Any, guidance: Guidance) -> Tensor:
-        """The network's output for the scheduler: guided, and cut to the mean half where that is all it takes."""
+        """The network's output, guided."""
         sample = self.scheduler.scale_model_input(image, timestep).to(self.unet.dtype)
-        output = guidance.output(lambda x, labels: self._call_unet(x, timestep, labels), sample)
-        channels = image.shape[1]
-        if output.shape[1] == 2 * channels and not takes_variance(self.scheduler):
-            output = output[:, :channels]
-        return output
+        return guidance.output(lambda x, labels: self._call_unet(x, timestep, labels), sample)
 
     def _call_unet(self, sample: Tensor, timestep: Any, labels: Tensor | None) -> Tensor:
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         if labels is None:
             return self.unet(sample, timesteps).sample
         return self.unet(sample, timesteps, class_labels=labels).sample
-
-    @staticmethod
-    def _finish(image: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
-        if output_type == "latent":
-            return image
-        image = (image.float() / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return image
-        array = image.cpu().permute(0, 2, 3, 1).numpy()
-        return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array
 
     @property
     def portable(self) -> bool:
@@ -335,7 +328,9 @@ class DDPMVLBPipeline(DiffusionPipeline):
         variance_type = self.scheduler.config.variance_type
         if float(self.scheduler.alphas_cumprod[-1]) == 0 and self.scheduler.config.prediction_type == "epsilon":
             return False
-        learned = variance_type == "learned_range"
+        shape, learned = sample_shape(self.unet), variance_type == "learned_range"
+        if shape is None or len(shape) != 3:  # stock's makes images (H, W)
+            return False
         return variance_type != "learned" and (
             config.get("out_channels") == config.get("in_channels") * (2 if learned else 1)
         )

@@ -1,16 +1,17 @@
 """Repositories of pipelines, in folders and on the Hub: reading one commit, and what is written beside weights."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import HfApi, ModelCard, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 logger = logging.get_logger(DiffusionPipeline.__module__)
 # What a repository carries so that diffusers runs our pipeline where the package is not installed; a name from each.
@@ -20,15 +21,18 @@ _CODE = {
     "forward_process": "ForwardProcess",
     "reverse_process": "ReverseProcess",
     "respacing": "spaced_timesteps",
+    "described_chains": "check_described",
     "configurations": "read_config",
     "few_step_store": "FewStepStore",
     "chains": "Chains",
     "walk": "Walk",
     "scheduling_ddpm_vlb": "DDPMVLBScheduler",
+    "sample_shapes": "sample_shape",
     "card_results": "check_metrics",
     "model_card": "model_card",
     "repositories": "write_code",
     "guidance": "Guidance",
+    "finite_samples": "FiniteSamples",
     "swapped_schedulers": "takes_variance",
     "pipeline_ddpm_vlb": "DDPMVLBPipeline",
 }
@@ -85,6 +89,55 @@ def read_index(
         raise
     # All files of one commit, whatever is pushed meanwhile.
     return index, where if commit is None else where | {"revision": commit}
+
+
+def load_part(load: Callable[..., Any], name: str | os.PathLike[str], part: str, where: dict[str, Any]) -> Any:
+    """A part of a pipeline, from the folder of its name or, as in repositories of 2022, from the root.
+
+    Args:
+        load: of the part's class, `from_pretrained`.
+        name: a folder, or the name of a Hub repository.
+        part: its name in model_index.json.
+        where: arguments of `from_pretrained`.
+
+    Raises:
+        OSError, ValueError: as `load`.
+    """
+    if os.path.isdir(name):
+        folder = Path(name, part)
+        return load(folder if folder.is_dir() else name, **where)
+    try:
+        return load(name, subfolder=part, **where)
+    except OSError as error:
+        if not isinstance(error.__context__, EntryNotFoundError):
+            raise
+        try:
+            return load(name, **where)
+        except OSError:
+            raise error from None
+
+
+@contextlib.contextmanager
+def weights_of(name: str | os.PathLike[str], use_safetensors: bool) -> Iterator[None]:
+    """Say the way to weights that are pickles only, where only safetensors are taken.
+
+    Args:
+        name: a folder, or the name of a Hub repository.
+        use_safetensors: take nothing else.
+
+    Raises:
+        OSError: no weights, with the way.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not use_safetensors or "safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{name} lacks weights in safetensors: {' '.join(str(error).split())[:300]} If it has pickles (.bin), "
+            "which run code when they are read, and you trust them, convert them: `DDPMVLBPipeline.from_pretrained("
+            f"{str(name)!r}, use_safetensors=False).save_pretrained(folder)`."
+        ) from error
 
 
 def write_code(folder: Path) -> None:

@@ -219,8 +219,8 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             kwargs: values in place of the configuration's.
 
         Raises:
-            ValueError: the configuration of a scheduler that has no betas or shifts its noise levels away from them,
-                or an impossible value.
+            ValueError: a configuration that describes no chain of betas, whatever is given in its place, or an
+                impossible value.
         """
         if isinstance(config, dict):
             config, kwargs = taken_over(config, kwargs)
@@ -337,6 +337,8 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """Draw x_{t-1} from p(x_{t-1} | x_t); without noise at the chain's last step.
+
+        NaN and infinity are not looked for, which would wait for the device: `DDPMVLBPipeline` tells of them.
 
         Args:
             model_output: the network's output (B, C, *) or (B, 2 C, *); a variance half that the variance type does

@@ -114,3 +114,16 @@ def warn_of_another_chain(scheduler: SchedulerMixin) -> None:
             f"{type(scheduler).__name__} does not know `rescale_betas_zero_snr` and samples another chain "
             "than this network was trained on. Take one that does, such as DDIMScheduler."
         )
+
+
+def not_finite(scheduler: SchedulerMixin, num_steps: int) -> str:
+    """What to say of samples with NaN or infinity where the network's outputs were finite.
+
+    Args:
+        scheduler: any.
+        num_steps: of the walk.
+    """
+    said = f"{type(scheduler).__name__} or a callback gave values that are not finite in {num_steps} steps."
+    if isinstance(scheduler, DDPMVLBScheduler):
+        return f"{said} The network's outputs were finite: are they of the size of its `prediction_type`?"
+    return f"{said} Multistep solvers need fewer steps than the chain has: pass a smaller `num_inference_steps`."
