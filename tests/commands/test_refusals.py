@@ -11,6 +11,8 @@ import datasets
 import PIL.Image
 import pytest
 import safetensors.torch
+import torch
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from processes import reset_accelerate
 from scoring_support import FEW, edit_config, options_for, write_splits
 
@@ -62,7 +64,19 @@ def lose_a_weight(folder):
     safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
 
 
-NETWORK = "unet/config.json"
+def flow_matching(folder):
+    """As stock's pipeline saves a network with such a scheduler."""
+    edit_config("model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])(folder)
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+
+
+def pickles(folder):
+    """As repositories of 2022 have them."""
+    torch.save(safetensors.torch.load_file(folder / WEIGHTS), folder / "unet" / "diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+NETWORK, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 CHECKPOINTS = [
     ("evaluate", edit_config("model_index.json", unet=["diffusers", "AutoencoderKL"]), "AutoencoderKL.*no network"),
     ("sample-quality", edit_config("model_index.json", unet=["diffusers", "AutoencoderKL"]), "AutoencoderKL"),
@@ -71,7 +85,13 @@ CHECKPOINTS = [
     ("sample-quality", lose_a_weight, "conv_out.bias"),
     ("evaluate", edit_config(NETWORK, sample_size=8.0), r"`sample_size` must .* is 8\.0"),
     ("sample-quality", edit_config(NETWORK, sample_size={"a": 1}), "`sample_size` must"),
-    ("optimize-timesteps", edit_config(NETWORK, sample_size=[8, 8, 8]), r"`sample_size` must .*\[8, 8, 8\]"),
+    ("optimize-timesteps", edit_config(NETWORK, sample_size=[8, 0, 8]), r"`sample_size` must .*\[8, 0, 8\]"),
+    (
+        "optimize-timesteps",
+        edit_config(NETWORK, sample_size=[8, 8, 8]),
+        r"holds images, .* arrays .*\(1, 8, 8, 8\)",
+    ),
+    ("sample-quality", edit_config(NETWORK, sample_size=[8]), r"1 dimension\(s\).*images only"),
     ("sample-quality", edit_config(NETWORK, sample_size=[]), "`sample_size` must"),
     ("evaluate", edit_config(NETWORK, sample_size=True), "`sample_size` must"),
     ("sample-quality", edit_config(NETWORK, sample_size=None), "no `sample_size`"),
@@ -84,6 +104,15 @@ CHECKPOINTS = [
     ("sample-quality", recorded(resolution=8.5), "data.json is no record.*'resolution'"),
     ("optimize-timesteps", recorded(resolution=0), "data.json is no record.*'resolution'"),
     ("evaluate", recorded(dataset_name=""), "'' names no data set"),
+    ("evaluate", lambda folder: (folder / "data.json").mkdir(), "data.json must be a file"),
+    ("sample-quality", lambda folder: (folder / "data.json").mkdir(), "data.json must be a file"),
+    ("evaluate", edit_config(SCHEDULER, _class_name="UNet2DModel"), "`_class_name` is 'UNet2DModel'.*no scheduler"),
+    ("evaluate", flow_matching, "no chain of betas: a FlowMatchEulerDiscreteScheduler"),
+    ("optimize-timesteps", flow_matching, "no chain of betas: a FlowMatchEulerDiscreteScheduler"),
+    ("sample-quality", flow_matching, "no chain of betas: a FlowMatchEulerDiscreteScheduler"),
+    ("evaluate", lambda folder: EDMEulerScheduler().save_pretrained(folder / "scheduler"), "EDMEulerScheduler"),
+    ("evaluate", pickles, "use_safetensors=False.*save_pretrained"),
+    ("sample-quality", pickles, "use_safetensors=False.*save_pretrained"),
 ]
 
 

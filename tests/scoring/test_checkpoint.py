@@ -1,9 +1,18 @@
-"""A checkpoint as its commands take it: fingerprints of its weights."""
+"""A checkpoint as its commands take it: where it is looked for, its data, and fingerprints of its weights."""
 
+import argparse
+
+import datasets
+import numpy as np
+import pytest
 import torch
+from diffusers import UNet1DModel
+from scoring_support import write_splits
 from torch import nn
 
-from ddpm_vlb.scoring.checkpoint import fingerprint_of
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
+from ddpm_vlb.scoring.checkpoint import fingerprint_of, load_pipeline, network_shape
+from ddpm_vlb.scoring.data import NetworkShape, load_scoring_data
 
 
 def network():
@@ -37,3 +46,33 @@ def test_the_fingerprint_knows_shapes():
     wide, tall = nn.Linear(2, 8, bias=False), nn.Linear(8, 2, bias=False)
     tall.weight.data = wide.weight.data.reshape(2, 8)
     assert fingerprint_of(wide) != fingerprint_of(tall)
+
+
+def test_a_misspelt_folder(hub, tmp_path):
+    """A name that could be the Hub's is looked up there, and the message says that it is no folder either."""
+    args = argparse.Namespace(model="runs/digts", revision=None, cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="^--model runs/digts .*: there is no such folder, and of the Hub"):
+        load_pipeline(args)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_signals_are_arrays_of_their_shape(tmp_path, channels):
+    """The network's own shape (C, L) is what its data must have: lists and arrays, and (L,) for one channel."""
+    config = {"sample_size": 64, "block_out_channels": (32, 32, 32), "extra_in_channels": 64}
+    unet = UNet1DModel(in_channels=channels, out_channels=channels, **config)
+    pipe = DDPMVLBPipeline(unet, DDPMVLBScheduler(num_train_timesteps=20, levels=None, clip_sample=False))
+    network = network_shape(pipe, argparse.Namespace(model="m"))
+    assert network == NetworkShape(channels, (64,), None, None)
+    x_0 = np.random.default_rng(0).standard_normal((6, channels, 64)).astype(np.float32)
+    nested = datasets.Sequence(datasets.Sequence(datasets.Value("float32")))
+    features = {"x": nested, "y": datasets.Array2D((channels, 64), "float32"), "z": nested}
+    columns = {"x": x_0.tolist(), "y": list(x_0), "z": x_0[:, :, 1:].tolist()}
+    if channels == 1:
+        columns, features = columns | {"flat": x_0[:, 0].tolist()}, features | {"flat": nested.feature}
+    folder = write_splits(tmp_path / "set", {"train": columns, "test": columns}, **features)
+    where = {"dataset_name": folder, "cache_dir": str(tmp_path / "cache")}
+    for column in [name for name in columns if name != "z"]:
+        data = load_scoring_data(network, image_column=column, **where)
+        assert torch.equal(data.batch(data.scored, [4, 1])[0], torch.from_numpy(x_0[[4, 1]]))
+    with pytest.raises(ValueError, match=rf"\({channels}, 63\), but the model takes \({channels}, 64\)"):
+        load_scoring_data(network, image_column="z", **where)

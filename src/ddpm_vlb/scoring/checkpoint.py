@@ -38,8 +38,8 @@ def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
     try:
         pipeline = DDPMVLBPipeline.from_pretrained(args.model, revision=args.revision, cache_dir=args.cache_dir)
     except Exception as error:  # the Hub client, diffusers and safetensors raise whatever they like
-        hint = "" if folder.is_dir() else f" {HUB_HINT}"
-        raise ValueError(f"--model {args.model} cannot be loaded: {error}{hint}") from error
+        said = f"{error}" if folder.is_dir() else f"there is no such folder, and of the Hub: {error} {HUB_HINT}"
+        raise ValueError(f"--model {args.model} cannot be loaded: {said}") from error
     if not isinstance(pipeline.scheduler, DDPMVLBScheduler):
         raise ValueError(
             f"--model {args.model} has a {type(pipeline.scheduler).__name__}, whose chain has no variational bound. "
@@ -68,26 +68,21 @@ def _check_network(pipeline: DDPMVLBPipeline, name: str) -> None:
 
 def network_shape(pipeline: DDPMVLBPipeline, args: argparse.Namespace) -> NetworkShape:
     """What the checkpoint says of its data."""
-    config = pipeline.unet.config
-    size = config.get("sample_size")
-    size = (size, size) if isinstance(size, int) else size
-    if size is not None:
-        pair = isinstance(size, (list, tuple)) and [type(own) for own in size] == [int, int] and min(size) > 0
-        if not pair:
-            raise ValueError(f"--model {args.model}: `sample_size` must be one or two integers, but is {size!r}.")
-        size = tuple(size)
+    shape = pipeline.sample_shape
     levels = stated = pipeline.scheduler.config.get("levels", 256)
     if "levels" in args and stated != 256 and args.levels != stated:
         raise ValueError(f"--levels {args.levels} contradicts the checkpoint, whose scheduler says `levels` {stated}.")
     if "levels" in args:
         levels = args.levels
-    return NetworkShape(config.in_channels, size, levels, pipeline.num_classes)
+    return NetworkShape(pipeline.unet.config.in_channels, shape and shape[1:], levels, pipeline.num_classes)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """The data.json beside a model, if there is one."""
-    if not path.is_file():
+    if not path.exists():
         return None
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file, the record of `ddpm-vlb train`, but is none. Move it away.")
     try:
         record = json.loads(path.read_text())
     except ValueError as error:

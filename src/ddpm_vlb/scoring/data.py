@@ -35,7 +35,7 @@ class NetworkShape:
     """What a checkpoint can score: channels, size, levels (None: continuous) and number of classes (None: none)."""
 
     channels: int
-    size: tuple[int, int] | None
+    size: tuple[int, ...] | None
     levels: int | None
     classes: int | None
 
@@ -242,6 +242,11 @@ def _as_images(
         if network.size is None:
             raise ValueError(f"Column {columns[0]!r} holds arrays, but the model's config has no `sample_size`.")
         return Arrays(data.select_columns(columns), columns[0], (network.channels, *network.size), network.levels)
+    if network.size is not None and len(network.size) != 2:
+        raise ValueError(
+            f"Column {columns[0]!r} holds images, but the model takes arrays of shape "
+            f"{(network.channels, *network.size)}, channels first. Name their column with `--image_column`."
+        )
     data = encoded_images(data, columns)
     first = decode_image(data[0][columns[0]], 0)
     channels = 1 if first.mode in GREY_MODES else 3
