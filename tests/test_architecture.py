@@ -27,6 +27,7 @@ ORDER = (
     "schedules",
     "forward_process",
     "reverse_process",
+    "checks",
     "losses",
     "gaussian_model",
     "timestep_samplers",

@@ -86,7 +86,7 @@ def test_a_bad_output_names_the_step_and_the_position_in_the_data(bad, estimator
     batches = [(part, {"class_labels": rows}) for part, rows in zip(x_0.split(3), torch.arange(11).split(3))]
     with pytest.raises(FloatingPointError, match=r"model's output.*t=4 \(timestep 4\), image 8\."):
         estimate_vlb(model, reverse, batches, calls_per_image=96, estimator=estimator)
-    scorer = VLBEstimator(model, reverse, calls_per_image=96, estimator=estimator)
+    scorer = VLBEstimator(model, reverse, torch.ones(T), 96, estimator=estimator)
     with pytest.raises(FloatingPointError, match=r"t=4 \(timestep 4\), image 1234\."):
         scorer.score(x_0[8:9], [1234], {"class_labels": torch.tensor([8])})
 
@@ -148,6 +148,6 @@ def test_bare_labels_are_not_taken_for_conditioning():
 def test_positions_must_be_one_for_each_image(positions, pilot):
     """Too few positions would be broadcast, and two equal ones are one image twice."""
     reverse, model = setting()
-    scorer = VLBEstimator(model, reverse, fitted_pilot() if pilot else None)
+    scorer = VLBEstimator(model, reverse, fitted_pilot() if pilot else torch.ones(T))
     with pytest.raises(ValueError, match="positions"):
         scorer.score(images(3), positions)

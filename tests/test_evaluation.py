@@ -1,5 +1,6 @@
 """Evaluation: the whole bound of a batch by hand and in closed form, and what every evaluation refuses."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from analytic import SHAPE, PosteriorMean, T, expected_prior, expected_terms, im
 from ddpm_vlb import (
     VLBEstimator,
     check_data,
+    collect_statistics,
     estimate_vlb,
     evaluate_vlb,
     fit_pilot,
@@ -178,7 +180,9 @@ def test_conditioning_of_any_kind_reaches_the_network():
 CONDITIONED = {
     "evaluate": lambda model, reverse, x_0, told: evaluate_vlb(model, reverse, x_0, conditioning=told),
     "estimate": lambda model, reverse, x_0, told: estimate_vlb(model, reverse, [(x_0, told)]),
-    "score": lambda model, reverse, x_0, told: VLBEstimator(model, reverse).score(x_0, range(len(x_0)), told),
+    "score": lambda model, reverse, x_0, told: VLBEstimator(model, reverse, torch.ones(T)).score(
+        x_0, range(len(x_0)), told
+    ),
     "pilot": lambda model, reverse, x_0, told: fit_pilot(model, reverse, x_0, conditioning=told),
 }
 
@@ -345,3 +349,34 @@ def test_noise_of_the_wrong_shape_is_refused():
     for shape in ((T - 1, *x_0.shape), (T, 1, *SHAPE), (T, *x_0.shape[:2], 2, 4)):
         with pytest.raises((ValueError, IndexError)):
             evaluate_vlb(PosteriorMean(reverse.forward), reverse, x_0, noise=torch.zeros(shape, dtype=torch.float64))
+
+
+LAYERS = {"dropout": torch.nn.Dropout(0.1), "batch norm": torch.nn.BatchNorm2d(1), "none": torch.nn.Dropout(0.0)}
+SCORERS = ENTRANCES | {
+    "few steps": lambda model, reverse, x_0: collect_statistics(model, reverse, x_0, torch.arange(2)),
+}
+
+
+class Layered(torch.nn.Module):
+    """A network with a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_t, timesteps):
+        return self.layer(x_t)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_network_in_training_mode_is_not_scored(scorer, layer):
+    """Dropout and batch norm make another network of it; one without them is the same in both modes."""
+    reverse = process(betas=torch.tensor([0.1, 0.2]), dtype=torch.float32)
+    model, x_0 = Layered(copy.deepcopy(LAYERS[layer])), torch.rand(2, 1, 4, 4)
+    SCORERS[scorer](model.eval(), reverse, x_0)
+    if layer == "none":
+        SCORERS[scorer](model.train(), reverse, x_0)
+        return
+    with pytest.raises(ValueError, match=r"'layer' is in training mode: call `model.eval\(\)`"):
+        SCORERS[scorer](model.train(), reverse, x_0)

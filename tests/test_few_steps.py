@@ -232,7 +232,7 @@ def test_the_bound_of_ddim():
     unclipped = ReverseProcess(q, eta=0.5, x_0_mse=p.x_0_mse, levels=None, clip_sample=True)
     torch.testing.assert_close(vlb_term(unclipped, output, diffused), expected.flatten(1).sum(1), rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="`eta=0` draws no noise"):
-        vlb_term(ReverseProcess(q, eta=0.0), output, diffused)
+        vlb_term(ReverseProcess(q, eta=0.0, levels=None), output, diffused)
 
 
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
@@ -647,7 +647,7 @@ def test_training_with_an_optimal_variance_is_refused(variance_type):
     own = scheduler(variance_type=variance_type)
     own.store_few_steps([], errors(), "analytic")
     reverse = own.reverse_process()
-    diffused = reverse.forward.diffuse(torch.zeros(2, 1, 4, 4), torch.tensor([3, 9]), torch.randn(2, 1, 4, 4))
+    diffused = reverse.forward.diffuse(torch.ones(2, 1, 4, 4), torch.tensor([3, 9]), torch.randn(2, 1, 4, 4))
     output = torch.randn(2, 2, 4, 4)
     for loss in (vlb_loss, hybrid_loss):
         with pytest.raises(ValueError, match="would not be trained"):

@@ -426,3 +426,13 @@ def test_steps_outside_the_chain_are_refused_by_every_distribution():
     for s in (torch.tensor([5, 5]), torch.tensor([7, 0]), torch.tensor([-2, 0])):
         with pytest.raises(IndexError, match="`s`"):
             q.q_posterior(x, x, torch.tensor([5, 5]), s)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+def test_integers_are_not_diffused(dtype):
+    """Levels 0 .. 255 give a plausible x_t: data and noise must be floating point."""
+    forward, t = ForwardProcess.from_betas([0.1, 0.2]), torch.tensor([1])
+    levels, noise = torch.ones(1, 1, 2, 2, dtype=dtype), torch.zeros(1, 1, 2, 2)
+    for x_0, epsilon in ((levels, noise), (noise, levels)):
+        with pytest.raises(TypeError, match=r"floating point.*2 / \(n - 1\) - 1"):
+            forward.diffuse(x_0, t, epsilon)

@@ -1,6 +1,7 @@
 """The terms of the bound and the training losses against the formulas in numpy, and what training relies on."""
 
 import math
+from dataclasses import replace
 
 import mpmath
 import numpy as np
@@ -72,6 +73,13 @@ def close(actual, expected, rtol=1e-9, atol=0.0):
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=rtol, atol=atol)
 
 
+def mean_half_loss(p, output, diffused, **options):
+    """L_simple of the mean half, which `simple_loss` takes of a process that learns its variance in no other way."""
+    if p.learns_variance:
+        p, output = replace(p, variance_type="fixed_small"), output[:, : diffused.x_t.shape[1]]
+    return simple_loss(p, output, diffused, **options)
+
+
 def gradient(loss, output, *args, **kwargs):
     """The gradient of the summed loss by the network's output."""
     output = output.detach().clone().requires_grad_()
@@ -102,7 +110,7 @@ def test_training_losses(prediction, variance, clip):
     x_0, x_t, t, noise = arrays(diffused)
     simple = reference.simple_loss(TAB, prediction, variance, output.numpy(), x_0, t, noise)
     vlb = reference.vlb_loss(TAB, prediction, variance, output.numpy(), x_0, x_t, t)
-    close(simple_loss(p, output, diffused), simple)
+    close(mean_half_loss(p, output, diffused), simple)
     close(vlb_loss(p, output, diffused), vlb)
     if p.learns_variance:
         close(hybrid_loss(p, output, diffused), simple + 0.001 * vlb)
@@ -117,7 +125,7 @@ def test_training_is_unclipped_and_the_bound_clips(prediction):
     assert bool((free(output, diffused.x_t, diffused.t).x_0.abs().flatten(1).amax(1) > 1).all())
     for options in ({"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 0.5}, {"thresholding": True}):
         p = process(prediction, **options)
-        for loss in (simple_loss, vlb_loss, hybrid_loss):
+        for loss in (mean_half_loss, vlb_loss, hybrid_loss):
             assert torch.equal(loss(p, output, diffused), loss(free, output, diffused))
         assert bool((vlb_term(p, output, diffused) != vlb_term(free, output, diffused)).all())
 
@@ -142,8 +150,8 @@ def test_min_snr_weights(prediction, gamma):
     p = process(prediction)
     output, diffused = batch(p)
     weight = reference.min_snr_weight(TAB, prediction, diffused.t.numpy(), gamma)
-    plain = simple_loss(p, output, diffused).numpy()
-    close(simple_loss(p, output, diffused, snr_gamma=gamma), plain * weight)
+    plain = mean_half_loss(p, output, diffused).numpy()
+    close(mean_half_loss(p, output, diffused, snr_gamma=gamma), plain * weight)
     close(
         hybrid_loss(p, output, diffused, snr_gamma=gamma),
         plain * weight + 0.001 * vlb_loss(p, output, diffused).numpy(),
@@ -151,7 +159,7 @@ def test_min_snr_weights(prediction, gamma):
     x_0_hat = process(prediction, clip_sample=False)(output, diffused.x_t, diffused.t).x_0
     snr = torch.from_numpy(TAB.abar / (1 - TAB.abar))[diffused.t]
     on_x_0 = (diffused.x_0 - x_0_hat).square().flatten(1).mean(1) * snr.clamp(max=gamma)
-    close(simple_loss(p, output, diffused, snr_gamma=gamma), on_x_0, rtol=1e-8)
+    close(mean_half_loss(p, output, diffused, snr_gamma=gamma), on_x_0, rtol=1e-8)
 
 
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
@@ -160,7 +168,7 @@ def test_min_snr_with_zero_terminal_snr(prediction):
     q = ForwardProcess.from_betas(rescale_betas_zero_snr(make_betas("linear", 20)))
     p = ReverseProcess(q, prediction)
     diffused = q.diffuse(levels_of((2, 3)), torch.tensor([3, 19]), randn(2, 3))
-    loss = simple_loss(p, randn(2, 3, seed=1), diffused, snr_gamma=5.0)
+    loss = mean_half_loss(p, randn(2, 3, seed=1), diffused, snr_gamma=5.0)
     assert float(loss[0]) > 0 and float(loss[1]) == 0
 
 
@@ -171,7 +179,7 @@ def test_hybrid_gradient(prediction, variance):
     p = process(prediction, variance)
     output, diffused = batch(p)
     hybrid = gradient(lambda o: hybrid_loss(p, o, diffused), output)
-    simple = gradient(lambda o: simple_loss(p, o, diffused), output)
+    simple = gradient(lambda o: mean_half_loss(p, o, diffused), output)
     vlb = gradient(lambda o: vlb_loss(p, o, diffused), output)
     assert torch.equal(hybrid[:, :2], simple[:, :2])
     assert torch.equal(simple[:, 2:], torch.zeros_like(simple[:, 2:]))
@@ -189,7 +197,7 @@ def test_half_precision_outputs(dtype, autocast):
     p = process(dtype=torch.float32)
     output, diffused = batch(p, torch.float32)
     output = output.to(dtype)
-    for loss in (vlb_term, vlb_loss, simple_loss, hybrid_loss):
+    for loss in (vlb_term, vlb_loss, mean_half_loss, hybrid_loss):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             values = loss(p, output, diffused)
         assert values.dtype == torch.float32
@@ -205,7 +213,7 @@ def test_half_precision_batch():
     output, diffused = batch(p, torch.float32)
     half = Diffused(*(x.bfloat16() if x.is_floating_point() else x for x in diffused))
     promoted = Diffused(*(x.float() if x.is_floating_point() else x for x in half))
-    for loss in (vlb_term, vlb_loss, simple_loss, hybrid_loss):
+    for loss in (vlb_term, vlb_loss, mean_half_loss, hybrid_loss):
         values = loss(p, output, half)
         assert values.dtype == torch.float32 and torch.equal(values, loss(p, output, promoted))
 
@@ -215,7 +223,7 @@ def test_float64_is_kept(tables):
     """float64 data and outputs give float64 losses, whatever the dtype of the tables."""
     p = process(dtype=tables)
     output, diffused = batch(p)
-    for loss in (vlb_term, vlb_loss, simple_loss, hybrid_loss):
+    for loss in (vlb_term, vlb_loss, mean_half_loss, hybrid_loss):
         assert loss(p, output, diffused).dtype == torch.float64
     assert prior_kl(p, diffused.x_0).dtype == torch.float64
 
@@ -307,7 +315,7 @@ def _in_double(output, diffused):
 def test_gradient_by_finite_differences(prediction, variance, levels):
     """The gradient of L_vlb and of the clipped term is that of their values, at t = 0 and t > 0 (float64)."""
     p = process(prediction, variance, levels=levels, clip_sample=False)
-    x_0, t = levels_of((3, 1, 3), 17), torch.tensor([0, 1, 30])
+    x_0, t = levels_of((3, 1, 3), levels or 17), torch.tensor([0, 1, 30])
     diffused = p.forward.diffuse(x_0, t, randn(3, 1, 3))
     output = p.target(diffused) + 0.3 * randn(3, 1, 3, seed=1)
     if p.learns_variance:
@@ -334,13 +342,16 @@ def compiled_agrees(loss, variance, backend):
 @pytest.mark.parametrize("loss", [vlb_term, vlb_loss, simple_loss, hybrid_loss])
 def test_losses_are_one_graph(loss):
     """Each loss is captured in one graph without a break, with the eager values and gradients (1e-5)."""
-    compiled_agrees(loss, "learned_range", "aot_eager")
+    compiled_agrees(loss, "fixed_small" if loss is simple_loss else "learned_range", "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "variance"),
-    [*[(loss, "learned_range") for loss in (vlb_term, vlb_loss, simple_loss, hybrid_loss)], (vlb_loss, "fixed_small")],
+    [
+        *[(loss, "learned_range") for loss in (vlb_term, vlb_loss, hybrid_loss)],
+        *[(loss, "fixed_small") for loss in (vlb_loss, simple_loss)],
+    ],
 )
 def test_losses_compile(loss, variance):
     """Each loss compiles to machine code, in one graph, with the eager values and gradients (1e-5)."""
@@ -434,7 +445,7 @@ def test_hybrid_loss_needs_a_variance_to_train(variance):
         hybrid_loss(p, output, diffused)
 
 
-@pytest.mark.parametrize("loss", [vlb_term, vlb_loss, simple_loss, hybrid_loss])
+@pytest.mark.parametrize("loss", [vlb_term, vlb_loss, hybrid_loss])
 def test_wrong_channels(loss):
     """Every loss refuses an output without the variance half, and names `out_channels`."""
     p = process()
@@ -448,7 +459,7 @@ def test_impossible_gamma(gamma):
     """A min-SNR gamma that is not positive is refused with its value."""
     p = process()
     output, diffused = batch(p)
-    for loss in (simple_loss, hybrid_loss):
+    for loss in (mean_half_loss, hybrid_loss):
         with pytest.raises(ValueError, match=f"`snr_gamma` must be positive.*{gamma}"):
             loss(p, output, diffused, snr_gamma=gamma)
 
@@ -476,3 +487,46 @@ def test_diffused_of_other_shapes_is_refused(field):
         wrong = diffused._replace(**{field: getattr(diffused, field)[:1]})
         with pytest.raises(ValueError):
             loss(reverse, torch.zeros_like(x_0), wrong)
+
+
+@pytest.mark.parametrize("variance", LEARNED)
+def test_simple_loss_does_not_leave_a_variance_untrained(variance):
+    """L_simple alone would leave half of the output as it was made: refused, with the loss that trains it."""
+    p = process(variance=variance)
+    with pytest.raises(ValueError, match=f"untrained.*'{variance}'.*hybrid_loss.*fixed_small"):
+        simple_loss(p, *batch(p))
+
+
+UNSCALED = {
+    "0 .. 255": lambda k: k,
+    "0 .. 1": lambda k: k / 255,
+    "resized": lambda k: (k[..., :-1] + k[..., 1:]) / 255 - 1 + 1e-3,
+    "of other levels": lambda k: (k // 16) * 2 / 16 - 1,
+}
+
+
+@pytest.mark.parametrize("loss", [vlb_term, vlb_loss, hybrid_loss])
+@pytest.mark.parametrize("kind", UNSCALED)
+def test_data_that_is_not_on_the_levels_is_refused(kind, loss):
+    """A loss of images on [0, 1] looks like one: the first batch of a process is looked at, and a later one is not."""
+    p = process()
+    k = torch.arange(256.0, dtype=torch.float64).reshape(8, 2, 4, 4)
+    diffused = p.forward.diffuse(UNSCALED[kind](k), torch.arange(8), torch.zeros_like(UNSCALED[kind](k)))
+    output = torch.zeros_like(diffused.x_t).repeat(1, 2, 1, 1)
+    with pytest.raises(ValueError, match=r"`x_0` must lie (in \[-1, 1\]|on the 256 levels)"):
+        loss(p, output, diffused)
+    loss(p, *batch(p))
+    assert bool(loss(p, output, diffused).isfinite().all())
+
+
+def test_simple_loss_asks_for_the_range_alone():
+    """L_simple has no decoder: resized images are trained on, those of 0 .. 255 are not; latents have no range."""
+    pixels = randn(2, 1, 3).abs().clamp(max=1)
+    for scale, levels, refused in ((1, 256, False), (255, 256, True), (255, None, False)):
+        p = process(variance="fixed_small", levels=levels)
+        diffused = p.forward.diffuse(pixels * scale, torch.tensor([0, 1]), randn(2, 1, 3))
+        if refused:
+            with pytest.raises(ValueError, match=r"`x_0` must lie in \[-1, 1\]"):
+                simple_loss(p, torch.zeros(2, 1, 3), diffused)
+        else:
+            assert bool(simple_loss(p, torch.zeros(2, 1, 3), diffused).isfinite().all())

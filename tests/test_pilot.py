@@ -19,6 +19,7 @@ from ddpm_vlb import (
     evaluate_vlb,
     fit_pilot,
     make_betas,
+    pilot_positions,
 )
 
 KINDS = {"dense": 2048, "stationary": 1}
@@ -273,7 +274,7 @@ def test_probabilities_reduce_the_noise():
     reverse = process(betas=make_betas("linear", 200))
     model, x_0 = PosteriorMean(reverse.forward), images(50)
     p = fit_pilot(model, reverse, images(20, seed=1), control_variate=False)
-    even = estimate_vlb(model, reverse, [x_0], calls_per_image=16)
+    even = estimate_vlb(model, reverse, [x_0], torch.ones(200), calls_per_image=16)
     good = estimate_vlb(model, reverse, [x_0], p, calls_per_image=16)
     assert good.noise_se**2 < 0.5 * even.noise_se**2
 
@@ -486,3 +487,14 @@ def test_nan_names_the_step_and_the_pilot_s_image():
     reverse = process().respace([2, 7, T - 1])
     with pytest.raises(FloatingPointError, match=r"model's output.*t=1 \(timestep 7\), image 3\."):
         fit_pilot(model, reverse, images(5), conditioning={"class_labels": torch.arange(5)})
+
+
+@pytest.mark.parametrize("total", [1, 5, 64, 65, 1000, 2048, 2049, 60_000])
+@pytest.mark.parametrize("dims", [1, 64, 3072, 3 * 256 * 256, 3 * 1024 * 1024])
+def test_pilot_positions(total, dims):
+    """Different ones in order, spread evenly: 2048, fewer where they are large, but 64, and no more than there are."""
+    positions = pilot_positions(total, dims)
+    assert len(positions) == min(total, 2048, max(64, 2**25 // dims))
+    assert positions[0] == 0 and positions[-1] < total
+    gaps = np.diff([*positions, total])
+    assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1

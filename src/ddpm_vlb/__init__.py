@@ -1,14 +1,15 @@
 """Likelihood training and evaluation of denoising diffusion models, for Hugging Face diffusers."""
 
+from .checks import check_data
 from .distributions import DiagonalGaussian
-from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, estimate_vlb
-from .evaluation import VLBTerms, check_data, evaluate_vlb, image_generator
+from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, enough_replicates, estimate_vlb
+from .evaluation import VLBTerms, evaluate_vlb, image_generator
 from .forward_process import Diffused, ForwardProcess
 from .gaussian_model import GaussianModel, covariance_eigenvalues, gaussian_model_terms
 from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vlb_loss, vlb_term
 from .model_card import model_card
 from .optimal_paths import optimal_paths
-from .pilot import ControlVariate, Pilot, fit_pilot
+from .pilot import ControlVariate, Pilot, fit_pilot, pilot_positions
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
 from .repositories import CODE_FILES, forget_origin, write_code
 from .respacing import ALL_SPACINGS, TIMESTEP_SPACINGS, VARIANCES, SquaredErrors, StoredPath, spaced_timesteps
@@ -66,6 +67,7 @@ __all__ = [
     "compacted",
     "covariance_eigenvalues",
     "crossfitted_cost",
+    "enough_replicates",
     "estimate_from_scores",
     "estimate_vlb",
     "evaluate_vlb",
@@ -79,6 +81,7 @@ __all__ = [
     "model_card",
     "nats_to_bits_per_dim",
     "optimal_paths",
+    "pilot_positions",
     "prior_kl",
     "rescale_betas_zero_snr",
     "simple_loss",

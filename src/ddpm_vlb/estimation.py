@@ -11,25 +11,18 @@ in nor on the process that scores it; scores of parts of the data are merged exa
 Sources: Ho et al. 2020, eq. 5; Nichol & Dhariwal 2021, section 3.3; Owen 2013, "Monte Carlo theory", chapters 8 and 9.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .evaluation import (
-    Conditioning,
-    Model,
-    bound_terms,
-    check_conditioning,
-    check_data,
-    check_same_chain,
-    image_generator,
-    rows_of,
-)
+from .checks import Conditioning, Model, check_conditioning, check_data, check_model, check_same_chain
+from .evaluation import bound_terms, image_generator, rows_of
 from .losses import prior_kl
-from .pilot import ControlVariate, Pilot, PreparedImages
+from .pilot import ControlVariate, Pilot, PreparedImages, fit_pilot, max_pilot_images
 from .reverse_process import ReverseProcess
 from .scores import (
     Scores,
@@ -46,6 +39,7 @@ ESTIMATORS = ("importance", "full")
 """Of `VLBEstimator`: by importance sampling of t, or the loop over all steps."""
 SECOND_DRAWS = 64
 """Images that the full loop visits twice, for its noise standard error."""
+MIN_DEGREES = 20  # of freedom of the noise standard error; with so many, one error in 17 is beyond two of it
 
 Batch = Tensor | tuple[Tensor, Conditioning]
 """Images x_0 (B, C, *), or images and the network's further arguments for them."""
@@ -67,12 +61,13 @@ class VLBEstimator:
         model: the network, called as model(x_t, timesteps, **conditioning); returns a tensor or an object with
             `.sample`.
         reverse: p, on the device to score on; decides on clipping and the decoder.
-        pilot: p_t and the control variate, from `fit_pilot`; a tensor of p_t, (T,), will do; None draws t evenly,
-            which is unbiased but far noisier. The full loop needs none.
+        pilot: p_t and the control variate, from `fit_pilot`; a tensor of p_t, (T,), will do, but where it misjudges
+            the terms the standard errors of few images are too small. The full loop needs none.
         calls_per_image: K = R x M network calls for each image, at least 2; the full loop makes T.
         num_replicates: R, at least 2, a divisor of K: the spread between replicates gives the noise standard error.
-            None takes the most of at least 16 calls each, but at least 2. A prime K has replicates of one call each,
-            whose t cannot be spread: a number with small divisors is better.
+            None takes the most of at least 16 calls each, but at least 2; `enough_replicates` has the number for few
+            images. A prime K has replicates of one call each, whose t cannot be spread: a number with small divisors
+            is better.
         seed: with an image's position it determines its draws.
         estimator: "importance" or "full".
         also: further reverse processes of the same chain, scored from the same network outputs (unclipped beside
@@ -80,7 +75,7 @@ class VLBEstimator:
         values_per_call: (image, t) pairs are stacked up to this many values for each network call.
 
     Raises:
-        ValueError: impossible numbers, an unknown name, or processes of another chain in `also`.
+        ValueError: impossible numbers, an unknown name, no pilot, or processes of another chain in `also`.
 
     Source: the module's list.
     """
@@ -111,6 +106,11 @@ class VLBEstimator:
                     f"{self.calls_per_image!r} and {self.num_replicates!r}."
                 )
             object.__setattr__(self, "num_replicates", replicates)
+            if pilot is None:
+                raise ValueError(
+                    "`pilot` must say where to spend the calls: `pilot = fit_pilot(model, reverse, x_0)`, on training "
+                    "images. With t drawn evenly the standard error of few images would be far too small."
+                )
         pilot = pilot if isinstance(pilot, Pilot) else Pilot(torch.ones(steps) if pilot is None else pilot)
         object.__setattr__(self, "pilot", pilot)
         object.__setattr__(self, "_sampler", ImportanceTimesteps(pilot.probabilities))
@@ -146,9 +146,10 @@ class VLBEstimator:
             sweep: number of the pass over the data; passes draw independently.
 
         Raises:
-            ValueError: data outside [-1, 1], off its levels or not finite.
+            ValueError: data outside [-1, 1], off its levels or not finite; a network in training mode.
             FloatingPointError: NaN or infinity from the network, with the timestep and the image.
         """
+        check_model(self.model)
         check_data(x_0, self.reverse.levels)
         check_conditioning(conditioning, len(x_0))
         assert isinstance(self.pilot, Pilot)
@@ -257,9 +258,11 @@ def estimate_vlb(
         reverse: p, on the device to score on.
         batches: batches of x_0 (B, C, *) in [-1, 1] on its levels, each image exactly once; or pairs of such a batch
             and a dict of the network's further arguments, `(x_0, {"class_labels": labels})`.
-        pilot: as in `VLBEstimator`.
+        pilot: as in `VLBEstimator`. None fits one to the first images, at most 2048, by some 1000 network calls with
+            draws of their own: given it, every image's estimate is unbiased and the errors hold. One that training
+            images gave serves every later estimate, and is more precise where few images are scored.
         calls_per_image: as in `VLBEstimator`.
-        num_replicates: as in `VLBEstimator`.
+        num_replicates: as in `VLBEstimator`; None takes more where there are fewer than 20 images.
         seed: as in `VLBEstimator`.
         estimator: as in `VLBEstimator`; "full" visits its first 64 images twice.
         also: as in `VLBEstimator`; their estimates are in the result's `also`.
@@ -275,13 +278,20 @@ def estimate_vlb(
     """
     if isinstance(batches, Tensor):
         raise ValueError("`batches` must be batches of images, not one tensor: pass `[x_0]`, or `x_0.split(64)`.")
+    known = torch.ones(len(reverse.forward)) if pilot is None else pilot
     scorer = VLBEstimator(
-        model, reverse, pilot, calls_per_image, num_replicates, seed, estimator, also, values_per_call
+        model, reverse, known, calls_per_image, num_replicates, seed, estimator, also, values_per_call
     )
+    first, images = _first(_checked(batches, reverse.levels), estimator == "importance" and pilot is None)
+    if estimator == "importance":
+        count = sum(len(x_0) for x_0, _ in first)
+        fitted = _own_pilot(scorer, first) if pilot is None else pilot
+        replicates = num_replicates or enough_replicates(calls_per_image, count)
+        scorer = replace(scorer, pilot=fitted, num_replicates=replicates)
     parts: list[Scores] = []
     second: list[Scores] = []
     position = 0
-    for x_0, conditioning in _groups(batches, scorer):
+    for x_0, conditioning in _groups(images, scorer):
         positions = range(position, position + len(x_0))
         parts = compacted([*parts, scorer.score(x_0, positions, conditioning)])
         twice = min(len(x_0), SECOND_DRAWS - position) if estimator == "full" else 0
@@ -291,19 +301,70 @@ def estimate_vlb(
         position += len(x_0)
         if on_images is not None:
             on_images(len(x_0))
-    if not parts:
-        raise ValueError("`batches` holds no images: there is nothing to score.")
     return estimate_from_scores(merge_scores(parts), merge_scores(second) if second else ())
 
 
-def _groups(batches: Iterable[Batch], scorer: VLBEstimator) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """The images in groups that fill network calls, with their conditioning."""
+Told = tuple[Tensor, dict[str, Tensor]]
+
+
+def _checked(batches: Iterable[Batch], levels: int | None) -> Iterator[Told]:
+    """The batches as pairs, each looked at before a network call is spent on it."""
     for batch in batches:
         x_0, conditioning = (batch, None) if isinstance(batch, Tensor) else batch
-        check_data(x_0, scorer.reverse.levels)
+        check_data(x_0, levels)
         check_conditioning(conditioning, len(x_0))
+        yield x_0, dict(conditioning or {})
+
+
+def _first(batches: Iterator[Told], for_pilot: bool) -> tuple[list[Told], Iterator[Told]]:
+    """The first batches, with as many images as a pilot has use for or as are not few, and all batches."""
+    first: list[Told] = []
+    for batch in batches:
+        first.append(batch)
+        enough = max_pilot_images(batch[0][0].numel()) if for_pilot else MIN_DEGREES
+        if sum(len(x_0) for x_0, _ in first) >= enough:
+            break
+    if not first:
+        raise ValueError("`batches` holds no images: there is nothing to score.")
+    return first, itertools.chain(first, batches)
+
+
+def _own_pilot(scorer: VLBEstimator, first: list[Told]) -> Pilot:
+    """A pilot of the first images that are to be scored, those of one kind."""
+    kind = first[0][0].shape[1:], first[0][1].keys()
+    alike = list(itertools.takewhile(lambda own: (own[0].shape[1:], own[1].keys()) == kind, first))
+    limit = max_pilot_images(first[0][0][0].numel())
+    told = {name: torch.cat([rows[name] for _, rows in alike])[:limit] for name in kind[1]}
+    x_0 = torch.cat([x_0 for x_0, _ in alike])[:limit]
+    return fit_pilot(
+        scorer.model,
+        scorer.reverse,
+        x_0,
+        seed=scorer.seed,
+        conditioning=told,
+        also=scorer.also,
+        values_per_call=scorer.values_per_call,
+    )
+
+
+def _groups(batches: Iterable[Told], scorer: VLBEstimator) -> Iterator[Told]:
+    """The images in groups that fill network calls, with their conditioning."""
+    for x_0, conditioning in batches:
         for index in torch.arange(len(x_0)).split(scorer.images_per_unit(x_0)):
             yield x_0[index.to(x_0.device)], rows_of(conditioning, index)
+
+
+def enough_replicates(calls: int, images: int) -> int | None:
+    """Replicates that give the noise SE some 20 degrees of freedom, which few images alone do not; None for many.
+
+    Args:
+        calls: network calls for each image, at least 2.
+        images: how many are scored.
+    """
+    if images >= MIN_DEGREES:
+        return None
+    divisors = [r for r in range(2, calls + 1) if calls % r == 0]
+    return next((r for r in divisors if images * (r - 1) >= MIN_DEGREES), divisors[-1])
 
 
 def _fitting_replicates(calls: int) -> int:

@@ -1,4 +1,4 @@
-r"""The whole bound of a batch, term by term, and what every evaluation shares: checks of the data, network calls.
+r"""The whole bound of a batch, term by term, and what every evaluation shares: its draws and network calls.
 
 -log p(x_0) <= L_T + sum_t L_t, with one noise draw for each step: T network calls for each image. `estimate_vlb` has
 the estimate for a data set, which takes far fewer.
@@ -7,20 +7,15 @@ Source: Ho et al. 2020, eq. 5.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import Conditioning, Model, check_conditioning, check_data, check_model
 from .losses import nats_to_bits_per_dim, prior_kl, vlb_term
 from .reverse_process import ReverseProcess
-
-Model = Callable[..., Any]
-"""The network: model(x_t, timesteps, **conditioning) returns a tensor, or an object with the tensor in `.sample`."""
-
-Conditioning = Mapping[str, Tensor]
-"""Further arguments of the network by name, each with one row for each image: `{"class_labels": labels}`."""
 
 
 class VLBTerms(NamedTuple):
@@ -29,81 +24,6 @@ class VLBTerms(NamedTuple):
     prior: Tensor
     terms: Tensor
     bits_per_dim: Tensor
-
-
-def check_data(x_0: Tensor, levels: int | None) -> None:
-    """Refuse data that the decoder would score wrongly. Nothing is rounded or clipped into place.
-
-    Args:
-        x_0: data (B, C, *).
-        levels: number of levels on [-1, 1]; None for continuous data, of which only finite values are asked.
-
-    Raises:
-        ValueError: no images, values that are NaN, infinite or outside [-1, 1], or off the levels by over 1e-5 of the
-            range.
-    """
-    if not x_0.is_floating_point():
-        raise ValueError(f"`x_0` must be a floating point tensor scaled to [-1, 1], but got {x_0.dtype}.")
-    if x_0.numel() == 0:
-        raise ValueError(f"`x_0` holds no images: its shape is {tuple(x_0.shape)}.")
-    if not bool(x_0.isfinite().all()):
-        raise ValueError("`x_0` holds NaN or infinite values.")
-    if levels is None:
-        return
-    tolerance = 2e-5
-    low, high = float(x_0.min()), float(x_0.max())
-    if low < -1 - tolerance or high > 1 + tolerance:
-        raise ValueError(
-            f"`x_0` must lie in [-1, 1], but reaches from {low:.6g} to {high:.6g}. Scale it: "
-            f"`x_0 = image * 2 / {levels - 1} - 1` for integer levels 0 .. {levels - 1}."
-        )
-    k = (x_0.cpu().double() + 1) * ((levels - 1) / 2)
-    off = float((k - k.round()).abs().max()) * 2 / (levels - 1)
-    if off > tolerance:
-        raise ValueError(
-            f"`x_0` must lie on the {levels} levels -1 + 2 k / {levels - 1}, but a value is {off:.3g} away from the "
-            f"nearest. Was it resized, augmented or normalised after it was quantised? Quantise it again, or set "
-            "`levels` to what the data has (None for continuous data)."
-        )
-
-
-def check_conditioning(conditioning: Conditioning | None, num_images: int) -> None:
-    """Refuse conditioning that does not have one row for each image.
-
-    Args:
-        conditioning: tensors by argument name, or None.
-        num_images: B.
-
-    Raises:
-        ValueError: a value that is no tensor of B rows.
-    """
-    if conditioning is not None and not isinstance(conditioning, Mapping):
-        raise ValueError(
-            '`conditioning` must be a dict of the network\'s further arguments, `{"class_labels": labels}`, but got '
-            f"{type(conditioning).__name__}."
-        )
-    for name, rows in (conditioning or {}).items():
-        if not isinstance(rows, Tensor) or rows.ndim == 0 or len(rows) != num_images:
-            got = f"the shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"`conditioning[{name!r}]` must have one row for each of {num_images} images, not {got}.")
-
-
-def check_same_chain(reverse: ReverseProcess, also: Sequence[ReverseProcess]) -> None:
-    """Refuse reverse processes of another chain.
-
-    Args:
-        reverse: one of the chain.
-        also: the others.
-
-    Raises:
-        ValueError: other timesteps or another schedule.
-    """
-    for name in ("timesteps", "log_alphas_cumprod"):
-        table = getattr(reverse.forward, name).cpu()
-        if any(not torch.equal(getattr(other.forward, name).cpu(), table) for other in also):
-            raise ValueError(
-                "`also` must hold reverse processes of the same chain: one network output serves them all."
-            )
 
 
 def image_generator(seed: int, position: int, sweep: int = 0) -> torch.Generator:
@@ -207,11 +127,13 @@ def evaluate_vlb(
         conditioning: further arguments of the network by name, each a tensor of B rows (`class_labels`).
 
     Raises:
-        ValueError: data outside [-1, 1], off its levels or not finite; an output with the wrong channels.
+        ValueError: data outside [-1, 1], off its levels or not finite; a network in training mode; an output with the
+            wrong channels.
         FloatingPointError: NaN or infinity from the network, with the timestep and the image.
 
     Source: Ho et al. 2020, eq. 5.
     """
+    check_model(model)
     check_data(x_0, reverse.levels)
     check_conditioning(conditioning, len(x_0))
     steps, batch = len(reverse.forward), len(x_0)

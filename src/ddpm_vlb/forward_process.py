@@ -307,12 +307,13 @@ class ForwardProcess:
         """Noise the data: x_t = sqrt(alphabar_t) x_0 + sqrt(1 - alphabar_t) noise, a sample of equation 1.
 
         Args:
-            x_0: data (B, C, *); half precision is promoted to float32, in which the first steps' noise survives.
+            x_0: data (B, C, *), images scaled to [-1, 1], not [0, 1] or 0 .. 255; half precision is promoted to
+                float32, in which the first steps' noise survives.
             t: chain indices (B,), 0 .. T - 1, of an integer dtype.
             noise: epsilon ~ N(0, I), the shape of `x_0`.
 
         Raises:
-            TypeError: `t` is not of an integer dtype.
+            TypeError: `t` is not of an integer dtype, or `x_0` or `noise` of one.
             IndexError: `t` leaves the chain (checked on the CPU; a GPU would have to wait for the check).
             ValueError: the shapes do not match.
 
@@ -322,6 +323,11 @@ class ForwardProcess:
             raise ValueError(
                 f"`x_0`, `noise` and `t` must have the shapes (B, C, *), (B, C, *) and (B,), but got "
                 f"{tuple(x_0.shape)}, {tuple(noise.shape)} and {tuple(t.shape)}."
+            )
+        if not (x_0.is_floating_point() and noise.is_floating_point()):
+            raise TypeError(
+                f"`x_0` and `noise` must be floating point tensors, but got {x_0.dtype} and {noise.dtype}. Scale "
+                "integer levels 0 .. n - 1 to [-1, 1]: `x_0 = image * 2 / (n - 1) - 1`."
             )
         x_0, noise = promote_half(x_0), promote_half(noise)
         signal = gather(self.sqrt_alphas_cumprod, t, x_0)

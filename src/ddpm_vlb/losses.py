@@ -14,13 +14,18 @@ cancel at small t. Sources: Ho et al. 2020, eq. 5, 13, 14; Nichol & Dhariwal 202
 """
 
 import math
+import weakref
 
 import torch
 from torch import Tensor
 
+from .checks import check_trained
 from .distributions import DiagonalGaussian, gaussian_kl, promote_half
 from .forward_process import Diffused, gather
 from .reverse_process import Coefficients, ReverseProcess
+
+# Processes whose first batch was looked at: on a GPU a look at each would have to be waited for.
+_LOOKED: dict[bool, weakref.WeakSet[ReverseProcess]] = {True: weakref.WeakSet(), False: weakref.WeakSet()}
 
 
 def nats_to_bits_per_dim(nats: Tensor, dims: int) -> Tensor:
@@ -49,7 +54,7 @@ def vlb_term(reverse: ReverseProcess, model_output: Tensor, diffused: Diffused) 
     Source: Ho et al. 2020, eq. 5; equations 3 and 4 above.
     """
     mean_output, variance_output = reverse.split(model_output, diffused.x_t)
-    diffused = _promoted(diffused)
+    diffused = _promoted(reverse, diffused)
     c = reverse.coefficients(diffused.t, diffused.x_t)
     if reverse.clip_sample or reverse.thresholding:
         error = diffused.x_0 - reverse.predict_x_0(mean_output, diffused.x_t, c)
@@ -76,21 +81,29 @@ def prior_kl(reverse: ReverseProcess, x_0: Tensor) -> Tensor:
 def simple_loss(
     reverse: ReverseProcess, model_output: Tensor, diffused: Diffused, snr_gamma: float | None = None
 ) -> Tensor:
-    """L_simple: the squared error of the mean output, averaged over dimensions, (B,). The variance half is not used.
+    """L_simple: the squared error of the mean output, averaged over dimensions, (B,).
 
     Args:
-        reverse: p, which says what the output predicts.
-        model_output: the network's output at (x_t, t), (B, C, *) or (B, 2 C, *).
+        reverse: p, which says what the output predicts; its variance is not learned.
+        model_output: the network's output at (x_t, t), (B, C, *).
         diffused: x_0, x_t, t and noise, from `forward.diffuse`.
         snr_gamma: gamma of min-SNR weighting, positive (5 is usual); None weights all steps alike.
 
     Raises:
-        ValueError: the output has the wrong number of channels, or `snr_gamma` is not positive.
+        ValueError: the variance is learned, which this loss would leave untrained; the output has the wrong number of
+            channels; `snr_gamma` is not positive; or the first batch is not scaled to [-1, 1] (looked at once for each
+            `reverse`; images on [0, 1] pass, as nothing tells them from bright ones).
 
     Source: Ho et al. 2020, eq. 14; Hang et al. 2023, section 3.4 (min-SNR).
     """
+    if reverse.learns_variance:
+        raise ValueError(
+            f"`simple_loss` would leave the variance half untrained, which `variance_type={reverse.variance_type!r}` "
+            "samples and scores with: use `hybrid_loss`. If something else trains it, give L_simple the mean half "
+            "alone: `simple_loss(dataclasses.replace(reverse, variance_type='fixed_small'), output[:, :C], diffused)`."
+        )
     mean_output, _ = reverse.split(model_output, diffused.x_t)
-    error = reverse.target(_promoted(diffused)) - mean_output
+    error = reverse.target(_promoted(reverse, diffused, decoded=False)) - mean_output
     return _mean_square(error) * _min_snr_weight(reverse, diffused.t, error, snr_gamma)
 
 
@@ -106,14 +119,14 @@ def vlb_loss(reverse: ReverseProcess, model_output: Tensor, diffused: Diffused, 
         freeze_mean: train the variance only, as the second term of L_hybrid does.
 
     Raises:
-        ValueError: the output has the wrong number of channels for the variance type, or an optimal variance stands in
-            the place of the learned one.
+        ValueError: the output has the wrong number of channels for the variance type; an optimal variance stands in
+            the place of the learned one; or the first batch is not on the levels (looked at once for each `reverse`).
 
     Source: Nichol & Dhariwal 2021, section 3.3, eq. 18; section 3.1 for the frozen mean.
     """
     _check_trains_its_variance(reverse)
     mean_output, variance_output = reverse.split(model_output, diffused.x_t)
-    diffused = _promoted(diffused)
+    diffused = _promoted(reverse, diffused)
     error = reverse.target(diffused) - (mean_output.detach() if freeze_mean else mean_output)
     return _scaled_term(reverse, error, variance_output, diffused)
 
@@ -136,7 +149,7 @@ def hybrid_loss(
 
     Raises:
         ValueError: the variance is not learned, or an optimal one stands in its place (then L_vlb would train
-            nothing), or the channels are wrong.
+            nothing), or the channels are wrong, or the first batch is not on the levels (looked at once).
 
     Source: Nichol & Dhariwal 2021, eq. 16.
     """
@@ -147,7 +160,7 @@ def hybrid_loss(
         )
     _check_trains_its_variance(reverse)
     mean_output, variance_output = reverse.split(model_output, diffused.x_t)
-    diffused = _promoted(diffused)
+    diffused = _promoted(reverse, diffused)
     error = reverse.target(diffused) - mean_output
     simple = _mean_square(error) * _min_snr_weight(reverse, diffused.t, error, snr_gamma)
     return simple + vlb_weight * _scaled_term(reverse, error.detach(), variance_output, diffused)
@@ -161,13 +174,17 @@ def _check_trains_its_variance(reverse: ReverseProcess) -> None:
         )
 
 
-def _promoted(diffused: Diffused) -> Diffused:
+def _promoted(reverse: ReverseProcess, diffused: Diffused, decoded: bool = True) -> Diffused:
+    """In float32 or better; the first batch of a process is looked at."""
     x_0, x_t, t, noise = diffused
     if not x_0.shape == x_t.shape == noise.shape or t.shape != x_t.shape[:1]:
         raise ValueError(
             "`x_0`, `x_t`, `noise` and `t` of `diffused` must have the shapes (B, C, *), thrice, and (B,), but got "
             f"{tuple(x_0.shape)}, {tuple(x_t.shape)}, {tuple(noise.shape)} and {tuple(t.shape)}."
         )
+    if not torch.compiler.is_compiling() and reverse not in _LOOKED[decoded]:
+        check_trained(x_0, reverse.levels, decoded)
+        _LOOKED[decoded].add(reverse)
     return Diffused(promote_half(x_0), promote_half(x_t), t, promote_half(noise))
 
 

@@ -9,9 +9,11 @@ r"""The pilot run: where the bound of a data set needs its network calls, and wh
 3. E[C_t | x_0] = s_t (E|x_0 - x_0_hat|^2 / m_t - 1) is known in closed form, and so is its sum over t; the estimate of
    sum_t L_t subtracts C_t from every draw and adds that sum back
 
-The slopes s_t and r_t are fitted to the pilot's draws; the pilot's images must not be those that are scored. Whatever
-the pilot finds, the estimate made with it is unbiased; a good pilot makes it precise. Sources: Nichol & Dhariwal 2021,
-eq. 18; Owen 2013, "Monte Carlo theory", sections 8.9 (regression control variates) and 9.2 (mixtures).
+The slopes s_t and r_t are fitted to the pilot's draws, of which the estimate uses none. Whatever the pilot finds, and
+on whatever images, the estimate made with it is unbiased given the pilot; a good one makes it precise.
+
+Sources: Nichol & Dhariwal 2021, eq. 18; Owen 2013, "Monte Carlo theory", sections 8.9 (regression control variates)
+and 9.2 (mixtures).
 """
 
 import math
@@ -22,16 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .evaluation import (
-    Conditioning,
-    Model,
-    bound_terms,
-    check_conditioning,
-    check_data,
-    check_same_chain,
-    image_generator,
-    rows_of,
-)
+from .checks import Conditioning, Model, check_conditioning, check_data, check_model, check_same_chain
+from .evaluation import bound_terms, image_generator, rows_of
 from .gaussian_model import GaussianModel
 from .reverse_process import ReverseProcess
 
@@ -185,7 +179,7 @@ def fit_pilot(
     also: Sequence[ReverseProcess] = (),
     values_per_call: int = 65536,
 ) -> Pilot:
-    """Run the pilot on *other* images than those to be scored (the training set's).
+    """Run the pilot, best on *other* images than those to be scored (the training set's).
 
     Args:
         model: the network, as in `evaluate_vlb`.
@@ -208,6 +202,7 @@ def fit_pilot(
 
     Source: the module's list.
     """
+    check_model(model)
     check_data(x_0, reverse.levels)
     if not 0 < uniform_fraction <= 1:
         raise ValueError(f"`uniform_fraction` must lie in (0, 1], but got {uniform_fraction!r}.")
@@ -241,6 +236,26 @@ def fit_pilot(
     share = torch.stack([root / root.sum() for root in roots]).mean(0)
     probabilities = (1 - uniform_fraction) * share + uniform_fraction / steps
     return Pilot(probabilities, control, len(t))
+
+
+def pilot_positions(total: int, dims: int) -> list[int]:
+    """Positions of pilot images, spread over the data: up to 2048, fewer where they are large.
+
+    Args:
+        total: number of images that there are.
+        dims: number of dimensions of one image.
+    """
+    count = min(total, max_pilot_images(dims))
+    return [i * total // count for i in range(count)]
+
+
+def max_pilot_images(dims: int) -> int:
+    """How many images a pilot has use for.
+
+    Args:
+        dims: number of dimensions of one image.
+    """
+    return min(2048, max(64, 2**25 // dims))
 
 
 def _probes(steps: int, num_calls: int) -> tuple[Tensor, Tensor]:

@@ -129,6 +129,7 @@ class VLBScores:
             kl=float(kl.mean()),
             decoder=float(decoder.mean()),
             per_image=per_image,
+            per_image_se=self.noise_variance.sqrt() * unit,
             network_calls_per_image=self.calls,
             term_mean=mean * unit,
             term_se=error * unit,
@@ -161,6 +162,8 @@ class VLBEstimate:
         kl: the part of the L_t, t > 0.
         decoder: the part of L_0.
         per_image: each image's estimate, in the order of the data, (N,).
+        per_image_se: its standard error from the draws, (N,), of one degree of freedom less than the image had
+            replicates: for an error bar of each image give it ten or more. NaN where the full loop made one draw.
         network_calls_per_image: calls that each image's estimate took.
         term_mean: mean L_t at each chain index, NaN where none was drawn, (T,).
         term_se: its standard error from t, noise and images, NaN where fewer than two images were drawn, (T,).
@@ -174,10 +177,17 @@ class VLBEstimate:
     kl: float
     decoder: float
     per_image: Tensor = field(repr=False)
+    per_image_se: Tensor = field(repr=False)
     network_calls_per_image: int
     term_mean: Tensor = field(repr=False)
     term_se: Tensor = field(repr=False)
     also: tuple["VLBEstimate", ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bits_per_dim:.3f} +- {self.noise_se:.3f} (noise) +- {self.image_se:.3f} (images) bits/dim, "
+            f"{self.num_images} images"
+        )
 
     @property
     def num_images(self) -> int:

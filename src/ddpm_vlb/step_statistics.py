@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .evaluation import Conditioning, Model, check_conditioning, check_data, image_generator, model_output, rows_of
+from .checks import Conditioning, Model, check_conditioning, check_data, check_model
+from .evaluation import image_generator, model_output, rows_of
 from .forward_process import ForwardProcess
 from .optimal_paths import Chebyshev, priced
 from .respacing import SquaredErrors
@@ -195,9 +196,11 @@ def collect_statistics(
         noise: epsilon, (N, B, C, *), in place of drawn noise.
 
     Raises:
-        ValueError: data outside [-1, 1], off its levels or not finite; an output with the wrong channels.
+        ValueError: data outside [-1, 1], off its levels or not finite; a network in training mode; an output with the
+            wrong channels.
         FloatingPointError: NaN or infinity from the network, with the timestep and the image.
     """
+    check_model(model)
     check_data(x_0, reverse.levels)
     check_conditioning(conditioning, len(x_0))
     places = torch.arange(len(x_0)) if positions is None else torch.as_tensor(positions)

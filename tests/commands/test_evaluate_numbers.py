@@ -24,11 +24,10 @@ from scoring_support import (
     x_0_of,
 )
 
-from ddpm_vlb import DDPMVLBPipeline, VLBEstimator, fit_pilot
+from ddpm_vlb import DDPMVLBPipeline, VLBEstimator, fit_pilot, pilot_positions
 from ddpm_vlb.commands import evaluate
 from ddpm_vlb.runtime import reporting
 from ddpm_vlb.scoring.checkpoint import fingerprint_of
-from ddpm_vlb.scoring.sweep import pilot_positions
 
 # Stock checkpoints
 

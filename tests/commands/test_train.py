@@ -31,11 +31,10 @@ from training_support import (
     weights,
 )
 
-from ddpm_vlb import DDPMVLBPipeline, estimate_vlb, fit_pilot
+from ddpm_vlb import DDPMVLBPipeline, estimate_vlb, fit_pilot, pilot_positions
 from ddpm_vlb.commands import train
 from ddpm_vlb.commands.train_options import parse_args
 from ddpm_vlb.runtime.image_data import from_record
-from ddpm_vlb.scoring.sweep import pilot_positions
 
 
 def scalars(folder):

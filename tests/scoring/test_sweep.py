@@ -15,7 +15,7 @@ from processes import reset_accelerate
 
 from ddpm_vlb import DDPMVLBScheduler, VLBEstimator, VLBScores, fit_pilot, merge_scores
 from ddpm_vlb.scoring import sweep as scoring
-from ddpm_vlb.scoring.sweep import PartialScores, RunningEstimate, Saver, pilot_positions, run_sweep, shared, units
+from ddpm_vlb.scoring.sweep import PartialScores, RunningEstimate, Saver, run_sweep, shared, units
 
 T, LEVELS = 6, 17
 REVERSE = DDPMVLBScheduler(num_train_timesteps=T, levels=LEVELS).reverse_process()
@@ -504,17 +504,3 @@ def test_the_bar_shows_the_estimate(sweep, capsys, monkeypatch):
 def test_the_pilot_is_handed_to_all(accelerator, pilots):
     """As it is."""
     assert same_pilot(shared(accelerator, lambda: pilots[0]), pilots[0])
-
-
-# The pilot's images
-
-
-@pytest.mark.parametrize("total", [1, 5, 64, 65, 1000, 2048, 2049, 60_000])
-@pytest.mark.parametrize("dims", [1, 64, 3072, 3 * 256 * 256, 3 * 1024 * 1024])
-def test_pilot_positions(total, dims):
-    """Different ones in order, spread evenly: 2048, fewer where they are large, but 64, and no more than there are."""
-    positions = pilot_positions(total, dims)
-    assert len(positions) == min(total, 2048, max(64, 2**25 // dims))
-    assert positions[0] == 0 and positions[-1] < total
-    gaps = np.diff([*positions, total])
-    assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1

@@ -34,6 +34,7 @@ from ddpm_vlb import (
     VLBEstimate,
     VLBEstimator,
     VLBScores,
+    enough_replicates,
     estimate_from_scores,
     fit_pilot,
 )
@@ -54,7 +55,7 @@ from ddpm_vlb.runtime.launching import patient_accelerator, prepare_output_dir
 from ddpm_vlb.runtime.reporting import describe, plot_per_image, plot_vlb_terms, provenance, score
 from ddpm_vlb.runtime.stopping import leave, refused
 from ddpm_vlb.scoring.checkpoint import Checkpoint, default_folder
-from ddpm_vlb.scoring.sweep import PartialScores, Scores, enough_replicates, run_sweep, shared
+from ddpm_vlb.scoring.sweep import PartialScores, Scores, run_sweep, shared
 
 PICTURES = ("vlb_terms.png", "per_image.png")
 

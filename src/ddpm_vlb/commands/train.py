@@ -17,7 +17,15 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_vlb import Pilot, VLBEstimate, VLBEstimator, estimate_from_scores, fit_pilot
+from ddpm_vlb import (
+    Pilot,
+    VLBEstimate,
+    VLBEstimator,
+    enough_replicates,
+    estimate_from_scores,
+    fit_pilot,
+    pilot_positions,
+)
 from ddpm_vlb.commands.train_options import build_parser, parse_args  # noqa: F401
 from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.runtime.files import to_disk, write_json
@@ -27,7 +35,7 @@ from ddpm_vlb.runtime.publisher import open_publisher, repair_command
 from ddpm_vlb.runtime.reporting import baselines, describe, plot_samples, plot_vlb_terms, score
 from ddpm_vlb.runtime.staging import describe_folder, stage_result
 from ddpm_vlb.runtime.stopping import MENDABLE, clear_faults, leave, refused
-from ddpm_vlb.scoring.sweep import Stopped, pilot_positions, run_sweep, shared
+from ddpm_vlb.scoring.sweep import Stopped, run_sweep, shared
 from ddpm_vlb.training.run import Run
 
 Loop = Callable[[Run, Callable[[Run], object]], bool]
@@ -54,7 +62,8 @@ def evaluate(
         train_images = stacked(run.data.train, pilot_positions(len(run.data.train), stacked(images, [0]).numel()))
         return fit_pilot(model, reverse, train_images, seed=run.args.seed)
 
-    scorer = VLBEstimator(model, reverse, shared(accelerator, pilot), calls_per_image, seed=run.args.seed)
+    replicates = enough_replicates(calls_per_image, total)
+    scorer = VLBEstimator(model, reverse, shared(accelerator, pilot), calls_per_image, replicates, seed=run.args.seed)
     scores = run_sweep(
         accelerator,
         scorer,

@@ -56,7 +56,8 @@ def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
     values = []
     for name in run.term_weights:
         if name == "simple":
-            values.append(simple_loss(run.reverse, output, diffused, run.args.snr_gamma))
+            mean_half = output[:, : diffused.x_t.shape[1]]
+            values.append(simple_loss(run.of_the_mean, mean_half, diffused, run.args.snr_gamma))
         elif name == "vlb":
             frozen = run.args.objective == "hybrid"
             values.append(vlb_loss(run.reverse, output, diffused, freeze_mean=frozen))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_vlb import check_data
+from ddpm_vlb import check_data, pilot_positions
 from ddpm_vlb.runtime.image_data import (
     GREY_MODES,
     Images,
@@ -25,7 +25,6 @@ from ddpm_vlb.runtime.image_data import (
     load_splits,
     make_splits,
 )
-from ddpm_vlb.scoring.sweep import pilot_positions
 
 RESERVED_SHARE = 10  # of a data set of one split every tenth image goes to the pilot, at most 1024
 

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from ddpm_vlb import Pilot, VLBEstimator, VLBScores, compacted, merge_scores
 
-MIN_DEGREES = 20  # of freedom of the noise standard error
 Scores = tuple[VLBScores, ...]
 """Of the same images, one for each reverse process."""
 Batch = Callable[[list[int]], tuple[Tensor, dict[str, Tensor]]]
@@ -231,17 +230,3 @@ def shared(accelerator: Accelerator, make: Callable[[], Pilot]) -> Pilot:
     """A pilot made on the main process and handed to all: every process must draw from the same probabilities."""
     state = [make().state_dict() if accelerator.is_main_process else None]
     return Pilot.from_state_dict(broadcast_object_list(state)[0])
-
-
-def pilot_positions(total: int, dims: int) -> list[int]:
-    """Positions of pilot images, spread over the data: up to 2048, fewer where they are large."""
-    count = min(total, 2048, max(64, 2**25 // dims))
-    return [i * total // count for i in range(count)]
-
-
-def enough_replicates(calls: int, images: int) -> int | None:
-    """Replicates that give the noise SE some 20 degrees of freedom, which few images alone do not; None for many."""
-    if images >= MIN_DEGREES:
-        return None
-    divisors = [r for r in range(2, calls + 1) if calls % r == 0]
-    return next((r for r in divisors if images * (r - 1) >= MIN_DEGREES), divisors[-1])

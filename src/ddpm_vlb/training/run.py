@@ -1,6 +1,7 @@
 """What the parts of a training run share: the chain, the network and its average, the optimizer, the data's order."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,8 @@ class Run:
         self.stop = Stop()
         self.scheduler, unet = main_first(accelerator, lambda: build_parts(args, data), "train", ValueError, OSError)
         self.reverse = self.scheduler.reverse_process(accelerator.device)
+        # L_simple's, which takes the mean half alone: L_vlb trains the other one.
+        self.of_the_mean = dataclasses.replace(self.reverse, variance_type="fixed_small")
         self.sampler = build_sampler(args, self.reverse, data.train, accelerator)
         self.network_config = unet.config
         self.has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())

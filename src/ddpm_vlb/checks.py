@@ -1,0 +1,133 @@
+"""What every loss and every evaluation asks of its input, before a number is made of it that looks plausible."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .reverse_process import ReverseProcess
+
+Model = Callable[..., Any]
+"""The network: model(x_t, timesteps, **conditioning) returns a tensor, or an object with the tensor in `.sample`."""
+
+Conditioning = Mapping[str, Tensor]
+"""Further arguments of the network by name, each with one row for each image: `{"class_labels": labels}`."""
+
+# Layers that answer otherwise in training mode.
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def check_model(model: Model) -> None:
+    """Refuse a network in training mode, whose dropout or batch norm would make its score another network's.
+
+    Args:
+        model: the network; of a function around one nothing is known.
+
+    Raises:
+        ValueError: a layer that draws, or that mixes the images of a batch.
+    """
+    for name, layer in model.named_modules() if isinstance(model, nn.Module) else ():
+        draws = isinstance(layer, _DROPOUTS) and layer.p > 0
+        if layer.training and (draws or isinstance(layer, _BATCH_NORMS)):
+            raise ValueError(
+                f"`model` must be in evaluation mode to be scored, but its {type(layer).__name__} {name!r} is in "
+                "training mode: call `model.eval()`, and `model.train()` when you go on."
+            )
+
+
+def check_data(x_0: Tensor, levels: int | None) -> None:
+    """Refuse data that the decoder would score wrongly. Nothing is rounded or clipped into place.
+
+    Args:
+        x_0: data (B, C, *).
+        levels: number of levels on [-1, 1]; None for continuous data, of which only finite values are asked.
+
+    Raises:
+        ValueError: no images, values that are NaN, infinite or outside [-1, 1], or off the levels by over 1e-5 of the
+            range.
+    """
+    if not x_0.is_floating_point():
+        raise ValueError(f"`x_0` must be a floating point tensor scaled to [-1, 1], but got {x_0.dtype}.")
+    if x_0.numel() == 0:
+        raise ValueError(f"`x_0` holds no images: its shape is {tuple(x_0.shape)}.")
+    if not bool(x_0.isfinite().all()):
+        raise ValueError("`x_0` holds NaN or infinite values.")
+    if levels is None:
+        return
+    _check_levels(x_0, levels, 2e-5)
+
+
+def check_trained(x_0: Tensor, levels: int | None, on_levels: bool) -> None:
+    """Refuse what no chain is trained on: images that are not scaled, or scaled to [0, 1].
+
+    Half precision moves a value off its level by its rounding, which is let pass.
+
+    Args:
+        x_0: data (B, C, *).
+        levels: number of levels on [-1, 1]; None for continuous data, of which nothing is known.
+        on_levels: the loss has a decoder, which asks for more than the range.
+
+    Raises:
+        ValueError: values outside [-1, 1], or off the levels.
+    """
+    if levels is not None and x_0.numel():
+        tolerance = max(2e-5, torch.finfo(x_0.dtype).eps)
+        _check_levels(x_0.detach(), levels, tolerance, on_levels)
+
+
+def _check_levels(x_0: Tensor, levels: int, tolerance: float, on_levels: bool = True) -> None:
+    low, high = float(x_0.min()), float(x_0.max())
+    if low < -1 - tolerance or high > 1 + tolerance:
+        raise ValueError(
+            f"`x_0` must lie in [-1, 1], but reaches from {low:.6g} to {high:.6g}. Scale it: "
+            f"`x_0 = image * 2 / {levels - 1} - 1` for integer levels 0 .. {levels - 1}."
+        )
+    k = (x_0.cpu().double() + 1) * ((levels - 1) / 2)
+    off = float((k - k.round()).abs().max()) * 2 / (levels - 1)
+    if on_levels and off > tolerance:
+        raise ValueError(
+            f"`x_0` must lie on the {levels} levels -1 + 2 k / {levels - 1}, but a value is {off:.3g} away from the "
+            f"nearest. Was it resized, augmented or normalised after it was quantised? Quantise it again, or set "
+            "`levels` to what the data has (None for continuous data)."
+        )
+
+
+def check_conditioning(conditioning: Conditioning | None, num_images: int) -> None:
+    """Refuse conditioning that does not have one row for each image.
+
+    Args:
+        conditioning: tensors by argument name, or None.
+        num_images: B.
+
+    Raises:
+        ValueError: a value that is no tensor of B rows.
+    """
+    if conditioning is not None and not isinstance(conditioning, Mapping):
+        raise ValueError(
+            '`conditioning` must be a dict of the network\'s further arguments, `{"class_labels": labels}`, but got '
+            f"{type(conditioning).__name__}."
+        )
+    for name, rows in (conditioning or {}).items():
+        if not isinstance(rows, Tensor) or rows.ndim == 0 or len(rows) != num_images:
+            got = f"the shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"`conditioning[{name!r}]` must have one row for each of {num_images} images, not {got}.")
+
+
+def check_same_chain(reverse: ReverseProcess, also: Sequence[ReverseProcess]) -> None:
+    """Refuse reverse processes of another chain.
+
+    Args:
+        reverse: one of the chain.
+        also: the others.
+
+    Raises:
+        ValueError: other timesteps or another schedule.
+    """
+    for name in ("timesteps", "log_alphas_cumprod"):
+        table = getattr(reverse.forward, name).cpu()
+        if any(not torch.equal(getattr(other.forward, name).cpu(), table) for other in also):
+            raise ValueError(
+                "`also` must hold reverse processes of the same chain: one network output serves them all."
+            )
