@@ -44,6 +44,7 @@ ORDER = (
     "few_step_store",
     "chains",
     "walk",
+    "configured_scheduler",
     "scheduling_ddpm_vlb",
     "sample_shapes",
     "card_results",
@@ -66,7 +67,7 @@ SIBLINGS = {
     "optimal_paths": {"forward_process"},
     "described_chains": set(),
     "configurations": {"described_chains", "respacing", "schedules"},
-    "few_step_store": {"respacing"},
+    "few_step_store": {"configurations", "respacing"},
     "sample_shapes": set(),
     "card_results": {"sample_shapes"},
     "model_card": {"card_results", "sample_shapes"},
@@ -182,12 +183,12 @@ def test_modules_are_documented(name):
 
 
 def test_mixins_are_the_only_bases():
-    """Our classes inherit from nothing but diffusers' mixins and pipeline, NamedTuple, and one sampler of our own.
+    """Our classes inherit from nothing but diffusers' mixins and pipeline, NamedTuple, and two classes of our own.
 
     An autograd.Function is no object with a hierarchy but torch's way to write a derivative down.
     """
     allowed = {"SchedulerMixin", "ConfigMixin", "DiffusionPipeline", "NamedTuple", "ImportanceTimesteps"}
-    allowed |= {"torch.autograd.Function"}
+    allowed |= {"torch.autograd.Function", "ConfiguredScheduler"}
     for name in MODULES:
         for node in ast.walk(ast.parse((SOURCE / f"{name}.py").read_text())):
             if isinstance(node, ast.ClassDef):

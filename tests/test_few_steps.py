@@ -458,7 +458,7 @@ def test_what_needs_errors_asks_for_them():
     from_config = DDPMVLBScheduler.from_config(stored().config)
     with pytest.raises(ValueError, match="from_pretrained"):
         from_config.set_timesteps(5)
-    from_config.set_timesteps(3)  # the network's variance needs nothing
+    from_config.set_timesteps(3, timestep_spacing="linspace")  # the network's variance needs nothing
 
 
 def test_storing_again_replaces():
@@ -615,11 +615,12 @@ def test_what_cannot_be_saved_is_said(tmp_path, caplog):
     logging.getLogger("diffusers").propagate = True
     with caplog.at_level(logging.WARNING):
         DDPMVLBScheduler.from_config(own.config).save_pretrained(tmp_path)
-    assert f"{own.errors_file} is not saved" in caplog.text
+    assert f"{own.config.few_steps_file} is not saved" in caplog.text
     for factor in (1, 2):
         own.store_few_steps(PATHS, SquaredErrors(errors().timesteps, errors().mean, errors().per_pixel * factor))
         own.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.glob("*.safetensors")] == [own.errors_file]
+    assert [path.name for path in tmp_path.glob("few_steps-*")] == [own.config.few_steps_file]
 
 
 def test_pixels_of_another_size_are_refused():

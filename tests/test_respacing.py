@@ -90,7 +90,13 @@ def test_steps_offset_equals_stock(total, data):
         assert spaced_timesteps(spacing, num, total, offset) == spaced_timesteps(spacing, num, total)
 
 
-@pytest.mark.parametrize(("num", "total", "offset"), [(10, 10, 1), (3, 10, 4), (5, 10, -1)])
+@pytest.mark.parametrize("offset", [1, -1, 7])
+def test_the_whole_chain_has_no_offset(offset):
+    """All T steps are all steps, whatever the offset: stock would begin one behind its last."""
+    assert spaced_timesteps("leading", 10, 10, offset) == list(range(10))[::-1]
+
+
+@pytest.mark.parametrize(("num", "total", "offset"), [(3, 10, 4), (5, 10, -1), (9, 10, 2)])
 def test_offset_out_of_the_chain(num, total, offset):
     """An offset that pushes a step out of 0 .. T - 1 is refused (stock would index past its tables)."""
     with pytest.raises(ValueError, match="steps_offset"):

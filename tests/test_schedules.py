@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_vlb import ForwardProcess, beta_start_for_levels, make_betas, rescale_betas_zero_snr
+from ddpm_vlb import DDPMVLBScheduler, ForwardProcess, beta_start_for_levels, make_betas, rescale_betas_zero_snr
 
 NAMES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 LENGTHS = (1, 2, 3, 10, 100, 1000, 4000)
@@ -145,9 +145,20 @@ def test_first_noise_level_matches_the_bin_width(levels, bins):
         with pytest.raises(ValueError, match="sigma_in_bins"):
             beta_start_for_levels(levels, bins)
         return
-    forward = ForwardProcess.from_betas([beta_start_for_levels(levels, bins)])
+    forward = ForwardProcess.from_betas([beta_start_for_levels(levels, bins, beta_end=1.0)])
     sigma = float(forward.sqrt_one_minus_alphas_cumprod[0])
     assert sigma / (2 / (levels - 1)) == pytest.approx(bins, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "sigmoid"])
+@pytest.mark.parametrize("num", [1, 20, 1000])
+@pytest.mark.parametrize("levels", [*range(2, 18), 256, 65536])
+def test_the_recipe_for_few_levels_makes_a_schedule(levels, num, schedule):
+    """beta_1 by the levels and the usual beta_T give betas that never fall, of a chain that keeps some signal."""
+    betas = make_betas(schedule, num, beta_start_for_levels(levels))
+    assert bool((betas.diff() >= 0).all()) and float(betas[-1]) <= 0.02 + 1e-15
+    scheduler = DDPMVLBScheduler(num, beta_start_for_levels(levels), beta_schedule=schedule, levels=levels)
+    assert float(scheduler.alphas_cumprod[-1]) > 0
 
 
 def test_first_noise_level_of_the_digits():

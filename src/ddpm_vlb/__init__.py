@@ -4,6 +4,7 @@ from .checks import check_data
 from .distributions import DiagonalGaussian
 from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, enough_replicates, estimate_vlb
 from .evaluation import VLBTerms, evaluate_vlb, image_generator
+from .few_step_store import STORED_FILES
 from .forward_process import Diffused, ForwardProcess
 from .gaussian_model import GaussianModel, covariance_eigenvalues, gaussian_model_terms
 from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vlb_loss, vlb_term
@@ -37,6 +38,7 @@ __all__ = [
     "MIN_IMAGES",
     "PREDICTION_TYPES",
     "SECOND_DRAWS",
+    "STORED_FILES",
     "TIMESTEP_SPACINGS",
     "VARIANCES",
     "VARIANCE_TYPES",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributions import ordinary_tensors
 from .few_step_store import FewStepStore
 from .forward_process import ForwardProcess
 from .respacing import ALL_SPACINGS, SquaredErrors, StoredPath, spaced_timesteps
@@ -47,11 +48,14 @@ class Chains:
     _forwards: dict[torch.device, ForwardProcess] = field(init=False, repr=False, default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Chains":
+    @ordinary_tensors()
+    def from_config(cls, config: Mapping[str, Any], optimal_paths: Any = None, x_0_mse: Any = None) -> "Chains":
         """Those of a scheduler's configuration.
 
         Args:
             config: whole, as the scheduler's arguments.
+            optimal_paths: what it stores; None where that lies in a file, or nowhere.
+            x_0_mse: likewise.
 
         Raises:
             ValueError: betas that are no schedule, an unknown name, an impossible number, or paths or errors of
@@ -61,8 +65,36 @@ class Chains:
         last_is_blind = config["prediction_type"] == "epsilon" and bool(forward.betas[-1] == 1) and len(forward) > 1
         seen = forward.respace(list(range(len(forward) - 1))) if last_is_blind else forward
         training = ReverseProcess(seen, **{name: config[name] for name in _OF_REVERSE})
-        store = FewStepStore.from_config(config["optimal_paths"], config["x_0_mse"], len(seen) - 1)
+        store = FewStepStore.from_config(optimal_paths, x_0_mse, len(seen) - 1, config["few_steps_file"])
         return cls(forward, training, store, config["reverse_variance"])
+
+    def changed(self, config: Mapping[str, Any]) -> "Chains":
+        """Those of a configuration that has changed; what is stored stays, and must be of the same chain.
+
+        Args:
+            config: as in `from_config`.
+
+        Raises:
+            ValueError: as `from_config`; a change of what the stored paths were found for.
+        """
+        new = Chains.from_config(config)
+        steps = new.training.forward.timesteps
+        alike = torch.equal(new.forward.betas, self.forward.betas) and len(steps) == len(self.training.forward)
+        of_network = ("prediction_type", "variance_type")
+        alike &= all(getattr(new.training, name) == getattr(self.training, name) for name in of_network)
+        if self.store.name is not None and not alike:
+            raise ValueError(
+                "This scheduler stores paths and variances that were found for another chain or network: remove them "
+                "first, `scheduler.store_few_steps()`, and make them anew with `ddpm-vlb optimize-timesteps`."
+            )
+        return replace(new, store=self.store)
+
+    @functools.cached_property
+    def stock_tables(self) -> dict[str, Tensor]:
+        """Stock's public tables, in float32."""
+        tables = {"betas": self.forward.betas, "alphas": 1 - self.forward.betas}
+        tables["alphas_cumprod"] = self.forward.alphas_cumprod
+        return {name: table.float() for name, table in tables.items()}
 
     def __len__(self) -> int:
         return len(self.forward)
@@ -144,6 +176,8 @@ class Chains:
             return StoredPath(self._checked(timesteps), self.variance)
         assert num_inference_steps is not None
         integer = isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool)
+        if timestep_spacing in (None, "optimal") and num_inference_steps != len(self):
+            self.store.check_known()
         stored = self.store.paths.get(int(num_inference_steps)) if integer else None
         if stored is not None and timestep_spacing in (None, "optimal"):
             return stored
@@ -170,6 +204,7 @@ class Chains:
             )
         return chosen
 
+    @ordinary_tensors()
     def process(self, path: StoredPath | None, eta: float = 1.0) -> ReverseProcess:
         """The reverse process of a path.
 

@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import pipelines
 from diffusers.configuration_utils import ConfigMixin
@@ -25,9 +26,10 @@ from .schedules import check_betas
 OWN_DEFAULTS: dict[str, Any] = {
     "levels": 256,
     "reverse_variance": "network",
-    "optimal_paths": None,
-    "x_0_mse": None,
+    "few_steps_file": None,
 }
+# Arguments that older files have in the configuration; they are kept in a file of their own (see few_step_store).
+FEW_STEPS = ("optimal_paths", "x_0_mse")
 # 100 000 betas take 3 MB.
 _MAX_BYTES = 8_000_000
 # The largest that a float32 tensor can be clamped to.
@@ -54,7 +56,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     ),
 }
 # What the network was trained with must survive a change of class even where it equals a default.
-_MODEL_DEFINING = {
+MODEL_DEFINING = {
     "num_train_timesteps",
     "beta_start",
     "beta_end",
@@ -108,9 +110,9 @@ def taken_over(config: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str,
     if not isinstance(unset, (list, tuple)) or {"self", "cls"} & config.keys():
         raise ValueError("`_use_default_values` must be a list, and no key `self` or `cls`.")
     check_described(config)
-    named = {key: config[key] for key in _MODEL_DEFINING if config.get(key) is not None}
+    named = {key: config[key] for key in MODEL_DEFINING if config.get(key) is not None}
     # The DPM-Solvers and SA-Solver save `variance_type: null`.
-    kept = {k: v for k, v in config.items() if k not in _MODEL_DEFINING or v is not None}
+    kept = {k: v for k, v in config.items() if k not in MODEL_DEFINING or v is not None}
     return kept, named | given
 
 
@@ -142,11 +144,12 @@ def normalized(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: `trained_betas` that are no schedule.
     """
-    updates: dict[str, Any] = {}
+    scalars = (np.generic, torch.Tensor)
+    updates: dict[str, Any] = {k: v.item() for k, v in config.items() if isinstance(v, scalars) and v.ndim == 0}
     if config["trained_betas"] is not None:
         updates["trained_betas"] = check_betas(config["trained_betas"]).tolist()
         # Stock takes T from the betas' number too; a config that contradicts itself would break its spacings.
-        if len(updates["trained_betas"]) != config["num_train_timesteps"]:
+        if len(updates["trained_betas"]) != updates.get("num_train_timesteps", config["num_train_timesteps"]):
             updates["num_train_timesteps"] = len(updates["trained_betas"])
     if config["variance_type"] == "fixed_large_log":  # a name under which stock computes NaN
         updates["variance_type"] = "fixed_large"
@@ -163,8 +166,8 @@ def portable_values(values: dict[str, Any]) -> dict[str, Any]:
     Args:
         values: by name, and the list `_use_default_values`.
     """
-    kept = {k: v for k, v in values.items() if k not in OWN_DEFAULTS or v != OWN_DEFAULTS[k]}
-    unset = set(kept.pop("_use_default_values", ())) - _MODEL_DEFINING - set(OWN_DEFAULTS)
+    kept = {k: v for k, v in values.items() if k not in FEW_STEPS and (k not in OWN_DEFAULTS or v != OWN_DEFAULTS[k])}
+    unset = set(kept.pop("_use_default_values", ())) - MODEL_DEFINING - set(OWN_DEFAULTS) - set(FEW_STEPS)
     return kept | {"_use_default_values": sorted(unset)} if unset else kept
 
 

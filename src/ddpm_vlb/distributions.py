@@ -10,6 +10,8 @@ Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", eq. 13 (3);
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,13 @@ _LEGENDRE_6 = (
     (0.6612093864662645, 0.3607615730481386),
     (0.9324695142031521, 0.1713244923791704),
 )
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """What is kept is made here: on the CPU and fit for gradients, whatever mode or default device the caller set."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 def promote_half(x: Tensor) -> Tensor:

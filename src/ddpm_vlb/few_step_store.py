@@ -1,10 +1,14 @@
 """What a scheduler's checkpoint stores for few steps: paths, and the errors that optimal variances come from.
 
-Both stand in the configuration, as `optimal_paths` and `x_0_mse`; the errors of each pixel are too many for it and lie
-in a file beside it, named by its content, so that a configuration cannot be taken with another's file.
+Both lie in a JSON file beside the configuration, as `optimal_paths` and `x_0_mse`, and the errors of each pixel in a
+file beside that one; each is named by its content, so that a configuration cannot be taken with another's file. What a
+configuration itself holds is the name of the first, and in files of older versions the two entries themselves.
 """
 
+import contextlib
+import functools
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .configurations import FEW_STEPS, read_config
 from .respacing import SquaredErrors, StoredPath
 
 logger = logging.get_logger(SchedulerMixin.__module__)  # what `diffusers.utils.logging` sets is ours too
-_FILE = re.compile(r"x_0_mse-[0-9a-f]{12}\.safetensors")
+_PIXELS = re.compile(r"x_0_mse-[0-9a-f]{12}\.safetensors")
+_NAME = re.compile(r"few_steps-[0-9a-f]{12}\.json")
+STORED_FILES = ("few_steps-*.json", "x_0_mse-*.safetensors")
+"""Patterns of what lies beside a configuration."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,17 +43,21 @@ class FewStepStore:
         paths: by their number of steps.
         errors: what optimal variances come from, if they are known.
         file: the name of the file with the errors of each pixel; None without one.
+        unknown: the name of the file with all of it, where that has not been read.
 
     Raises:
-        ValueError: errors of another chain.
+        ValueError: errors of another chain, or a name that is none of ours.
     """
 
     last: int
     paths: Mapping[int, StoredPath]
     errors: SquaredErrors | None = None
     file: str | None = None
+    unknown: str | None = None
 
     def __post_init__(self) -> None:
+        if self.unknown is not None and not (isinstance(self.unknown, str) and _NAME.fullmatch(self.unknown)):
+            raise ValueError(f"`few_steps_file` must be named few_steps-*.json, but is {self.unknown!r:.80}.")
         if self.errors is None:
             return
         steps = self.errors.timesteps
@@ -56,18 +68,51 @@ class FewStepStore:
             )
 
     @classmethod
-    def from_config(cls, optimal_paths: Any, x_0_mse: Any, last: int) -> "FewStepStore":
-        """What a configuration holds, without the file.
+    def from_config(
+        cls, optimal_paths: Any, x_0_mse: Any, last: int, few_steps_file: str | None = None
+    ) -> "FewStepStore":
+        """What a configuration or the file beside it holds, without the errors of each pixel.
 
         Args:
             optimal_paths: what stands there under this name.
             x_0_mse: likewise.
             last: the chain's last timestep that can be visited.
+            few_steps_file: the name that a configuration has in place of the two.
 
         Raises:
             ValueError: no such entries, or those of another chain.
         """
-        return cls(last, _paths(optimal_paths, last), *_errors(x_0_mse))
+        known = optimal_paths is not None or x_0_mse is not None
+        return cls(last, _paths(optimal_paths, last), *_errors(x_0_mse), None if known else few_steps_file)
+
+    @functools.cached_property
+    def content(self) -> str:
+        """The file's text; empty where nothing is stored or it is not known."""
+        if not self.paths and self.errors is None:
+            return ""
+        entries = to_config(tuple(self.paths.values()), self.errors)
+        if entries["x_0_mse"] is not None:
+            entries["x_0_mse"]["per_pixel_file"] = self.file
+        return json.dumps(entries, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def name(self) -> str | None:
+        """The file's name; None where nothing is stored."""
+        return _name_of(self.content.encode()) if self.content else self.unknown
+
+    def check_known(self) -> None:
+        """Refuse to say what is not known.
+
+        Raises:
+            ValueError: the file has not been read.
+        """
+        if self.unknown is not None:
+            raise ValueError(
+                f"The stored paths and variances are unknown here: they lie in {self.unknown} beside the scheduler's "
+                "configuration, and this scheduler was made from the configuration alone, or the file was missing. "
+                "Load it with `DDPMVLBScheduler.from_pretrained` or `DDPMVLBPipeline.from_pretrained`, or name a "
+                "usual `timestep_spacing`."
+            )
 
     def rows(self, variance: str, timesteps: Sequence[int] | Tensor) -> Tensor | None:
         """The errors at some timesteps that an optimal variance comes from; None for the network's own.
@@ -81,6 +126,7 @@ class FewStepStore:
         """
         if variance == "network":
             return None
+        self.check_known()
         if self.errors is None:
             raise ValueError(
                 f"The variance {variance!r} needs `x_0_mse`, which this configuration does not have. "
@@ -96,11 +142,26 @@ class FewStepStore:
         return self.errors.at(timesteps, variance)
 
     def save(self, folder: Path) -> None:
-        """Write the errors of each pixel into a folder, in place of its former ones; warns where they are not known.
+        """Write the files into a folder, in place of its former ones; warns of what is not known.
 
         Args:
             folder: where the configuration lies; made if it is not there.
         """
+        if self.unknown is not None:
+            logger.warning(
+                f"{self.unknown} is not saved: this scheduler was made from a configuration alone, or the file was "
+                "missing. The paths and variances in it cannot be used until it lies beside the configuration."
+            )
+            return
+        for stale in folder.glob(STORED_FILES[0]):
+            if stale.name != self.name:
+                stale.unlink()
+        if self.name is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / self.name).write_text(self.content, encoding="utf-8")
+        self._save_pixels(folder)
+
+    def _save_pixels(self, folder: Path) -> None:
         if self.errors is not None and self.errors.per_pixel is not None:
             assert self.file is not None
             folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +175,7 @@ class FewStepStore:
             )
 
     def with_file(self, root: str, subfolder: str | None, where: dict[str, Any]) -> "FewStepStore":
-        """With the errors of each pixel; without the file a scheduler works until they are asked for.
+        """With what lies in the files; without them a scheduler works until it is asked for.
 
         Args:
             root: a folder, or the name of a Hub repository.
@@ -124,22 +185,44 @@ class FewStepStore:
         Raises:
             OSError, ValueError: a file that cannot be read, or does not fit the configuration.
         """
-        if self.file is None:
-            return self
-        assert self.errors is not None
-        path = Path(root, subfolder or "", self.file)
+        known = self
+        if self.unknown is not None:
+            path = _fetch(root, subfolder, self.unknown, where, "the stored paths and variances")
+            known = self if path is None else self._of(path)
+        if known.file is None:
+            return known
+        path = _fetch(root, subfolder, known.file, where, "the variances of each pixel")
+        if path is None:
+            return known
+        assert known.errors is not None
         try:
-            if not Path(root).is_dir():
-                path = Path(hf_hub_download(root, self.file, subfolder=subfolder, **where))
-            pixels = _read(path, len(self.errors.mean))
-        except (FileNotFoundError, EntryNotFoundError):
-            logger.warning(f"{path} is missing: the variances of each pixel cannot be used until it is there.")
-            return self
+            pixels = _read(path, len(known.errors.mean))
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}.") from error
-        if _file_of(pixels) != self.file:
+        if _file_of(pixels) != known.file:
             raise ValueError(f"{path} is damaged or another: its name is not that of its content.")
-        return replace(self, errors=replace(self.errors, per_pixel=pixels))
+        return replace(known, errors=replace(known.errors, per_pixel=pixels))
+
+    def _of(self, path: Path) -> "FewStepStore":
+        """What the JSON file holds, if its content is that of its name."""
+        entries = read_config(path)
+        if _name_of(path.read_bytes()) != self.unknown:
+            raise ValueError(f"{path} is damaged or another: its name is not that of its content.")
+        if set(entries) != set(FEW_STEPS):
+            raise ValueError(f"{path} must hold {' and '.join(FEW_STEPS)}, but holds {sorted(entries)!r:.80}.")
+        return FewStepStore.from_config(entries["optimal_paths"], entries["x_0_mse"], self.last)
+
+
+def _fetch(root: str, subfolder: str | None, name: str, where: dict[str, Any], what: str) -> Path | None:
+    """A file beside a configuration, from a folder or the Hub; None, with a warning, where it is missing."""
+    path = Path(root, subfolder or "", name)
+    with contextlib.suppress(FileNotFoundError, EntryNotFoundError):
+        if not Path(root).is_dir():
+            return Path(hf_hub_download(root, name, subfolder=subfolder, **where))
+        if path.exists():
+            return path
+    logger.warning(f"{path} is missing: {what} cannot be used until it is there.")
+    return None
 
 
 def storable(errors: SquaredErrors) -> SquaredErrors:
@@ -153,7 +236,7 @@ def storable(errors: SquaredErrors) -> SquaredErrors:
 
 
 def to_config(paths: Sequence[StoredPath], errors: SquaredErrors | None) -> dict[str, Any]:
-    """The entries of a configuration.
+    """The entries of the file.
 
     Args:
         paths: of different numbers of steps.
@@ -220,7 +303,7 @@ def _errors(entry: Any) -> tuple[SquaredErrors | None, str | None]:
     if not isinstance(entry, dict) or set(entry) != {"timesteps", "mean", "per_pixel_file"}:
         raise ValueError(f"`x_0_mse` must have `timesteps`, `mean` and `per_pixel_file`, but is {entry!r:.80}.")
     steps, mean, file = (entry[name] for name in ("timesteps", "mean", "per_pixel_file"))
-    if file is not None and not (isinstance(file, str) and _FILE.fullmatch(file)):
+    if file is not None and not (isinstance(file, str) and _PIXELS.fullmatch(file)):
         raise ValueError(f"`x_0_mse`'s `per_pixel_file` must be named x_0_mse-*.safetensors, but is {file!r:.80}.")
     whole = isinstance(steps, (list, tuple)) and all(type(t) is int and abs(t) < 2**31 for t in steps)
     # A larger integer is no float.
@@ -242,6 +325,11 @@ def _read(path: Path, rows: int) -> Tensor:
                 f"a row for each of its {rows} timesteps."
             )
         return file.get_tensor("x_0_mse")
+
+
+def _name_of(content: bytes) -> str:
+    """The name of the JSON file."""
+    return f"few_steps-{hashlib.sha256(content).hexdigest()[:12]}.json"
 
 
 def _file_of(pixels: Tensor) -> str:

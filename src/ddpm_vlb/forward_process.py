@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .distributions import DiagonalGaussian, promote_half
+from .distributions import DiagonalGaussian, ordinary_tensors, promote_half
 from .schedules import check_betas
 
 
@@ -149,6 +149,7 @@ class ForwardProcess:
     log_variance_range: Tensor
 
     @classmethod
+    @ordinary_tensors()
     def from_betas(cls, betas: Sequence[float] | Tensor, timesteps: Sequence[int] | Tensor | None = None):
         """Make the process of a schedule, in float64 on the CPU.
 
@@ -197,6 +198,7 @@ class ForwardProcess:
     def __len__(self) -> int:
         return len(self.betas)
 
+    @ordinary_tensors()
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ForwardProcess":
         """The same process with its finished tables cast to `dtype`, then moved to `device`.
 
@@ -221,6 +223,7 @@ class ForwardProcess:
                 tables[field.name] = table.to(device=device)
         return ForwardProcess(**tables)
 
+    @ordinary_tensors()
     def respace(self, indices: Sequence[int] | Tensor) -> "ForwardProcess":
         """The chain that visits only some of this chain's steps, with the same marginals there.
 

@@ -26,6 +26,7 @@ _CODE = {
     "few_step_store": "FewStepStore",
     "chains": "Chains",
     "walk": "Walk",
+    "configured_scheduler": "ConfiguredScheduler",
     "scheduling_ddpm_vlb": "DDPMVLBScheduler",
     "sample_shapes": "sample_shape",
     "card_results": "check_metrics",

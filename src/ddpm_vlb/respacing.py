@@ -63,7 +63,7 @@ def spaced_timesteps(
             last fifth out, which would cost the bound its prior).
         num_inference_steps: K, 1 .. T.
         num_train_timesteps: T.
-        steps_offset: added to every step of the "leading" spacing.
+        steps_offset: added to every step of the "leading" spacing, but where all T are visited.
 
     Raises:
         ValueError: unknown spacing, K outside 1 .. T, or an offset that pushes a step out of the chain.
@@ -77,7 +77,7 @@ def spaced_timesteps(
             f"chain, but got {num_inference_steps!r}."
         )
     steps = _SPACINGS[timestep_spacing](int(num_inference_steps), num_train_timesteps)
-    if timestep_spacing == "leading":
+    if timestep_spacing == "leading" and len(steps) < num_train_timesteps:  # the whole chain has no room for an offset
         steps = [step + steps_offset for step in steps]
     if steps[0] < 0 or steps[-1] >= num_train_timesteps:
         raise ValueError(

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .distributions import DiagonalGaussian, promote_half
+from .distributions import DiagonalGaussian, ordinary_tensors, promote_half
 from .forward_process import Diffused, ForwardProcess, Posterior, gather, posterior_coefficients
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -114,6 +114,7 @@ class ReverseProcess:
     _log_variance: Tensor | None = field(init=False, repr=False, default=None)
     _rows: dict[tuple[int, torch.dtype], Coefficients] = field(init=False, repr=False, default_factory=dict)
 
+    @ordinary_tensors()
     def __post_init__(self) -> None:
         for name, choices in (("prediction_type", PREDICTION_TYPES), ("variance_type", VARIANCE_TYPES)):
             if getattr(self, name) not in choices:
@@ -230,6 +231,7 @@ class ReverseProcess:
         """The same process on the tables of `forward.to(device, dtype)`; arguments and errors as there."""
         return replace(self, forward=self.forward.to(device, dtype))
 
+    @ordinary_tensors()
     def respace(self, indices: Sequence[int] | Tensor, decoder_shift: float | None = None) -> "ReverseProcess":
         """The reverse process of the shorter chain `forward.respace(indices)`.
 

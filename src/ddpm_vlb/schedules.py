@@ -11,7 +11,7 @@ The names and formulas are those of diffusers' `DDPMScheduler`; float64 keeps th
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -35,11 +35,13 @@ def _laplace_alpha_bar(u: float) -> float:
 
 def _betas_for_alpha_bar(alpha_bar: Callable[[float], float], num_train_timesteps: int) -> Tensor:
     curve = [alpha_bar(i / num_train_timesteps) for i in range(num_train_timesteps + 1)]
-    return torch.tensor([min(1 - b / a, MAX_BETA) for a, b in zip(curve, curve[1:])], dtype=torch.float64)
+    return torch.tensor(
+        [min(1 - b / a, MAX_BETA) for a, b in zip(curve, curve[1:])], dtype=torch.float64, device="cpu"
+    )
 
 
 def _linear(num: int, start: float, end: float) -> Tensor:
-    return torch.linspace(start, end, num, dtype=torch.float64)
+    return torch.linspace(start, end, num, dtype=torch.float64, device="cpu")
 
 
 _SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
@@ -72,7 +74,8 @@ def make_betas(
     """
     if beta_schedule not in BETA_SCHEDULES:
         raise ValueError(f"`beta_schedule` must be one of {list(BETA_SCHEDULES)}, but got {beta_schedule!r:.80}.")
-    if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
+    whole = isinstance(num_train_timesteps, Integral) and not isinstance(num_train_timesteps, bool)
+    if not whole or num_train_timesteps < 1:
         raise ValueError(
             f"`num_train_timesteps` must be an integer of at least 1, but got {num_train_timesteps!r:.80}."
         )
@@ -81,7 +84,7 @@ def make_betas(
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not isinstance(value, Real) or not 0 < value <= 1:
             raise ValueError(f"`{name}` must lie in (0, 1], but got {value!r:.80}.")
-    return check_betas(_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end))
+    return check_betas(_SCHEDULES[beta_schedule](int(num_train_timesteps), float(beta_start), float(beta_end)))
 
 
 def check_betas(betas: Sequence[float] | Tensor) -> Tensor:
@@ -135,27 +138,31 @@ def rescale_betas_zero_snr(betas: Sequence[float] | Tensor) -> Tensor:
     return check_betas(1 - alphas_cumprod / previous)
 
 
-def beta_start_for_levels(levels: int, sigma_in_bins: float = 0.4) -> float:
+def beta_start_for_levels(levels: int, sigma_in_bins: float = 0.4, beta_end: float = 0.02) -> float:
     """The beta_1 whose noise matches the bin width of data with few levels: sigma_1 = `sigma_in_bins` bins.
 
     The standard beta_1 = 1e-4 (sigma_1 = 0.01) was chosen for 256 levels. On coarser data most of the chain would
-    undo noise that rounding to the nearest level undoes for nothing.
+    undo noise that rounding to the nearest level undoes for nothing. Up to 6 levels that noise is more than a step of
+    the usual schedule adds at its end: `beta_end` itself is returned then, which makes the schedule constant.
 
     Args:
         levels: number of levels of the data on [-1, 1], at least 2; a bin is 2 / (levels - 1) wide.
         sigma_in_bins: sigma_1 in units of the bin width, positive.
+        beta_end: beta_T of the schedule, in (0, 1], which beta_1 does not exceed.
 
     Raises:
-        ValueError: `levels` below 2, or a sigma_1 outside (0, 1].
+        ValueError: `levels` below 2, or a sigma_1 or `beta_end` outside (0, 1].
 
     Source: measured in this project; benchmarks/README.md has the figures.
     """
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+    if isinstance(levels, bool) or not isinstance(levels, Integral) or levels < 2:
         raise ValueError(f"`levels` must be an integer of at least 2, but got {levels!r}.")
-    sigma = sigma_in_bins * 2 / (levels - 1)
+    if not isinstance(beta_end, Real) or not 0 < beta_end <= 1:
+        raise ValueError(f"`beta_end` must lie in (0, 1], but got {beta_end!r:.80}.")
+    sigma = sigma_in_bins * 2 / (int(levels) - 1)
     if not 0 < sigma <= 1:
         raise ValueError(
             f"`sigma_in_bins` must give a first noise level in (0, 1], but {sigma_in_bins!r} bins of "
             f"2/{levels - 1} are {sigma}."
         )
-    return sigma**2
+    return float(min(sigma**2, beta_end))

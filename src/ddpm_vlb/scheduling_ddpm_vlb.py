@@ -7,19 +7,19 @@ same p for training and evaluation. Names here are diffusers' (`original_samples
 import os
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 from torch import Tensor
 
 from .chains import Chains
-from .configurations import OWN_DEFAULTS, check_values, normalized, portable_values, read_config, taken_over
+from .configurations import read_config, taken_over
+from .configured_scheduler import ConfiguredScheduler
 from .distributions import promote_half
 from .few_step_store import storable, to_config
 from .forward_process import check_timesteps, gather
@@ -33,10 +33,11 @@ _INDEX_IS_OURS: ContextVar[bool] = ContextVar("_INDEX_IS_OURS", default=False)
 _DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
-class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
+class DDPMVLBScheduler(ConfiguredScheduler):
     """DDPM's ancestral sampler with learned variance, respacing and the training process behind it.
 
-    A drop-in for `DDPMScheduler`: the same configuration, defaults and methods.
+    A drop-in for `DDPMScheduler`: the same configuration, defaults and methods. The configuration may be changed as
+    diffusers' scripts do, `register_to_config(prediction_type="v_prediction")`; step and p change with it.
 
     Args:
         num_train_timesteps: T, the number of steps of the training chain.
@@ -59,9 +60,11 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             stock schedulers, and saved only where they are not at these defaults.
         reverse_variance: "network" (what `variance_type` says), or the optimal variance in its place, with one value
             for each step, "analytic", or for each step and dimension, "per_pixel".
-        optimal_paths: paths of few steps, each a dict as of `StoredPath.to_config`; see `set_timesteps`.
+        optimal_paths: paths of few steps, each a dict as of `StoredPath.to_config`; see `set_timesteps`. This and the
+            next are no part of the configuration but of older ones: `store_few_steps` sets them.
         x_0_mse: the errors that the optimal variances come from: `timesteps`, `mean`, and the name of the file beside
-            the configuration with those of each pixel, `per_pixel_file`, or None. `store_few_steps` writes these keys.
+            the configuration with those of each pixel, `per_pixel_file`, or None.
+        few_steps_file: the name of the file beside the configuration that holds these two.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type, betas that are no schedule, an impossible number, or
@@ -95,30 +98,14 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         reverse_variance: str = "network",
         optimal_paths: Sequence[dict[str, Any]] | None = None,
         x_0_mse: dict[str, Any] | None = None,
+        few_steps_file: str | None = None,
     ):
-        check_values(self.config)
-        updates = normalized(self.config)
-        if updates:  # diffusers would write the whole configuration twice into a log that nobody reads
-            self.register_to_config(**updates)
-        self._chains = Chains.from_config({**OWN_DEFAULTS, **self.config})
-        forward = self._chains.forward
-        self.variance_type = self.config.variance_type
-        self.betas = forward.betas.float()
-        self.alphas = (1 - forward.betas).float()
-        self.alphas_cumprod = forward.alphas_cumprod.float()
         self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
-        # The errors of each pixel come later, if at all: this chain's variances are looked up when they are needed.
-        self._walk = Walk(self._chains, replace(self._chains.whole, variance="network"))
-        self.timesteps = torch.arange(len(self)).flip(0)
-
-    def register_to_config(self, **kwargs: Any) -> None:
-        """Keep a configuration that stock takes without a word, and from which it takes the same chain."""
-        if "num_train_timesteps" in kwargs and "levels" in kwargs:  # the whole configuration, not an update
-            kwargs = portable_values(kwargs)
-        super().register_to_config(**kwargs)
+        self.timesteps = torch.zeros(0, dtype=torch.int64)
+        self._settle(lambda config: Chains.from_config(config, optimal_paths, x_0_mse))
 
     # diffusers' private name; its own would read a file of any size, and a test holds it to calling this one.
     _dict_from_json_file = staticmethod(read_config)
@@ -151,7 +138,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         return_unused_kwargs: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As diffusers', and the file with the errors of each pixel, where the configuration names one.
+        """As diffusers', and the files with what is stored for few steps, where the configuration names them.
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a Hub repository.
@@ -167,7 +154,8 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         )
         scheduler = loaded[0] if return_unused_kwargs else loaded
         where = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if name in kwargs}
-        scheduler._chains = scheduler._chains.with_file(str(pretrained_model_name_or_path), subfolder, where)
+        chains = scheduler._chains.with_file(str(pretrained_model_name_or_path), subfolder, where)
+        scheduler._settle(lambda config: chains)
         return loaded
 
     def store_few_steps(
@@ -176,7 +164,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         errors: SquaredErrors | None = None,
         reverse_variance: str = "network",
     ) -> None:
-        """Put paths and variances into the configuration, in place of those that are in it; resets `set_timesteps`.
+        """Store paths and variances, in place of those that are stored; resets `set_timesteps`.
 
         Args:
             paths: of different numbers of steps; `set_timesteps` takes them where their number is asked for.
@@ -187,9 +175,9 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
             ValueError: paths of another chain, or variances without the errors that they need.
         """
         errors = None if errors is None else storable(errors)
-        new = to_config(paths, errors) | {"reverse_variance": reverse_variance}
-        other = type(self).from_config({**self.config, **new})  # checks it all before anything is changed
-        other._chains = other._chains.with_errors(errors)
+        new = {**self.config, **to_config(paths, errors), "reverse_variance": reverse_variance, "few_steps_file": None}
+        other = type(self).from_config(new)  # checks it all before anything is changed
+        other._settle(lambda config: other._chains_.with_errors(errors))
         for kind in {reverse_variance, *(path.variance for path in paths)}:
             other._chains.store.rows(kind, [0])
         self.__dict__.update(other.__dict__)
@@ -270,7 +258,7 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
     def _visit(self, path: StoredPath, device: torch.device | str | None, eta: float = 1.0) -> None:
         """Make a path the chain that `step` walks."""
         if not self._walk.is_of(self._chains, path, eta):
-            self._walk = Walk(self._chains, path, eta)
+            self._walk_ = Walk(self._chains, path, eta)
         self.timesteps = torch.tensor(path.timesteps, dtype=torch.int64, device=device)
 
     def set_timesteps(
@@ -365,16 +353,18 @@ class DDPMVLBScheduler(SchedulerMixin, ConfigMixin):
         """Noise data to the given steps of the training chain; computed in float32, returned in the data's dtype.
 
         Args:
-            original_samples: x_0, (B, C, *).
-            noise: epsilon, same shape.
-            timesteps: training timesteps (B,), 0 .. T - 1.
+            original_samples: x_0, (B, C, *), or one for all timesteps, (1, C, *).
+            noise: epsilon, likewise.
+            timesteps: training timesteps (B,) or one for all, 0 .. T - 1.
 
         Raises:
             TypeError, IndexError, ValueError: as `ForwardProcess.diffuse`.
         """
-        timesteps = timesteps.to(original_samples.device).reshape(-1).expand(len(original_samples))
+        timesteps = timesteps.to(original_samples.device).reshape(-1)
+        batch = max(len(original_samples), len(noise), len(timesteps))
+        x_0, noise = (x.expand(batch, *x.shape[1:]) for x in (original_samples, noise))
         forward = self._chains.forward_on(original_samples.device)
-        return forward.diffuse(original_samples, timesteps, noise).x_t.to(original_samples.dtype)
+        return forward.diffuse(x_0, timesteps.expand(batch), noise).x_t.to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The v that a v-prediction network should answer: sqrt(abar) noise - sqrt(1 - abar) x_0.

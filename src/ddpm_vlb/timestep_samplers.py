@@ -198,6 +198,7 @@ class LossSecondMomentTimesteps:
     Source: Nichol & Dhariwal 2021, section 3.3, eq. 18.
     """
 
+    @torch.inference_mode(False)  # `update` writes into what is made here
     def __init__(
         self,
         num_timesteps: int,
@@ -268,6 +269,7 @@ class LossSecondMomentTimesteps:
         """The history, for a checkpoint."""
         return {"history": self._history.clone(), "counts": self._counts.clone()}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Restore a history.
 

@@ -7,7 +7,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .chains import Chains
-from .distributions import promote_half
+from .distributions import ordinary_tensors, promote_half
 from .respacing import StoredPath
 from .reverse_process import VARIANCE_TYPES, ReverseProcess
 
@@ -26,8 +26,10 @@ class Walk:
         ValueError: as `Chains.process`.
     """
 
+    @ordinary_tensors()
     def __init__(self, chains: Chains, path: StoredPath, eta: float = 1.0):
         self.path = path
+        self.eta = eta
         self.process = chains.process(path, eta)
         self._chains = chains
         self._asked = path, chains.is_stored(path), eta
@@ -147,6 +149,7 @@ class Walk:
         values = {"fixed_small": small, "fixed_small_log": small.sqrt(), "fixed_large": large}
         return values.get(name, large.log()).float()
 
+    @ordinary_tensors()
     def _on(self, sample: Tensor) -> tuple[ReverseProcess, Tensor]:
         """The tables for a sample, and timestep -> index."""
         key = sample.device, sample.dtype

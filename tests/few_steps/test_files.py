@@ -14,7 +14,7 @@ class Killed(BaseException):
     """In place of a signal that nothing survives."""
 
 
-@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("at", range(4))
 def test_killed_while_it_is_stored(tmp_path, monkeypatch, at):
     """At every rename in the folder: what loads is whole, the old or the new, and a further run completes it."""
     folder = stock(tmp_path / "model")
@@ -36,14 +36,16 @@ def test_killed_while_it_is_stored(tmp_path, monkeypatch, at):
         real(source, target)
 
     monkeypatch.setattr(os, "replace", rename)
-    if at < 2:
+    if at < 3:
         with pytest.raises(Killed):
             store_in_place(pipeline, folder)
     else:
         store_in_place(pipeline, folder)
     monkeypatch.undo()
     found = DDPMVLBPipeline.from_pretrained(folder).scheduler
-    assert found.optimal_paths == (old if at < 2 else new)
-    assert torch.equal(found.errors.per_pixel, (errors if at < 2 else changed).per_pixel)
+    assert found.optimal_paths == (old if at < 3 else new)
+    assert torch.equal(found.errors.per_pixel, (errors if at < 3 else changed).per_pixel)
     store_in_place(pipeline, folder)
     assert DDPMVLBPipeline.from_pretrained(folder).scheduler.optimal_paths == new
+    kept = {pipeline.scheduler.config.few_steps_file, pipeline.scheduler.errors_file, "scheduler_config.json"}
+    assert {file.name for file in (folder / "scheduler").iterdir()} == kept

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from ddpm_vlb import DDPMVLBPipeline
+from ddpm_vlb import STORED_FILES, DDPMVLBPipeline
 from ddpm_vlb.few_steps.report import plot
 from ddpm_vlb.runtime.files import to_disk, write_json
 from ddpm_vlb.runtime.launching import prepare_output_dir
@@ -52,14 +52,15 @@ def store_in_place(pipeline: DDPMVLBPipeline, folder: Path) -> None:
         pipeline.scheduler.save_pretrained(made)
         for file in made.iterdir():
             to_disk(file)
-        for file in made.glob("*.safetensors"):  # named by its content
+        stored = [file for pattern in STORED_FILES for file in made.glob(pattern)]
+        for file in stored:  # named by their content
             os.replace(file, place / file.name)
         to_disk(place)
         os.replace(made / "scheduler_config.json", place / "scheduler_config.json")
         to_disk(place)
-    for file in place.glob("x_0_mse-*.safetensors"):
-        if file.name != pipeline.scheduler.errors_file:
-            file.unlink()
+    for stale in [file for pattern in STORED_FILES for file in place.glob(pattern)]:
+        if stale.name not in {file.name for file in stored}:
+            stale.unlink()
 
 
 def move_into(made: Path, folder: Path, aside: Path) -> None:

@@ -19,13 +19,13 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HfHubHTTPError, disable_progress_bars
 from tqdm.auto import tqdm
 
-from ddpm_vlb import CODE_FILES
+from ddpm_vlb import CODE_FILES, STORED_FILES
 from ddpm_vlb.runtime.staging import OPTIONS_FILE, PICTURES, without_folders
 from ddpm_vlb.runtime.stopping import end
 
 # What an upload removes where it does not bring it; other files of the repository stay.
 OURS = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "README.md", "metrics.json"]
-OURS += ["scheduler/x_0_mse-*.safetensors", "data.json", OPTIONS_FILE, *PICTURES, *CODE_FILES]
+OURS += [*(f"scheduler/{pattern}" for pattern in STORED_FILES), "data.json", OPTIONS_FILE, *PICTURES, *CODE_FILES]
 WEIGHTS = "unet/diffusion_pytorch_model"
 # In the weights of one precision; of another, such as fp16, there is a dot before and behind its name.
 SAME_WEIGHTS = [f"{WEIGHTS}.safetensors", f"{WEIGHTS}-*.safetensors", f"{WEIGHTS}.safetensors.index.json"]
