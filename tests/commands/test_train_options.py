@@ -163,6 +163,7 @@ def test_unknown_names_list_the_choices(capsys, option):
         ("--ddpm_beta_end 2", "`beta_end` must lie in"),
         ("--test_split dev", "no split 'dev'"),
         ("--image_column img", "no column 'img'"),
+        ("--levels 17", "above 16.*--levels"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, few, options, message):
@@ -273,6 +274,39 @@ def test_a_missing_config_is_named(tmp_path, capsys):
         parse_args(["--config", str(tmp_path / "missing.yaml")])
     assert stop.value.code == 2
     assert "missing.yaml cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.json", b'{\n\t"learning_rate": 1e-3,\n\t"output_dir": "gr\xc3\xb6\xc3\x9fe"\n}'),
+        ("a.json", b'\xef\xbb\xbf{"learning_rate": 1e-3, "output_dir": "gr\xc3\xb6\xc3\x9fe"}'),
+        ("a.yaml", "learning_rate: 1e-3\noutput_dir: größe\n".encode("utf-16")),
+        ("a.yaml", "learning_rate: 1e-3\noutput_dir: größe\n".encode()),
+    ],
+    ids=["tabs", "BOM", "UTF-16", "UTF-8"],
+)
+def test_config_is_read_as_it_is_written(tmp_path, name, content):
+    """JSON with tabs, a byte order mark, UTF-16."""
+    (tmp_path / name).write_bytes(content)
+    args = parse_args(["--config", str(tmp_path / name)])
+    assert (args.learning_rate, args.output_dir) == (1e-3, "größe")
+
+
+def test_config_of_another_encoding_is_refused(tmp_path, capsys):
+    """In one line that says which one is read."""
+    (tmp_path / "a.yaml").write_bytes(b"output_dir: gr\xf6\xdfe\n")
+    with pytest.raises(SystemExit):
+        parse_args(["--config", str(tmp_path / "a.yaml")])
+    assert "a.yaml is no text in UTF-8" in capsys.readouterr().err
+
+
+def test_a_configuration_of_no_data_set_is_refused(capsys):
+    """It would have no effect on the digits or a folder."""
+    for data in ([], ["--train_data_dir", "pictures"]):
+        with pytest.raises(SystemExit):
+            parse_args(["--dataset_config_name", "small", *data])
+        assert "--dataset_config_name has no effect without --dataset_name" in capsys.readouterr().err
 
 
 def test_config_understands_a_plain_no(tmp_path):

@@ -1,6 +1,8 @@
 """The options of `ddpm-vlb train`; those that diffusers' train_unconditional.py has too are named as there."""
 
 import argparse
+import codecs
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from ddpm_vlb.commands.options import (
     fraction,
     not_negative_float,
     not_negative_int,
+    number_of_levels,
     positive_float,
     positive_int,
 )
@@ -42,10 +45,11 @@ def build_parser() -> Parser:
     data.add_argument("--dataset_name", help="Hub name, local folder or file for `datasets`; default: the digits.")
     data.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
     data.add_argument("--train_data_dir", help="Folder of image files, in place of --dataset_name.")
-    data.add_argument("--image_column", default="image", help="Column that holds the images.")
+    data.add_argument("--image_column", default="image", help="Column of images, or of arrays (C, H, W) of levels.")
     data.add_argument("--train_split", default="train", help="Name of the training split.")
     data.add_argument("--test_split", help="Name of the test split; default: test, validation, or a made one.")
     data.add_argument("--resolution", type=positive_int, help="Resize and crop to this size; default: as they are.")
+    data.add_argument("--levels", type=number_of_levels, help="Levels 0 .. N - 1 that are stored; default: as stored.")
     data.add_argument("--random_flip", action=SWITCH, default=False, help="Mirror half of the training images.")
     data.add_argument("--cache_dir", help="Where `datasets` keeps its files.")
     data.add_argument("--dataloader_num_workers", type=not_negative_int, default=0, help="Worker processes.")
@@ -156,6 +160,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args([*_config_as_options(path, parser), *given])
     if args.dataset_name is not None and args.train_data_dir is not None:
         parser.error("pass only one of --dataset_name and --train_data_dir")
+    if args.dataset_config_name is not None and args.dataset_name is None:
+        parser.error("--dataset_config_name has no effect without --dataset_name")
     if args.max_train_steps is not None and args.num_epochs is not None:
         parser.error("pass only one of --max_train_steps and --num_epochs")
     if args.variance_type is None:
@@ -191,8 +197,12 @@ def _config_as_options(path: str | None, parser: argparse.ArgumentParser) -> lis
     if path is None:
         return []
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        raw = Path(path).read_bytes()
+        text = raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+        content = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        parser.error(f"--config {path} is no text in UTF-8 ({error}): save it as UTF-8")
+    except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path} cannot be read: {error}")
     if not isinstance(content, dict):
         parser.error(f"--config {path} must hold options by name, but holds {type(content).__name__}")
