@@ -203,7 +203,7 @@ def test_the_report_is_printed(base):
     (other,) = [line for line in lines if line.strip().startswith("unclipped:")]
     assert SCORE.search(other)[0] == reporting.describe(metrics["by_clipping"]["unclipped"])
     calls = f"8 network calls each (+ {metrics['pilot_calls']} the pilot's)"
-    assert f"{TEST} images of 'test' (256 levels), {T} steps, {calls}" in out
+    assert f"{TEST} images of {metrics['data']['dataset_name']}, split 'test' (256 levels), {T} steps, {calls}" in out
     assert str(folder) in out
 
 

@@ -103,6 +103,8 @@ CHECKPOINTS = [
     ("evaluate", recorded(resolution="big"), "data.json is no record.*'resolution'"),
     ("sample-quality", recorded(resolution=8.5), "data.json is no record.*'resolution'"),
     ("optimize-timesteps", recorded(resolution=0), "data.json is no record.*'resolution'"),
+    ("evaluate", recorded(levels=1), "data.json is no record.*'levels'"),
+    ("sample-quality", recorded(channels="3"), "data.json is no record.*'channels'"),
     ("evaluate", recorded(dataset_name=""), "'' names no data set"),
     ("evaluate", lambda folder: (folder / "data.json").mkdir(), "data.json must be a file"),
     ("sample-quality", lambda folder: (folder / "data.json").mkdir(), "data.json must be a file"),
@@ -178,6 +180,9 @@ OPTIONS = [
     ("optimize-timesteps", "--num_fit_images", HUGE, "--num_fit_images.*2147483647"),
     ("sample-quality", "--num_samples", HUGE, "--num_samples.*2147483647"),
     ("evaluate", "--dataset_name", "", "'' names no data set"),
+    ("evaluate", "--dataset_config_name", "small", "--dataset_config_name small` has no effect without"),
+    ("sample-quality", "--dataset_config_name", "small", "--dataset_config_name small` has no effect without"),
+    ("optimize-timesteps", "--label_column", "kind", "--label_column kind` has no effect"),
     ("sample-quality", "--dataset_name", "/", "'/' names no data set"),
 ]
 

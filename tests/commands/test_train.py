@@ -443,7 +443,7 @@ def test_two_processes_without_data(tmp_path):
     started = time.monotonic()
     errors = launch_two(tmp_path / "run", f"--train_data_dir {tmp_path / 'nothing'}", code=1)
     assert time.monotonic() - started < 60
-    assert errors.count(f"ddpm-vlb train: `train_data_dir` '{tmp_path / 'nothing'}' is not a folder.") == 1
+    assert errors.count(f"ddpm-vlb train: `--train_data_dir` '{tmp_path / 'nothing'}' is not a folder.") == 1
     assert "Another process" not in errors and 'train.py", line' not in errors
 
 

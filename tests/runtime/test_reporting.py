@@ -73,6 +73,15 @@ def test_baselines_of_noise():
     assert result["uniform"] == 8 and result["lzma"] >= 8 and result["histogram_per_position"] > 8
 
 
+def test_baselines_of_many_levels():
+    """65536 levels are neither cut nor counted all at once."""
+    k = np.arange(65536 - 256, 65536).reshape(64, 1, 2, 2)
+    result = baselines(Levels(k, 65536), Levels(k, 65536))
+    assert result["uniform"] == 16
+    assert result["histogram_per_position"] == pytest.approx(math.log2((64 + 32768) / 1.5))
+    assert np.array_equal(reporting.integer_levels(Levels(k, 65536)), k)
+
+
 # Pictures
 
 

@@ -169,6 +169,41 @@ def test_only_the_first_images(tmp_path, load, limit, expected):
     assert data.record["num_images"] == expected and len(data.other) == 12
 
 
+@pytest.mark.parametrize("kind", ["paths.csv", "paths.jsonl", "paths.parquet", "bytes.parquet", "arrays.parquet"])
+def test_what_train_reads_is_scored(tmp_path, load, kind):
+    """Image files by path or content, and arrays, in a column of any name."""
+    levels = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    paths = [str(tmp_path / f"{i}.png") for i in range(12)]
+    for path, k in zip(paths, levels):
+        PIL.Image.fromarray(k).save(path)
+    file = tmp_path / kind
+    if kind == "paths.csv":
+        file.write_text("\n".join(["picture", *paths]))
+    elif kind == "paths.jsonl":
+        file.write_text("\n".join(json.dumps({"picture": path}) for path in paths))
+    else:
+        content = {"paths": paths, "bytes": [Path(path).read_bytes() for path in paths], "arrays": list(levels)}
+        feature = {"paths": datasets.Value("string"), "bytes": datasets.Value("binary")}
+        feature["arrays"] = datasets.Array2D((8, 8), "uint8")
+        own = datasets.Features({"picture": feature[file.stem]})
+        datasets.Dataset.from_dict({"picture": content[file.stem]}, features=own).to_parquet(str(file))
+    cache = str(tmp_path / "cache")
+    trained = load_image_data(dataset_name=str(file), image_column="picture", cache_dir=cache)
+    data = load(GREY, record=trained.record)
+    assert torch.equal(everything(data, data.scored), torch.cat(list(trained.test.batches(9))))
+    assert torch.equal(everything(data, data.other), torch.cat(list(trained.train.batches(9))))
+
+
+@pytest.mark.parametrize("options", [{"image_column": "other"}, {"resolution": 4}])
+def test_options_beside_a_record_are_refused(tmp_path, load, options):
+    """They would have no effect, unless they say what it says."""
+    record = load_image_data().record
+    (option,) = options
+    with pytest.raises(ValueError, match=f"`--{option} .*` has no effect: the model's data.json says"):
+        load(GREY, record=record, **options)
+    assert load(GREY, record=record, image_column="image").record["dataset_name"] is None
+
+
 # The record
 
 

@@ -51,6 +51,7 @@ from ddpm_vlb.commands.options import (
     positive_int,
 )
 from ddpm_vlb.runtime.files import write_json
+from ddpm_vlb.runtime.image_data import data_name
 from ddpm_vlb.runtime.launching import patient_accelerator, prepare_output_dir
 from ddpm_vlb.runtime.reporting import describe, plot_per_image, plot_vlb_terms, provenance, score
 from ddpm_vlb.runtime.stopping import leave, refused
@@ -283,7 +284,7 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
     if not all((folder / name).is_file() for name in PICTURES):
         return None
     try:
-        metrics = json.loads(path.read_text())
+        metrics = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return metrics if isinstance(metrics, dict) and metrics.get("key") == key else None
@@ -302,7 +303,7 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
     extra = metrics["pilot_calls"] or metrics["second_draw_calls"]
     levels = f"{metrics['data']['levels']} levels" if metrics["data"]["levels"] else "continuous"
     what = "the pilot's" if metrics["pilot_calls"] else "for the error bar"
-    images = f"{metrics['num_images']} images of {metrics['data']['split']!r} ({levels})"
+    images = f"{metrics['num_images']} images of {data_name(metrics['data'])} ({levels})"
     print(f"{images}, {steps} steps, {calls} (+ {extra} {what}).")
     if not metrics["data"]["levels"]:
         print("Continuous data: a density, which depends on the scale of the data and is no code length of images.")

@@ -323,8 +323,8 @@ def report(run: Optimization, result: dict[str, Any], folder: Path) -> None:
     print_table(result["all_steps"], run.unit)
     print_table(result["rows"], run.unit)
     print_differences(result["rows"], run.unit)
-    images, fitted = result["data"]["num_images"], len(run.fitted)
-    print(f"\n{images} held-out images, every step a network call; paths and variances from {fitted} images of")
+    images, fitted = f"{result['data']['num_images']} images of {run.data.name}", len(run.fitted)
+    print(f"\n{images}, every step a network call; paths and variances from {fitted} images of")
     print(f"{result['fit_split']!r}. What is stored (*) is in {folder}, with few_steps.json and few_steps.png.")
 
 

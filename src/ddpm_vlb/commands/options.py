@@ -30,6 +30,7 @@ def _number(
 
 positive_int, not_negative_int = _number(int, 1, LARGEST), _number(int, 0)
 positive_float, not_negative_float = _number(float, 0, open_low=True), _number(float, 0)
+number_of_levels = _number(int, 2, 2**16)
 at_least_two, fraction = _number(int, 2, LARGEST, why=" (one has no spread)"), _number(float, 0, 1)
 
 
@@ -96,7 +97,9 @@ def add_data_options(parser: argparse.ArgumentParser, verb: str) -> Any:
     )
     data.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
     data.add_argument("--split", default="test", help=f"Split to {verb}.")
-    data.add_argument("--image_column", default="image", help="Column of images, or of arrays (C, H, W).")
+    data.add_argument(
+        "--image_column", help="Column of images, or of arrays (C, H, W); default: data.json's, or image."
+    )
     data.add_argument("--label_column", help="Column of class labels for a class-conditional network; default: label.")
     data.add_argument("--resolution", type=positive_int, help="Resize and crop images to this size.")
     return data

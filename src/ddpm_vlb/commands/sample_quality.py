@@ -50,6 +50,7 @@ from ddpm_vlb.runtime.stopping import leave, refused
 from ddpm_vlb.scoring.checkpoint import default_folder, fingerprint_of, load_data, load_pipeline, network_shape
 
 SPACINGS = ("default", *ALL_SPACINGS)
+DATA = ("dataset_name", "dataset_config_name", "train_data_dir", "split", "levels")
 MAX_SAMPLES, MAX_LABELS, SHOWN = 1000, 10_000, 64
 
 
@@ -119,7 +120,8 @@ def load_part(args: argparse.Namespace, pipeline: Any, split: str, labelled: boo
         raise ValueError(f"--model {args.model}: its network's config has no `sample_size`, the size of the samples.")
     if labelled and network.classes is None:
         network = replace(network, classes=MAX_LABELS)
-    own = argparse.Namespace(**{**vars(args), "split": split, "num_images": None})
+    told = {"split": split, "num_images": None, "label_column": args.label_column if labelled else None}
+    own = argparse.Namespace(**{**vars(args), **told})
     try:
         data = load_data(own, network if labelled else replace(network, classes=None), check=False)
     except ValueError as error:
@@ -133,10 +135,10 @@ def load_part(args: argparse.Namespace, pipeline: Any, split: str, labelled: boo
     chosen = np.random.default_rng(0).permutation(len(data.scored))[:count].tolist()
     levels, images, labels = data.levels or 256, list[Tensor](), [torch.zeros(0)]
     for start in range(0, len(chosen), 256):
-        x_0, told = data.batch(data.scored, chosen[start : start + 256])
+        x_0, conditioning = data.batch(data.scored, chosen[start : start + 256])
         check_data(x_0, levels)
         images.append(to_bytes(x_0, levels))
-        labels += [told["class_labels"]] if labelled else []
+        labels += [conditioning["class_labels"]] if labelled else []
     return Part(torch.cat(images), torch.cat(labels[1:] or labels), len(data.scored), levels, data.record)
 
 
@@ -162,6 +164,8 @@ class Comparison:
             for spacing, steps in itertools.product(args.timestep_spacing, args.steps):
                 scheduler.set_timesteps(steps, timestep_spacing=None if spacing == "default" else spacing)
         labelled = small or self.pipeline.num_classes is not None
+        if args.label_column is not None and not labelled:
+            raise ValueError(f"--label_column {args.label_column} has no effect: nothing here takes labels.")
         limit = args.num_samples or MAX_SAMPLES
         scored = load_part(args, self.pipeline, args.split, labelled, max(limit, ENOUGH) if small else limit)
         self.test = replace(scored, images=scored.images[:limit], labels=scored.labels[:limit])
@@ -196,7 +200,7 @@ class Comparison:
         if not path.is_file():
             return []
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             rows, weights = content["rows"], content["model"]["weights_sha256"]
             optimal = [
                 (row["variance"], tuple(row["timesteps"]), row["decoder_shift"])
@@ -259,9 +263,7 @@ class Comparison:
                 "timestep_spacing": self.pipeline.scheduler.config.timestep_spacing,
             },
             "data": {
-                **{
-                    name: self.test.record[name] for name in ("dataset_name", "dataset_config_name", "split", "levels")
-                },
+                **{name: self.test.record[name] for name in DATA},
                 "num_images": {args.split: self.test.total, other: self.other.total},
             },
             **provenance(self.accelerator, args, "transformers"),

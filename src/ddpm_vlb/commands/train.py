@@ -29,7 +29,8 @@ from ddpm_vlb import (
 from ddpm_vlb.commands.train_options import build_parser, parse_args  # noqa: F401
 from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.runtime.files import to_disk, write_json
-from ddpm_vlb.runtime.image_data import ImageData, Images, load_image_data, named_data
+from ddpm_vlb.runtime.image_data import ImageData, data_name, load_image_data, named_data
+from ddpm_vlb.runtime.image_sets import Images
 from ddpm_vlb.runtime.launching import check_shared, main_first, make_accelerator, prepare_output_dir
 from ddpm_vlb.runtime.publisher import open_publisher, repair_command
 from ddpm_vlb.runtime.reporting import baselines, describe, plot_samples, plot_vlb_terms, score
@@ -215,6 +216,7 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
     print(f"    = prior {test['prior']:.4f} + KL {test['kl']:.4f} + decoder {test['decoder']:.4f}")
     for name, value in metrics["baselines"].items():
         print(f"  {name:22} {value:.3f}")
+    print(f"Data: {data_name(metrics['data'])}.")
     print(f"Trained {metrics['train']['steps']} steps in {metrics['train']['seconds']:.0f} s.")
     print(f"Wrote the pipeline, samples.png, vlb_terms.png and metrics.json to {folder}.")
 
@@ -224,7 +226,7 @@ def publish(run: Run) -> None:
     args, publisher = run.args, run.publisher
     if publisher is None:
         return
-    metrics = json.loads((run.folder / "metrics.json").read_text())
+    metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
     make = stage_result(run.folder, publisher.repo_id, metrics, args)
     message = f"Step {run.progress.step}, the last: the result"
     if publisher.finish(make, message, f"step-{run.progress.step}") is None:
@@ -280,6 +282,7 @@ def load_data(args: argparse.Namespace) -> ImageData:
             args.test_split,
             args.resolution,
             args.cache_dir,
+            args.levels,
         )
         _ = data.train_fingerprint  # now, while a fault of one process ends all
     return data

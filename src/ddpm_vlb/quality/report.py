@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 
 from ddpm_vlb.quality.distances import MMD_SCALE
+from ddpm_vlb.runtime.image_data import data_name
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -58,8 +59,8 @@ def report(content: dict[str, Any], folder: Path) -> None:
     for row in content["results"]:
         print(f"{row['steps']:>8}  {_label(row):<20} {_numbers(row)}")
     print(f"{first['split'] + ' images':>30}{_numbers(first)}")
-    samples, split = content["results"][0]["num_samples"], content["data"]["split"]
-    against = f"against {first['num_images']} {split} images"
+    samples = content["results"][0]["num_samples"]
+    against = f"against {first['num_images']} images of {data_name(content['data'])}"
     print(f"{samples} samples and {first['num_samples']} {first['split']} images, {against}.")
     if samples != first["num_samples"]:
         print("The FD's excess falls with the number of images: with unequal numbers the baseline is no floor for it.")

@@ -8,7 +8,6 @@ it is written beside a trained pipeline as data.json, and `from_record` gives ev
 import contextlib
 import functools
 import hashlib
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,87 +16,15 @@ from typing import Any
 import datasets
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import pyarrow
-import torch
-from torch import Tensor
+
+from ddpm_vlb.runtime.image_sets import Images, layout_of, read_column
 
 HUB_HINT = "Is the name right, can the Hub be reached (HF_ENDPOINT), and may you read it (HF_TOKEN)?"
+TRAINING_IMAGES = 2  # at least, which have a variance
 SPLIT_SEED = 0  # of the permutation that makes a missing split; a part of the format, like a file name
 DIGITS_TEST_IMAGES = 297
-GREY_MODES = ("1", "L")
 _FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-
-
-class Images(torch.utils.data.Dataset):
-    """Images of one split as x_0 tensors (C, H, W), decoded when they are asked for.
-
-    Args:
-        data: a dataset whose `column` holds encoded images.
-        column: name of the image column.
-        size: height and width to which images are resized and cropped, or which they must have.
-        channels: 1 (grey) or 3 (colour).
-        levels: number of levels of the stored values, 0 .. levels - 1.
-        resize: resize and crop images of another size; otherwise they are refused.
-        standard: what size and mode must agree with, for error messages.
-    """
-
-    def __init__(
-        self,
-        data: Any,
-        column: str,
-        size: tuple[int, int],
-        channels: int,
-        levels: int,
-        resize: bool,
-        standard: str = "the first one is",
-    ):
-        self.data, self.column, self.size, self.channels, self.levels = data, column, size, channels, levels
-        self.resize, self.standard = resize, standard
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        encoded = self.data[indices][self.column]
-        return [self._x_0(image, index) for image, index in zip(encoded, indices)]
-
-    def _x_0(self, encoded: dict[str, Any], index: int) -> Tensor:
-        image = decode_image(encoded, index)
-        if self.channels == 1 and image.mode not in GREY_MODES:
-            raise ValueError(
-                f"Image {_image_name(encoded, index)} is in colour (mode {image.mode}), but {self.standard} grey: "
-                "its colour would be lost. Store all images in one mode."
-            )
-        image = image.convert("L" if self.channels == 1 else "RGB")
-        if image.size != self.size[::-1]:
-            if not self.resize:
-                raise ValueError(
-                    f"Image {_image_name(encoded, index)} is {image.width} x {image.height}, but {self.standard} "
-                    f"{self.size[1]} x {self.size[0]}. Pass `--resolution` to resize all images to one size."
-                )
-            image = _resize_and_crop(image, self.size)
-        k = np.asarray(image, dtype=np.int64).reshape(*self.size, self.channels)
-        if k.max() >= self.levels:
-            raise ValueError(
-                f"Image {_image_name(encoded, index)} has the level {k.max()}, above {self.levels - 1}. "
-                f"The data has more levels than the {self.levels} that the checkpoint scores: requantise it, or take "
-                "a checkpoint of its levels."
-            )
-        return torch.from_numpy(np.ascontiguousarray(k.transpose(2, 0, 1))).float() * (2 / (self.levels - 1)) - 1
-
-    def raw(self, x_0: Tensor) -> np.ndarray:
-        """A batch of this data as it is stored: integer levels."""
-        return ((x_0 + 1) * ((self.levels - 1) / 2)).round().to(torch.uint8).numpy()
-
-    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
-        """Batches in the order of the data, each image exactly once, at most `limit` of them."""
-        total = len(self) if limit is None else min(limit, len(self))
-        for start in range(0, total, batch_size):
-            yield torch.stack(self.__getitems__(list(range(start, min(start + batch_size, total)))))
 
 
 @dataclass(frozen=True)
@@ -123,45 +50,11 @@ def named_data(name: str) -> Iterator[None]:
     """Name the data in faults of the Hub or its files; the system's, of a full disk, say, stay as they are."""
     try:
         yield
-    except (OSError, pyarrow.ArrowInvalid) as error:
+    except (OSError, pyarrow.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         said = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"--dataset_name {name} cannot be loaded: {said}. {HUB_HINT}") from error
-
-
-def decode_image(encoded: dict[str, Any] | None, index: int) -> PIL.Image.Image:
-    """Decode one image; an unreadable one is named."""
-    if encoded is None:
-        raise ValueError(f"Image number {index} is missing: its row is null.")
-    try:
-        source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
-        image = PIL.Image.open(source)
-        image.load()
-    except Exception as error:
-        raise ValueError(f"Image {_image_name(encoded, index)} cannot be read: {error}") from error
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(
-            f"Image {_image_name(encoded, index)} has the mode {image.mode}, of more than 8 bits: cutting it to 256 "
-            "levels would score other data than what is stored. Convert the images to 8 bits first."
-        )
-    return PIL.ImageOps.exif_transpose(image)
-
-
-def _image_name(encoded: dict[str, Any], index: int) -> str:
-    return f"{encoded['path']!r}" if encoded.get("path") else f"number {index}"
-
-
-def _resize_and_crop(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
-    """Scale to cover `size`, then cut out the centre; levels stay 8-bit."""
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    scaled = image.resize(
-        (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
-        PIL.Image.Resampling.BILINEAR,
-    )
-    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
-    return scaled.crop((left, top, left + width, top + height))
 
 
 def load_digits_splits() -> datasets.DatasetDict:
@@ -180,16 +73,16 @@ def load_splits(
 ):
     """The data set's own splits, from a Hub name, a folder or a file, or from a folder of image files."""
     if dataset_name is not None and not dataset_name.strip("/"):
-        raise ValueError(f"`dataset_name` {dataset_name!r} names no data set.")
+        raise ValueError(f"`--dataset_name` {dataset_name!r} names no data set.")
     if dataset_name is not None and Path(dataset_name).is_file():
         kind = _FILE_KINDS.get(Path(dataset_name).suffix)
         if kind is None:
-            raise ValueError(f"`dataset_name` {dataset_name!r} is a file, but none of {sorted(_FILE_KINDS)}.")
+            raise ValueError(f"`--dataset_name` {dataset_name!r} is a file, but none of {sorted(_FILE_KINDS)}.")
         return _load_dataset(kind, data_files=dataset_name, cache_dir=cache_dir)
     if dataset_name is not None:
         return _load_dataset(dataset_name, name=dataset_config_name, cache_dir=cache_dir)
     if not Path(str(train_data_dir)).is_dir():
-        raise FileNotFoundError(f"`train_data_dir` {train_data_dir!r} is not a folder.")
+        raise FileNotFoundError(f"`--train_data_dir` {train_data_dir!r} is not a folder.")
     return _load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_dir)
 
 
@@ -212,14 +105,6 @@ def _pick(splits: datasets.DatasetDict, name: str) -> datasets.Dataset:
     return splits[name]
 
 
-def encoded_images(data: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
-    """The columns, the first of which holds images, left encoded: decoding is ours, so that a bad file is named."""
-    try:
-        return data.select_columns(columns).cast_column(columns[0], datasets.Image(decode=False))
-    except Exception as error:
-        raise ValueError(f"Column {columns[0]!r} does not hold images: {data.features[columns[0]]}.") from error
-
-
 def make_splits(
     splits: Any, image_column: str, train_split: str = "train", test_split: str | None = None
 ) -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset, str | None]:
@@ -240,17 +125,26 @@ def make_splits(
     if image_column not in train.column_names:
         raise ValueError(f"The data set has no column {image_column!r}; it has {train.column_names}.")
     if test_split == train_split:
-        raise ValueError(f"`test_split` and `train_split` are both {test_split!r}: trained images must not be scored.")
+        raise ValueError(
+            f"`--test_split` and `--train_split` are both {test_split!r}: trained images must not be scored."
+        )
     if test_split is None:
         test_split = next((s for s in ("test", "validation") if s in splits and s != train_split), None)
-    if len(train) < 3 or (test_split is not None and len(_pick(splits, test_split)) == 0):
-        raise ValueError(f"The data set is empty: {len(train)} training images are too few to train and test on.")
+    validated = "validation" in splits and "validation" not in (train_split, test_split)
+    needed = TRAINING_IMAGES + (test_split is None) + (not validated)
+    if len(train) < needed:
+        raise ValueError(
+            f"The data set has {len(train)} images in {train_split!r}, but needs {needed}: {TRAINING_IMAGES} to train "
+            "on, and one each for the splits that it lacks."
+        )
+    if test_split is not None and len(_pick(splits, test_split)) == 0:
+        raise ValueError(f"The split {test_split!r} is empty: there is nothing to score.")
     if test_split is None:
         parts = train.train_test_split(test_size=max(1, min(10_000, len(train) // 10)), seed=SPLIT_SEED)
         train, test = parts["train"], parts["test"]
     else:
         test = _pick(splits, test_split)
-    if "validation" in splits and "validation" not in (train_split, test_split):
+    if validated:
         validation = splits["validation"]
     else:
         parts = train.train_test_split(test_size=max(1, min(1024, len(train) // 20)), seed=SPLIT_SEED)
@@ -267,6 +161,8 @@ def load_image_data(
     test_split: str | None = None,
     resolution: int | None = None,
     cache_dir: str | None = None,
+    levels: int | None = None,
+    channels: int | None = None,
 ) -> ImageData:
     """Load a data set of images and split it.
 
@@ -274,11 +170,13 @@ def load_image_data(
         dataset_name: a Hub name, a local folder or a data file; None (and no `train_data_dir`) for the digits.
         dataset_config_name: its configuration, if it has several.
         train_data_dir: a folder of image files.
-        image_column: the column that holds the images.
+        image_column: the column that holds the images, or arrays (C, H, W).
         train_split: name of the training split.
         test_split: name of the test split; None takes "test", else "validation", else a tenth of the training split.
         resolution: resize and crop the images to this square size; None keeps their own.
         cache_dir: where `datasets` keeps its files.
+        levels: number of levels 0 .. levels - 1 of what is stored; None takes what files and arrays say.
+        channels: 1 (grey) or 3 (colour); None looks at the first images.
 
     Raises:
         ValueError: no images, an unknown split or column, or an image that cannot be read.
@@ -290,15 +188,9 @@ def load_image_data(
     else:
         splits = load_splits(dataset_name, dataset_config_name, train_data_dir, cache_dir)
     train, validation, test, test_split = make_splits(splits, image_column, train_split, test_split)
-    train, validation, test = (encoded_images(part, [image_column]) for part in (train, validation, test))
-    first = decode_image(train[0][image_column], 0)
-    channels = 1 if first.mode in GREY_MODES else 3
-    size = (resolution, resolution) if resolution is not None else (first.height, first.width)
-    levels = 17 if digits else 256
-    parts = [
-        Images(part, image_column, size, channels, levels, resolution is not None)
-        for part in (train, validation, test)
-    ]
+    layout = layout_of(train, image_column, resolution, levels or (17 if digits else None), channels)
+    resize = resolution is not None
+    parts = [read_column(part, [image_column], layout, resize) for part in (train, validation, test)]
     record = {
         "dataset_name": dataset_name,
         "dataset_config_name": dataset_config_name,
@@ -307,14 +199,15 @@ def load_image_data(
         "train_split": train_split,
         "test_split": test_split,
         "resolution": resolution,
-        "size": list(size),
-        "channels": channels,
-        "levels": levels,
+        "size": list(layout.size),
+        "channels": layout.channels,
+        "levels": layout.levels,
         "split_seed": SPLIT_SEED,
         "num_images": {"train": len(train), "validation": len(validation), "test": len(test)},
         "test_fingerprint": fingerprint(parts[2]),
     }
-    return ImageData(parts[0], parts[1], parts[2], size, channels, levels, record)
+    assert layout.levels is not None
+    return ImageData(parts[0], parts[1], parts[2], layout.size, layout.channels, layout.levels, record)
 
 
 def from_record(record: dict[str, Any], cache_dir: str | None = None) -> ImageData:
@@ -328,8 +221,9 @@ def from_record(record: dict[str, Any], cache_dir: str | None = None) -> ImageDa
         ValueError: the data has changed since.
     """
     names = "dataset_name dataset_config_name train_data_dir image_column train_split test_split resolution".split()
-    given = {name: record[name] for name in names}
     # A split that was made is made again; it has no name in the data set.
+    given = {name: record[name] for name in names}
+    given |= {name: record.get(name) for name in ("levels", "channels")}
     data = load_image_data(**given, cache_dir=cache_dir)
     if data.record["test_fingerprint"] != record["test_fingerprint"]:
         raise ValueError(
@@ -337,6 +231,20 @@ def from_record(record: dict[str, Any], cache_dir: str | None = None) -> ImageDa
             f"({data.record['num_images']} images, were {record['num_images']})."
         )
     return data
+
+
+def data_name(record: dict[str, Any]) -> str:
+    """Which images a number is of, in words.
+
+    Args:
+        record: of `load_image_data`, or of an evaluation.
+    """
+    name, folder = record.get("dataset_name"), record.get("train_data_dir")
+    what = name or (f"the folder {folder}" if folder else "scikit-learn's digits")
+    config = record.get("dataset_config_name")
+    split = record.get("split") or record.get("test_split")
+    part = f"split {split!r}" if split else f"images kept back from split {record['train_split']!r}"
+    return f"{what}{f' ({config})' if config else ''}, {part}"
 
 
 def fingerprint(images: Images, limit: int = 512) -> str:

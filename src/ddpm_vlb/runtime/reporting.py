@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ddpm_vlb import VLBEstimate
-from ddpm_vlb.runtime.image_data import Images
+from ddpm_vlb.runtime.image_sets import Images, as_stored
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -24,8 +24,7 @@ PACKAGES = ("ddpm-vlb", "torch", "diffusers", "accelerate", "datasets")
 
 def integer_levels(images: Images, limit: int | None = None) -> np.ndarray:
     """The images as integer levels (N, C, H, W)."""
-    batches = [((x_0 + 1) * ((images.levels - 1) / 2)).round() for x_0 in images.batches(256, limit)]
-    return torch.cat(batches).to(torch.uint8).numpy()
+    return np.concatenate([as_stored(x_0, images.levels) for x_0 in images.batches(256, limit)])
 
 
 def baselines(
@@ -45,12 +44,13 @@ def baselines(
     fitted = integer_levels(train, limit)
     scored = integer_levels(test, limit if num_test_images is None else min(limit, num_test_images))
     levels = train.levels
-    counts = np.stack([(fitted == level).sum(0) for level in range(levels)])
-    probabilities = (counts + 0.5) / (len(fitted) + 0.5 * levels)
-    mass = np.take_along_axis(probabilities, scored.reshape(len(scored), *counts.shape[1:]).astype(np.int64), axis=0)
+    bits = 0.0
+    for own, values in zip(fitted.reshape(len(fitted), -1).T, scored.reshape(len(scored), -1).T):
+        mass = (np.bincount(own, minlength=levels)[values] + 0.5) / (len(fitted) + 0.5 * levels)
+        bits -= float(np.log2(mass).sum())
     return {
         "uniform": math.log2(levels),
-        "histogram_per_position": float(-np.log2(mass).mean()),
+        "histogram_per_position": bits / scored.size,
         "lzma": 8 * len(lzma.compress(scored.tobytes(), preset=9 | lzma.PRESET_EXTREME)) / scored.size,
     }
 

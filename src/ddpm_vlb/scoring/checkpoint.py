@@ -84,7 +84,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         raise ValueError(f"{path} must be a file, the record of `ddpm-vlb train`, but is none. Move it away.")
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     missing = [name for name in RECORD if name not in record] if isinstance(record, dict) else RECORD
@@ -102,7 +102,8 @@ def _wrong_values(record: dict[str, Any]) -> list[str]:
     wrong = [name for name, own in kinds.items() if type(record[name]) not in own]
     if "resolution" not in wrong and record["resolution"] is not None and record["resolution"] < 1:
         wrong.append("resolution")
-    return wrong
+    known = {"levels": range(2, 2**16 + 1), "channels": (1, 3)}  # which old ones may lack
+    return wrong + [name for name, own in known.items() if name in record and record[name] not in own]
 
 
 def load_data(args: argparse.Namespace, network: NetworkShape, check: bool) -> ScoringData:

@@ -10,23 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_vlb import check_data, pilot_positions
-from ddpm_vlb.runtime.image_data import (
-    GREY_MODES,
-    Images,
-    decode_image,
-    encoded_images,
-    from_record,
-    load_digits_splits,
-    load_splits,
-    make_splits,
-)
+from ddpm_vlb import pilot_positions
+from ddpm_vlb.runtime.image_data import data_name, from_record, load_digits_splits, load_splits, make_splits
+from ddpm_vlb.runtime.image_sets import Arrays, Images, Layout, encoded_images, holds_arrays, read_column
+from ddpm_vlb.runtime.stored_images import decode_image
 
 RESERVED_SHARE = 10  # of a data set of one split every tenth image goes to the pilot, at most 1024
+
+
+TAKES = "the model takes"
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,11 @@ class ScoringData:
     label_column: str | None
     record: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """Which images these are, in words."""
+        return data_name(self.record)
+
     def batch(self, images: "Arrays | Images", indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images x_0 and the network's further arguments for them."""
         x_0 = torch.stack(images.__getitems__(indices))
@@ -58,56 +58,13 @@ class ScoringData:
         return x_0, {"class_labels": torch.tensor(labels, dtype=torch.int64)}
 
 
-class Arrays(Images):
-    """Images or latents that are stored as arrays (C, *), or (*) for one channel.
-
-    Args:
-        data: a dataset whose `column` holds the arrays.
-        column: its name.
-        shape: the shape (C, *) that each must have.
-        levels: number of levels; None for continuous data, which must be floats.
-    """
-
-    def __init__(self, data: Any, column: str, shape: tuple[int, ...], levels: int | None):
-        self.data, self.column, self.shape, self.array_levels = data, column, shape, levels
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        arrays = self.data.with_format("numpy", columns=[self.column])[indices][self.column]
-        return [self._tensor(np.asarray(array), index) for array, index in zip(arrays, indices)]
-
-    def _tensor(self, array: np.ndarray, index: int) -> Tensor:
-        if array.dtype == object or array.shape not in (self.shape, self.shape[1:] if self.shape[0] == 1 else ()):
-            raise ValueError(
-                f"Array number {index} of column {self.column!r} has the shape {array.shape}, but the model takes "
-                f"{self.shape}, channels first."
-            )
-        array = array.reshape(self.shape)
-        if np.issubdtype(array.dtype, np.floating):
-            return torch.from_numpy(array.astype(np.float32))
-        if self.array_levels is None:
-            raise ValueError(
-                f"Column {self.column!r} holds integers, but the checkpoint scores continuous data (`levels` is "
-                "None). Give it floating point values, or `--levels`."
-            )
-        if array.min() < 0 or array.max() >= self.array_levels:
-            raise ValueError(
-                f"Array number {index} of column {self.column!r} has levels from {array.min()} to {array.max()}, "
-                f"outside 0 .. {self.array_levels - 1}."
-            )
-        return torch.from_numpy(array.astype(np.int64)).float() * (2 / (self.array_levels - 1)) - 1
-
-    def raw(self, x_0: Tensor) -> np.ndarray:
-        """A batch of this data as the network sees it."""
-        return x_0.numpy()
-
-
 def load_scoring_data(
     network: NetworkShape,
     split: str = "test",
     record: dict[str, Any] | None = None,
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
-    image_column: str = "image",
+    image_column: str | None = None,
     label_column: str | None = None,
     resolution: int | None = None,
     num_images: int | None = None,
@@ -124,7 +81,7 @@ def load_scoring_data(
         record: a data.json, read when no data set is named; else the digits.
         dataset_name: a Hub name, a local folder or a data file.
         dataset_config_name: its configuration, if it has several.
-        image_column: the column of images or arrays.
+        image_column: the column of images or arrays; None: the record's, else "image".
         label_column: the column of class labels, for a class-conditional network.
         resolution: resize and crop images to this square size.
         num_images: score only the first so many.
@@ -137,12 +94,16 @@ def load_scoring_data(
         FileNotFoundError, ConnectionError: the data set is not there, or cannot be reached.
     """
     recorded = record if dataset_name is None else None
+    _check_effect(recorded, dataset_name, dataset_config_name, image_column, resolution)
     source = recorded or {"dataset_name": dataset_name, "dataset_config_name": dataset_config_name}
     named = {name: source.get(name) for name in ("dataset_name", "dataset_config_name", "train_data_dir")}
     digits = named["dataset_name"] is None and named["train_data_dir"] is None
     if recorded is not None:
         from_record(recorded, cache_dir)  # only to make sure that the data is still the same
         image_column, resolution = recorded["image_column"], recorded["resolution"]
+    image_column = image_column or "image"
+    if network.classes is None and label_column is not None:
+        raise ValueError(f"`--label_column {label_column}` has no effect: no labels are taken here.")
     parts = load_digits_splits() if digits else load_splits(**named, cache_dir=cache_dir)
     parts = dict(parts) if isinstance(parts, datasets.DatasetDict) else {"train": parts}
     if recorded is not None or (digits and split == "validation"):
@@ -172,19 +133,34 @@ def load_scoring_data(
         "split": split,
         "levels": network.levels,
         "num_images": total,
-        "fingerprint": _checked(images[0], network.levels, columns[1:]) if check else None,
+        "fingerprint": _checked(images[0], columns[1:]) if check else None,
         "pilot_split": other_name,
         "num_pilot_images": len(images[1]),
-        "pilot_fingerprint": _checked(images[1], network.levels, columns[1:]) if check else None,
+        "pilot_fingerprint": _checked(images[1], columns[1:]) if check else None,
     }
     return ScoringData(images[0], images[1], network.levels, record["label_column"], record)
 
 
-def _checked(images: "Arrays | Images", levels: int | None, label_columns: list[str]) -> str:
+def _check_effect(
+    recorded: dict[str, Any] | None, name: str | None, config: str | None, column: str | None, resolution: int | None
+) -> None:
+    """Refuse options that would be passed over."""
+    if config is not None and name is None:
+        raise ValueError(f"`--dataset_config_name {config}` has no effect without `--dataset_name`.")
+    if recorded is None:
+        return
+    for option, value in {"image_column": column, "resolution": resolution}.items():
+        if value is not None and value != recorded[option]:
+            raise ValueError(
+                f"`--{option} {value}` has no effect: the model's data.json says {recorded[option]}. Leave it out, or "
+                "name the data with `--dataset_name`."
+            )
+
+
+def _checked(images: "Arrays | Images", label_columns: list[str]) -> str:
     """A hash over all images and labels, once each has been found fit to be scored."""
     digest = hashlib.sha256(str(len(images)).encode())
     for batch in images.batches(64):
-        check_data(batch, levels)
         digest.update(images.raw(batch).tobytes())
     for column in label_columns:
         digest.update(str(images.data[column][:]).encode())
@@ -234,32 +210,25 @@ def _check_labels(labels: list[Any], column: str, classes: int) -> None:
 def _as_images(
     data: datasets.Dataset, columns: list[str], network: NetworkShape, resolution: int | None
 ) -> "Arrays | Images":
-    if columns[0] not in data.column_names:
-        raise ValueError(f"The data set has no column {columns[0]!r}; it has {data.column_names}.")
-    feature = data.features[columns[0]]
-    if not isinstance(feature, datasets.Image) and not _is_encoded(feature):
+    if holds_arrays(data, columns[0]):
         if network.size is None:
             raise ValueError(f"Column {columns[0]!r} holds arrays, but the model's config has no `sample_size`.")
-        return Arrays(data.select_columns(columns), columns[0], (network.channels, *network.size), network.levels)
+        if resolution is not None:
+            raise ValueError(f"`--resolution` resizes images, but column {columns[0]!r} holds arrays.")
+        return read_column(data, columns, Layout(network.channels, network.size, network.levels), False, TAKES)
     if network.size is not None and len(network.size) != 2:
         raise ValueError(
             f"Column {columns[0]!r} holds images, but the model takes arrays of shape "
             f"{(network.channels, *network.size)}, channels first. Name their column with `--image_column`."
         )
-    data = encoded_images(data, columns)
-    first = decode_image(data[0][columns[0]], 0)
-    channels = 1 if first.mode in GREY_MODES else 3
-    if channels != network.channels:
+    first = decode_image(encoded_images(data, columns)[0][columns[0]], 0)
+    channels = first.k.shape[2]
+    if network.channels != channels and not (network.channels == 1 and first.grey):
         kind = "grey (1 channel)" if channels == 1 else "in colour (3 channels)"
         raise ValueError(f"The images are {kind}, but the model takes {network.channels} channel(s).")
-    size = network.size or (first.height, first.width)
+    size = network.size or (first.k.shape[0], first.k.shape[1])
     if resolution is not None and (resolution, resolution) != size:
         raise ValueError(f"`--resolution {resolution}` is not the size that the model takes, {size[1]} x {size[0]}.")
-    # A continuous checkpoint takes the 256 levels of a file as they are.
-    levels = network.levels if network.levels is not None else 256
-    return Images(data, columns[0], size, channels, levels, resolution is not None, "the model takes")
-
-
-def _is_encoded(feature: Any) -> bool:
-    """Whether a column holds undecoded image files."""
-    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    # A continuous checkpoint takes the levels of a file as they are.
+    levels = network.levels if network.levels is not None else max(256, first.levels)
+    return read_column(data, columns, Layout(network.channels, size, levels), resolution is not None, TAKES)

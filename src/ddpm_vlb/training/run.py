@@ -23,7 +23,8 @@ from ddpm_vlb import (
     beta_start_for_levels,
     covariance_eigenvalues,
 )
-from ddpm_vlb.runtime.image_data import ImageData, Images
+from ddpm_vlb.runtime.image_data import ImageData
+from ddpm_vlb.runtime.image_sets import Images
 from ddpm_vlb.runtime.launching import main_first
 from ddpm_vlb.runtime.publisher import Publisher
 from ddpm_vlb.runtime.reporting import versions
