@@ -33,7 +33,7 @@ def read_metrics(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         ValueError: it is not there, no JSON, lacks a key, or holds something else than objects where it should.
     """
     try:
-        metrics = json.loads(path.read_text())
+        metrics = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     known = metrics if isinstance(metrics, dict) else {}

@@ -154,7 +154,7 @@ def small_model(folder: Path, train: Labelled, test: Labelled) -> dict[str, Any]
     asked = {"format": FORMAT, "fingerprint": digest.hexdigest()[:32]}
     path = folder / RECORD
     with contextlib.suppress(OSError, ValueError):
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(record, dict) and asked.items() <= record.items() and (folder / "model.safetensors").is_file():
             return record
     model = _fitted(*train)

@@ -13,7 +13,7 @@ from typing import Any
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write JSON aside, bring it to the disk and rename it, so that nothing ever leaves half a file."""
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     to_disk(aside)
     os.replace(aside, path)
     to_disk(path.parent)
@@ -33,7 +33,7 @@ def to_disk(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's content; nothing where it is not there or not whole."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     return {}
 

@@ -35,7 +35,7 @@ def prepare_output_dir(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write_test-{uuid.uuid4().hex}"
-        probe.write_text("")
+        probe.write_text("", encoding="utf-8")
         probe.unlink()
     except OSError as error:
         raise OSError(f"--output_dir {folder} cannot be written: {error}") from error
@@ -154,7 +154,7 @@ def check_shared(accelerator: Accelerator, folder: Path, seconds: float = 10.0) 
         return
     name = broadcast_object_list([f".shared-{uuid.uuid4().hex}"])[0]
     if accelerator.is_main_process:
-        (folder / name).write_text("")
+        (folder / name).write_text("", encoding="utf-8")
     accelerator.wait_for_everyone()
     until = time.monotonic() + seconds
     while not (seen := (folder / name).exists()) and time.monotonic() < until:

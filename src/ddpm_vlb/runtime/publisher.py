@@ -229,7 +229,9 @@ class Publisher:
 def _read_options(api: HfApi, repo_id: str) -> Any:
     """The training options that a repository holds."""
     with tempfile.TemporaryDirectory() as folder:
-        return json.loads(Path(api.hf_hub_download(repo_id, OPTIONS_FILE, local_dir=folder)).read_text())
+        return json.loads(
+            Path(api.hf_hub_download(repo_id, OPTIONS_FILE, local_dir=folder)).read_text(encoding="utf-8")
+        )
 
 
 def _identity(options: Any) -> Any:
