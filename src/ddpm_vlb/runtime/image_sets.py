@@ -22,10 +22,10 @@ _LEVELS = {"bool": 2, "uint8": 256, "uint16": 65536}  # of arrays
 
 @dataclass(frozen=True)
 class Layout:
-    """What images have in common: channels, (height, width), and levels 0 .. levels - 1 (None: continuous arrays)."""
+    """What images have in common: channels, size (height, width), levels 0 .. levels - 1 (None: continuous arrays)."""
 
     channels: int
-    size: tuple[int, int]
+    size: tuple[int, ...]
     levels: int | None
 
 
