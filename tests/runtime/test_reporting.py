@@ -88,7 +88,7 @@ def test_baselines_of_many_levels():
 def test_the_curve_of_the_terms(tmp_path, monkeypatch):
     """It draws each bin's mean term in its place, and the sum that ends in the bound; undrawn steps are left out."""
     figures = []
-    monkeypatch.setattr(reporting, "_save", lambda figure, path, **options: figures.append(figure))
+    monkeypatch.setattr(reporting, "save", lambda figure, path, **options: figures.append(figure))
     terms = torch.linspace(0.5, 0.1, 100, dtype=torch.float64)
     total = float(0.25 + terms.sum())
     estimate = VLBEstimate(total, 0.1, 0.1, 0.25, 1.0, 1.0, torch.ones(2), 8, terms, torch.full((100,), 0.01))
@@ -108,7 +108,7 @@ def test_the_curve_of_the_terms(tmp_path, monkeypatch):
 def test_samples_are_a_grid(tmp_path, monkeypatch):
     """Square, row by row, with a white pixel between images, the generated ones beside as many real ones."""
     figures = []
-    monkeypatch.setattr(reporting, "_save", lambda figure, path, **options: figures.append(figure))
+    monkeypatch.setattr(reporting, "save", lambda figure, path, **options: figures.append(figure))
     generated, real = torch.rand(2, 10, 3, 4, 5)
     reporting.plot_samples(generated, real, tmp_path / "a.png")
     for axis, images in zip(figures[0].axes, (generated, real)):

@@ -4,10 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from ddpm_vlb.runtime.figures import Figure, save
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
@@ -65,7 +62,8 @@ def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
         path: the PNG file to write.
         unit: of the numbers.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
+    figure = Figure(figsize=(13, 5.5))
+    axes = figure.subplots(1, 2, sharey=True)
     value = "bits_per_dim" if rows[0]["bits_per_dim"] is not None else "nats_per_dim"
     whole = {row["variance"]: row for row in rows if row["path"] == "all"}
     few = [row for row in rows if row["path"] != "all"]
@@ -107,6 +105,4 @@ def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
         axis.legend(fontsize=8)
     axes[0].set(ylabel=f"{unit}, held-out images", title=f"paths, with the variance {variances[0]!r}")
     axes[1].set(title="variances; thin lines: all steps of the training chain")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)

@@ -4,13 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from ddpm_vlb.quality.distances import MMD_SCALE
+from ddpm_vlb.runtime.figures import Figure, save
 from ddpm_vlb.runtime.image_data import data_name
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 STYLES = ("solid", "dashed", "dashdot", "dotted")
 
@@ -19,7 +15,8 @@ def plot(content: dict[str, Any], path: Path) -> None:
     """Write both distances against the number of steps, with bars of one standard error, and the baseline's band."""
     results = content["results"]
     spacings, variances = (list(dict.fromkeys(row[name] for row in results)) for name in ("spacing", "variance"))
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5))
+    figure = Figure(figsize=(13, 4.5))
+    axes = figure.subplots(1, 2)
     for axis, key, unit in zip(axes, ("fd", "mmd"), ("Frechet distance", f"{MMD_SCALE:.0f} MMD$^2$")):
         floor, error = content["baseline"][key], content["baseline"][f"{key}_se"]
         axis.axhline(floor, color="gray", linestyle=":", label=f"{content['baseline']['split']} images")
@@ -44,9 +41,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="center right")
-    figure.tight_layout(rect=(0, 0, 0.83, 1))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path, right=0.83)
 
 
 def report(content: dict[str, Any], folder: Path) -> None:

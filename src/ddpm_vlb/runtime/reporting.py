@@ -7,17 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from ddpm_vlb import VLBEstimate
+from ddpm_vlb.runtime.figures import Figure, save
 from ddpm_vlb.runtime.image_sets import Images, as_stored
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PACKAGES = ("ddpm-vlb", "torch", "diffusers", "accelerate", "datasets")
 
@@ -71,12 +68,12 @@ def plot_samples(generated: Tensor, real: Tensor, path: Path) -> None:
         path: the PNG file to write.
     """
     columns = max(1, math.isqrt(len(generated)))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 5.4))
-    for axis, images, title in zip(axes, (generated, real), ("generated", "real (test images)")):
+    figure = Figure(figsize=(10, 5.4))
+    for axis, images, title in zip(figure.subplots(1, 2), (generated, real), ("generated", "real (test images)")):
         axis.imshow(_grid(images.cpu(), columns).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(title)
         axis.axis("off")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _in_unit(unit: str) -> float:
@@ -109,7 +106,8 @@ def plot_vlb_terms(estimate: VLBEstimate, path: Path, bins: int = 40, unit: str 
         means.append(mean)
         bands.append(math.sqrt(np.nansum(errors[low:high][drawn] ** 2)) / drawn.sum())
         total.append(running)
-    figure, axis = plt.subplots(figsize=(8, 5))
+    figure = Figure(figsize=(8, 5))
+    axis = figure.subplots()
     level, band, bound = np.array(means), np.array(bands), estimate.bits_per_dim * scale
     # A density may make the decoder's term negative, and noise a small one: a logarithm shows neither.
     shown = level > 0
@@ -128,7 +126,7 @@ def plot_vlb_terms(estimate: VLBEstimate, path: Path, bins: int = 40, unit: str 
     right.set(ylabel=unit, ylim=(min(0.0, *total), None))
     handles = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False, fontsize=9)
-    _save(figure, path, top=0.94)
+    save(figure, path, top=0.94)
 
 
 def plot_per_image(estimate: VLBEstimate, path: Path, unit: str = "bits/dim") -> None:
@@ -140,19 +138,14 @@ def plot_per_image(estimate: VLBEstimate, path: Path, unit: str = "bits/dim") ->
         unit: as in `plot_vlb_terms`.
     """
     values, mean = estimate.per_image.numpy() * _in_unit(unit), estimate.bits_per_dim * _in_unit(unit)
-    figure, axis = plt.subplots(figsize=(8, 4))
+    figure = Figure(figsize=(8, 4))
+    axis = figure.subplots()
     axis.hist(values, bins=min(50, max(5, round(len(values) ** 0.5))), edgecolor="white")
     axis.axvline(mean, color="tab:red", label=f"mean {mean:.3f}")
     noise = estimate.noise_se * len(values) ** 0.5 * _in_unit(unit)
     axis.set(xlabel=f"{unit} of an image (of which noise: +- {noise:.3f})", ylabel="images")
     axis.legend(frameon=False)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path, top: float = 1.0) -> None:
-    figure.tight_layout(rect=(0, 0, 1, top))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def score(estimate: VLBEstimate, discrete: bool = True) -> dict[str, float | int | None]:
