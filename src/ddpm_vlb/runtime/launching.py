@@ -7,9 +7,10 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
@@ -51,10 +52,15 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
     Raises:
         ValueError, ImportError: what was asked for cannot be had here, or needs DeepSpeed or a tracker.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION", "1") != "2":
+    if _told("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         # Before Accelerate's own settings of FSDP 1, which fail without a GPU.
         raise ValueError(
             "FSDP 1 flattens the parameters, which the average needs one by one: set fsdp_version: 2 (Accelerate 1.6)."
+        )
+    if args.logger not in ("none", *get_available_trackers()):  # Accelerate would run without one
+        raise ImportError(
+            f"--logger {args.logger} needs a package that is not installed: `pip install {args.logger}`, or choose "
+            "another --logger, none say."
         )
     accelerator = Accelerator(
         cpu=args.cpu,
@@ -66,9 +72,9 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         step_scheduler_with_optimizer=False,  # else it steps once for each process
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=args.ddp_timeout))],
     )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--mixed_precision fp16 needs a GPU: on the CPU choose bf16 or no.")
+    check_precision(accelerator)
     check_sharding(accelerator)
+    check_asked(accelerator, args)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # What Accelerate would take from a prepared data loader, and the engine does by itself.
         accelerator.state.deepspeed_plugin.deepspeed_config.update(
@@ -87,7 +93,88 @@ def patient_accelerator(args: argparse.Namespace) -> Accelerator:
     """
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
     precision = getattr(args, "mixed_precision", None)
-    return Accelerator(cpu=args.cpu, mixed_precision=precision, kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=args.cpu, mixed_precision=precision, kwargs_handlers=[patience])
+    if "mixed_precision" in vars(args):
+        check_precision(accelerator)
+    check_asked(accelerator, args)
+    return accelerator
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """Refuse a precision that the device does not compute in, which Accelerate leaves out without a word.
+
+    Args:
+        accelerator: of the run.
+
+    Raises:
+        ValueError: it is fp16, on a CPU.
+    """
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "--mixed_precision fp16 (or ACCELERATE_MIXED_PRECISION) needs a GPU: on the CPU choose bf16 or no."
+        )
+
+
+def check_asked(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Refuse an Accelerator that is not what the options say: its environment and config files may say otherwise.
+
+    Args:
+        accelerator: of the run.
+        args: its options; those that a command does not have are not looked at.
+
+    Raises:
+        ValueError: a contradiction.
+    """
+    asked = vars(args)
+    if "mixed_precision" in asked:
+        _check_precision(accelerator.mixed_precision, args.mixed_precision)
+    if args.cpu and accelerator.device.type != "cpu":
+        raise ValueError(f"--cpu was asked for, but Accelerate runs on {accelerator.device}: start a new process.")
+    steps = accelerator.gradient_accumulation_steps
+    _agree("gradient_accumulation_steps", asked, steps, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    if "compile" in asked:
+        _check_compilation(args.compile)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, asked)
+
+
+def _check_precision(runs: str, asked: str | None) -> None:
+    """Of the option, or of Accelerate's environment where it is not given."""
+    told = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    source = f"--mixed_precision {told}" if asked else f"ACCELERATE_MIXED_PRECISION={told}"
+    if runs != told or told == "fp8":
+        raise ValueError(f"{source}, but Accelerate computes in {runs}: give both the same, no, fp16 or bf16.")
+
+
+def _check_compilation(asked: bool) -> None:
+    """Accelerate compiles on a word of its environment alone, and takes no other backend beside the option."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in (("no", "inductor") if asked else ("no",)):
+        option, fix = ("--compile", "drop one") if asked else ("no --compile", "unset it, or pass --compile")
+        raise ValueError(
+            f"ACCELERATE_DYNAMO_BACKEND={backend} in the environment, but {option} among the options: {fix}."
+        )
+
+
+def _check_deepspeed(config: dict[str, Any], asked: dict[str, Any]) -> None:
+    """What its config file, or `accelerate launch`, says of the same."""
+    names = {
+        "train_batch_size": "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps": "gradient_accumulation_steps",
+        "max_grad_norm": "gradient_clipping",
+    }
+    for option, name in names.items():
+        _agree(option, asked, config.get(name, "auto"), f"DeepSpeed's {name}")
+
+
+def _agree(option: str, asked: dict[str, Any], found: Any, source: str) -> None:
+    if option in asked and found not in ("auto", asked[option]):
+        raise ValueError(f"--{option} {asked[option]}, but {source} says {found}: give both the same value.")
+
+
+def _told(name: str) -> bool:
+    """Whether a switch of Accelerate's environment is on, as Accelerate reads it."""
+    return os.environ.get(name, "false").lower() == "true"
 
 
 def check_sharding(accelerator: Accelerator) -> None:
@@ -102,7 +189,7 @@ def check_sharding(accelerator: Accelerator) -> None:
     state = accelerator.state
     asked = {"FSDP": DistributedType.FSDP, "DEEPSPEED": DistributedType.DEEPSPEED}
     for name, kind in asked.items():
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" and accelerator.distributed_type != kind:
+        if _told(f"ACCELERATE_USE_{name}") and accelerator.distributed_type != kind:
             raise ValueError(
                 f"{name} was asked for, but Accelerate runs {accelerator.distributed_type.value} on this device "
                 f"({accelerator.device.type}): the network would not be sharded. {name} needs GPUs; on the CPU launch "
