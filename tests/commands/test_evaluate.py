@@ -222,7 +222,7 @@ def test_pictures_are_drawn(base, name):
 def test_the_pictures_show_the_estimate(score, monkeypatch):
     """The curve ends in the bound; the histogram holds every image."""
     figures = []
-    monkeypatch.setattr(reporting, "_save", lambda figure, path, **options: figures.append(figure))
+    monkeypatch.setattr(reporting, "save", lambda figure, path, **options: figures.append(figure))
     for name in ("plot_vlb_terms", "plot_per_image"):
         monkeypatch.setattr(evaluate, name, getattr(reporting, name))
     metrics = score("small", "grey", "--estimator full --num_images 6")

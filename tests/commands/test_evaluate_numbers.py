@@ -191,7 +191,7 @@ def test_changed_labels_are_scored_anew(models, tmp_path, calls):
 def test_latents_are_scored_in_nats(score, models, sets, tmp_path, capsys, monkeypatch):
     """A density has no bits: `bits_per_dim` is null, the value is nats_per_dim, and nothing it shows says bits."""
     figures = []
-    monkeypatch.setattr(reporting, "_save", lambda figure, path, **options: figures.append(figure))
+    monkeypatch.setattr(reporting, "save", lambda figure, path, **options: figures.append(figure))
     for name in ("plot_vlb_terms", "plot_per_image"):
         monkeypatch.setattr(evaluate, name, getattr(reporting, name))
     metrics = score("latents", "latents")

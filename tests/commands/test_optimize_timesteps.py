@@ -341,10 +341,10 @@ def test_few_images_are_said(optimized, capsys):
 
 
 def test_an_earlier_result_may_be_replaced(base, models, sets, tmp_path):
-    """The same --output_dir again: the new pipeline, whole, and nothing of the old one beside it."""
+    """When told, the same --output_dir again: the new pipeline, whole, and nothing of the old one beside it."""
     folder = tmp_path / "few"
     shutil.copytree(base[0], folder)
-    where = ("--model", models["range"], *sets["grey"].options, *FEW, "--output_dir", folder)
+    where = ("--model", models["range"], *sets["grey"].options, *FEW, "--output_dir", folder, "--overwrite_output_dir")
     optimize(*where, "--steps", 2, "--num_images", 4, "--variance", "per_pixel")
     scheduler = DDPMVLBPipeline.from_pretrained(folder).scheduler
     assert list(scheduler.optimal_paths) == [2]

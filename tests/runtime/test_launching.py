@@ -39,6 +39,7 @@ AGREEMENTS = [
     ("MIXED_PRECISION", "bf16", ""),
     ("MIXED_PRECISION", "fp16", "--mixed_precision no"),
     ("USE_CPU", "true", ""),
+    ("USE_CPU", "true", "--logger tensorboard"),
 ]
 
 

@@ -50,12 +50,12 @@ from ddpm_vlb.commands.options import (
     positive_float,
     positive_int,
 )
-from ddpm_vlb.runtime.files import write_json
-from ddpm_vlb.runtime.image_data import data_name
+from ddpm_vlb.runtime.files import read_json, write_json
 from ddpm_vlb.runtime.launching import patient_accelerator, prepare_output_dir
-from ddpm_vlb.runtime.reporting import describe, plot_per_image, plot_vlb_terms, provenance, score
+from ddpm_vlb.runtime.reporting import plot_per_image, plot_vlb_terms, provenance, score
 from ddpm_vlb.runtime.stopping import leave, refused
 from ddpm_vlb.scoring.checkpoint import Checkpoint, default_folder
+from ddpm_vlb.scoring.report import report
 from ddpm_vlb.scoring.sweep import PartialScores, Scores, run_sweep, shared
 
 PICTURES = ("vlb_terms.png", "per_image.png")
@@ -134,7 +134,17 @@ class Evaluation(Checkpoint):
         self.also = both[1:] if self.discrete or clipped else []
         options = "estimator calls_per_image tolerance pilot_calls control_variate seed".split()
         self.run_key = self.key(both, options={name: getattr(args, name) for name in options})
-        self.folder = Path(args.output_dir) if args.output_dir else default_folder(args.model)
+        self.partial = f"partial-{self.run_key[:16]}"
+        self.folder = Path(args.output_dir) if args.output_dir else self._own_folder()
+
+    def _own_folder(self) -> Path:
+        """The default folder, or where it holds another evaluation, one of this evaluation's own beside it."""
+        folder = default_folder(self.args.model)
+        keys = {read_json(path).get("key") for path in folder.glob("metrics.json")}
+        begun = {path.name for path in folder.glob("partial-*")}
+        other = keys - {self.run_key} or begun - {self.partial}
+        own = folder.with_name(f"{folder.name}-{self.run_key[:8]}") if other else folder
+        return broadcast_object_list([own if self.accelerator.is_main_process else None])[0]
 
     def pilot(self, store: PartialScores) -> Pilot | None:
         """The pilot, or None for the full loop, which needs none."""
@@ -290,26 +300,6 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
     return metrics if isinstance(metrics, dict) and metrics.get("key") == key else None
 
 
-def report(metrics: dict[str, Any], folder: Path) -> None:
-    """Print the result."""
-    names = ("clipped", "unclipped") if metrics["clip_sample"] else ("unclipped", "clipped")
-    first, other = metrics["by_clipping"][names[0]], metrics["by_clipping"].get(names[1])
-    unit, steps = metrics["unit"], len(metrics["timesteps"])
-    print(f"\n{describe(first, unit)}")
-    print(f"  = L_T {first['prior']:.4f} + sum L_t {first['kl']:.4f} + L_0 {first['decoder']:.4f}, x_0_hat {names[0]}")
-    if other is not None:
-        print(f"  {names[1]}: {describe(other, unit)}")
-    calls = f"{metrics['network_calls_per_image']} network calls each"
-    extra = metrics["pilot_calls"] or metrics["second_draw_calls"]
-    levels = f"{metrics['data']['levels']} levels" if metrics["data"]["levels"] else "continuous"
-    what = "the pilot's" if metrics["pilot_calls"] else "for the error bar"
-    images = f"{metrics['num_images']} images of {data_name(metrics['data'])} ({levels})"
-    print(f"{images}, {steps} steps, {calls} (+ {extra} {what}).")
-    if not metrics["data"]["levels"]:
-        print("Continuous data: a density, which depends on the scale of the data and is no code length of images.")
-    print(f"metrics.json, vlb_terms.png and per_image.png are in {folder}.")
-
-
 @refused("evaluate")
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Score a checkpoint. Returns the metrics (on the main process)."""
@@ -325,11 +315,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             report(known, folder)
         leave(accelerator)
         return known if accelerator.is_main_process else None
-    if accelerator.is_main_process and (folder / "metrics.json").is_file():
+    if accelerator.is_main_process and args.output_dir is None and folder != default_folder(args.model):
+        print(f"{default_folder(args.model)} holds another evaluation: this one goes to {folder}.")
+    if accelerator.is_main_process and read_json(folder / "metrics.json").get("key", run.run_key) != run.run_key:
         print(f"{folder} holds another evaluation, which this one replaces; --output_dir keeps them apart.")
     if accelerator.is_main_process and args.num_images and len(run.data.scored) < args.num_images:
         print(f"The split {args.split!r} has only {len(run.data.scored)} images to score.")
-    store = PartialScores(folder / f"partial-{run.run_key[:16]}", accelerator.print, run.run_key)
+    store = PartialScores(folder / run.partial, accelerator.print, run.run_key)
     estimate, metrics = evaluate(run, store)
     if accelerator.is_main_process:
         plot_vlb_terms(estimate, folder / "vlb_terms.png", unit=run.unit)

@@ -47,6 +47,7 @@ from ddpm_vlb.commands.options import (
     Parser,
     add_machine_options,
     add_model_options,
+    add_overwrite_option,
     add_scored_options,
     at_least_two,
     not_negative_int,
@@ -62,7 +63,7 @@ from ddpm_vlb.few_steps.candidates import (
     variances_for,
 )
 from ddpm_vlb.few_steps.files import PARTIAL, check_output, store
-from ddpm_vlb.few_steps.report import compare, print_differences, print_table
+from ddpm_vlb.few_steps.report import compare, report
 from ddpm_vlb.runtime.launching import main_first, patient_accelerator
 from ddpm_vlb.runtime.reporting import provenance, score
 from ddpm_vlb.runtime.stopping import leave, refused
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options and their help texts."""
     parser = Parser("optimize-timesteps", __doc__)
     add_model_options(parser, "optimize", "Write the whole pipeline here and leave --model as it is.")
+    add_overwrite_option(parser)
     parser.add_argument("--steps", type=positive_int, nargs="+", required=True, help="Numbers of steps K.")
     parser.add_argument(
         "--variance",
@@ -318,16 +320,6 @@ def optimize(run: Optimization) -> tuple[dict[str, Any], Found]:
     return result, found
 
 
-def report(run: Optimization, result: dict[str, Any], folder: Path) -> None:
-    """Print the table and what was stored."""
-    print_table(result["all_steps"], run.unit)
-    print_table(result["rows"], run.unit)
-    print_differences(result["rows"], run.unit)
-    images, fitted = f"{result['data']['num_images']} images of {run.data.name}", len(run.fitted)
-    print(f"\n{images}, every step a network call; paths and variances from {fitted} images of")
-    print(f"{result['fit_split']!r}. What is stored (*) is in {folder}, with few_steps.json and few_steps.png.")
-
-
 @refused("optimize-timesteps")
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Optimize a checkpoint. Returns the content of few_steps.json (on the main process)."""
@@ -337,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     result, found = optimize(run)
     if accelerator.is_main_process:
         run.pipeline.scheduler.store_few_steps(found.paths, found.errors, args.reverse_variance)
-        report(run, result, store(args, run.pipeline, result))
+        report(result, store(args, run.pipeline, result))
     accelerator.wait_for_everyone()
     if accelerator.is_local_main_process:
         for left in run.partial.parent.glob(f"{PARTIAL}*"):

@@ -75,6 +75,16 @@ def add_model_options(parser: argparse.ArgumentParser, verb: str, output: str) -
     parser.add_argument("--cache_dir", help="Where downloads are kept.")
 
 
+def add_overwrite_option(parser: Any) -> None:
+    """The option that allows to replace a finished pipeline.
+
+    Args:
+        parser: a parser or a group of its options.
+    """
+    what = "Replace the finished pipeline that --output_dir holds, with all that was measured of it."
+    parser.add_argument("--overwrite_output_dir", action=SWITCH, default=False, help=what)
+
+
 def _levels(text: str) -> int | None:
     if text.lower() == "none":
         return None

@@ -28,10 +28,17 @@ from ddpm_vlb import (
 )
 from ddpm_vlb.commands.train_options import build_parser, parse_args  # noqa: F401
 from ddpm_vlb.recipes import train as recipe
-from ddpm_vlb.runtime.files import to_disk, write_json
+from ddpm_vlb.runtime.files import MEASURED_FOLDERS, to_disk, write_json
 from ddpm_vlb.runtime.image_data import ImageData, data_name, load_image_data, named_data
 from ddpm_vlb.runtime.image_sets import Images
-from ddpm_vlb.runtime.launching import check_shared, main_first, make_accelerator, prepare_output_dir
+from ddpm_vlb.runtime.launching import (
+    check_output_dir,
+    check_shared,
+    main_first,
+    make_accelerator,
+    prepare_output_dir,
+    refuse_to_replace,
+)
 from ddpm_vlb.runtime.publisher import open_publisher, repair_command
 from ddpm_vlb.runtime.reporting import baselines, describe, plot_samples, plot_vlb_terms, score
 from ddpm_vlb.runtime.staging import describe_folder, stage_result
@@ -41,8 +48,11 @@ from ddpm_vlb.training.run import Run
 
 Loop = Callable[[Run, Callable[[Run], object]], bool]
 SNAPSHOT_STEPS = 100
-# Files of a pipeline's folder, also of `ddpm-vlb optimize-timesteps`, that belong to that pipeline alone.
-MEASURED = ("metrics.json", "samples.png", "vlb_terms.png", "data.json", "few_steps.json", "few_steps.png")
+# What a pipeline's folder holds, also of other commands, that belongs to that pipeline alone.
+MEASURED = (
+    *("metrics.json", "samples.png", "vlb_terms.png", "data.json", "few_steps.json", "few_steps.png"),
+    *MEASURED_FOLDERS,
+)
 
 
 def evaluate(
@@ -158,8 +168,8 @@ def total_se(estimate: VLBEstimate) -> float:
 def save_pipeline(run: Run, network: UNet2DModel) -> None:
     """Write the pipeline beside its place, bring it to the disk and move it there.
 
-    An earlier one's model_index.json goes first, then what was measured of it, and the new one's comes last: in
-    between there is no pipeline, rather than parts of two.
+    An earlier one's model_index.json goes first, then what was measured of it and the checkpoints of its run, and the
+    new one's comes last: in between there is no pipeline, rather than parts of two.
     """
     index = "model_index.json"
     with tempfile.TemporaryDirectory(prefix=".pipeline-", dir=run.folder) as aside:
@@ -169,9 +179,11 @@ def save_pipeline(run: Run, network: UNet2DModel) -> None:
             to_disk(entry)
         old.mkdir()
         parts = [part.name for part in new.iterdir() if part.name != index]
-        for name in (index, *MEASURED, *parts):
-            if (run.folder / name).exists():
-                os.replace(run.folder / name, old / name)
+        earlier = run.checkpoints.others() if (run.folder / index).exists() else []
+        measured = [path for pattern in MEASURED for path in run.folder.glob(pattern)]
+        for path in (run.folder / index, *measured, *earlier, *(run.folder / name for name in parts)):
+            if path.exists():
+                os.replace(path, old / path.name)
         to_disk(run.folder)
         for name in parts:
             os.replace(new / name, run.folder / name)
@@ -300,12 +312,19 @@ def main(argv: Sequence[str] | None = None, loop: Loop | None = None) -> dict[st
     folder = Path(args.output_dir)
     mendable = refused("train", (*MENDABLE, ImportError))
     with mendable, clear_faults(folder, lambda: "Nothing has been trained yet"):
-        prepare_output_dir(folder)
+        resumes = args.resume_from_checkpoint is not None and any(folder.glob("checkpoint-*"))
+        refuse_to_replace(
+            folder,
+            args.overwrite_output_dir or resumes,
+            "another, or --resume_from_checkpoint latest to go on from its last checkpoint",
+        )
+        check_output_dir(folder)
         accelerator = make_accelerator(args, folder)
-        check_shared(accelerator, folder)
         set_seed(args.seed)
         data = main_first(accelerator, lambda: load_data(args), "train", ValueError, OSError)
         run = Run(args, accelerator, data, folder)
+        prepare_output_dir(folder)
+        check_shared(accelerator, folder)
     run.publisher = open_publisher(accelerator, args)
     metrics = None
     try:

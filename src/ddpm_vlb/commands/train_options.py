@@ -15,6 +15,7 @@ from ddpm_vlb.commands.options import (
     SWITCH,
     Parser,
     add_hub_options,
+    add_overwrite_option,
     at_least_two,
     fraction,
     not_negative_float,
@@ -124,6 +125,7 @@ def build_parser() -> Parser:
 
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default="runs/digits", help="Where everything is written.")
+    add_overwrite_option(output)
     output.add_argument("--logger", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="Tracker.")
     output.add_argument("--logging_dir", default="logs", help="Its folder, inside --output_dir.")
     output.add_argument("--validation_steps", type=positive_int, default=500, help="Validate every so many steps.")

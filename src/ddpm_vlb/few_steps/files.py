@@ -13,8 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ddpm_vlb import STORED_FILES, DDPMVLBPipeline
 from ddpm_vlb.few_steps.report import plot
-from ddpm_vlb.runtime.files import to_disk, write_json
-from ddpm_vlb.runtime.launching import prepare_output_dir
+from ddpm_vlb.runtime.files import MEASURED_FOLDERS, to_disk, write_json
+from ddpm_vlb.runtime.launching import check_output_dir, refuse_to_replace
 
 MEASURED = ("metrics.json", "samples.png", "vlb_terms.png", "README.md")  # with the network's own variance
 WRITTEN = {"model_index.json", "unet", "scheduler", "data.json", "few_steps.json", "few_steps.png", *MEASURED}
@@ -29,19 +29,21 @@ def check_output(args: argparse.Namespace) -> None:
                 f"--model {args.model} is no folder. If it is a Hub name, say with --output_dir where the pipeline "
                 "shall go."
             )
-        prepare_output_dir(Path(args.model))
+        check_output_dir(Path(args.model))
         return
     folder = Path(args.output_dir)
     if Path(args.model).is_dir() and folder.resolve() == Path(args.model).resolve():
         raise ValueError("--output_dir is --model: leave it out to update the model in place.")
     # What an earlier run of the command wrote may be replaced, and nothing else.
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    measured = {path.name for pattern in MEASURED_FOLDERS for path in folder.glob(pattern)}
     found = [name for name in found if not name.startswith(PARTIAL)]
-    foreign = [name for name in found if name not in WRITTEN or "few_steps.json" not in found]
+    foreign = [name for name in found if name not in WRITTEN | measured or "few_steps.json" not in found]
     if folder.is_file() or foreign:
         what = foreign[0] if foreign else "a file"
         raise ValueError(f"--output_dir {folder} holds something else already ({what}): give one that is not there.")
-    prepare_output_dir(folder.resolve().parent)
+    refuse_to_replace(folder, args.overwrite_output_dir, "another")
+    check_output_dir(folder)
 
 
 def store_in_place(pipeline: DDPMVLBPipeline, folder: Path) -> None:
@@ -68,7 +70,6 @@ def move_into(made: Path, folder: Path, aside: Path) -> None:
 
     The index goes first and comes last: in between there is no pipeline, rather than parts of two.
     """
-    folder.mkdir(exist_ok=True)
     for file in made.rglob("*"):
         to_disk(file)
     aside.mkdir()
@@ -99,7 +100,7 @@ def store(args: argparse.Namespace, pipeline: DDPMVLBPipeline, result: dict[str,
         return source
     folder = Path(args.output_dir)
     # In the folder itself, which may be a mount point.
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".few_steps-", dir=folder) as aside:
         made = Path(aside, "made")
         pipeline.to("cpu").save_pretrained(made)

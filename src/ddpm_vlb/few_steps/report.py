@@ -54,6 +54,21 @@ def print_table(rows: list[dict[str, Any]], unit: str) -> None:
         print(f"{row['num_inference_steps']:5}  {row['path']:10} {row['variance']:14} {value:8.4f} {errors}{star}")
 
 
+def report(result: dict[str, Any], folder: Path) -> None:
+    """Print the table and what was stored.
+
+    Args:
+        result: the content of few_steps.json.
+        folder: where it lies.
+    """
+    print_table(result["all_steps"], result["unit"])
+    print_table(result["rows"], result["unit"])
+    print_differences(result["rows"], result["unit"])
+    images, fitted = result["data"]["num_images"], result["num_fit_images"]
+    print(f"\n{images} held-out images, every step a network call; paths and variances from {fitted} images of")
+    print(f"{result['fit_split']!r}. What is stored (*) is in {folder}, with few_steps.json and few_steps.png.")
+
+
 def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
     """Draw bits/dim against the number of steps, a line for each path and variance.
 

@@ -9,6 +9,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+# Where what was measured of a pipeline lies in its folder: of `ddpm-vlb evaluate` and `sample-quality`.
+MEASURED_FOLDERS = ("evaluation", "evaluation-????????", "sample_quality")
+
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write JSON aside, bring it to the disk and rename it, so that nothing ever leaves half a file."""

@@ -24,8 +24,8 @@ from ddpm_vlb.runtime.stopping import end
 T = TypeVar("T")
 
 
-def prepare_output_dir(folder: Path) -> None:
-    """Make the output folder and make sure that it can be written, before hours are spent.
+def check_output_dir(folder: Path) -> None:
+    """Make sure that the output folder can be written, before hours are spent; it is not made yet.
 
     Args:
         folder: of --output_dir.
@@ -34,12 +34,43 @@ def prepare_output_dir(folder: Path) -> None:
         OSError: it cannot.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test-{uuid.uuid4().hex}"
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        probe = there / f".write_test-{uuid.uuid4().hex}"
         probe.write_text("", encoding="utf-8")
         probe.unlink()
     except OSError as error:
         raise OSError(f"--output_dir {folder} cannot be written: {error}") from error
+
+
+def prepare_output_dir(folder: Path) -> None:
+    """Make the output folder, which can be written.
+
+    Args:
+        folder: of --output_dir.
+
+    Raises:
+        OSError: it cannot.
+    """
+    check_output_dir(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_to_replace(folder: Path, overwrite: bool, others: str) -> None:
+    """Refuse a folder whose finished pipeline would be replaced without a word.
+
+    Args:
+        folder: of --output_dir.
+        overwrite: --overwrite_output_dir was given.
+        others: what else can be done.
+
+    Raises:
+        ValueError: it holds one.
+    """
+    if not overwrite and (folder / "model_index.json").exists():
+        raise ValueError(
+            f"--output_dir {folder} holds a finished pipeline (model_index.json): give {others}, or "
+            "--overwrite_output_dir to replace it and all that was measured of it."
+        )
 
 
 def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
@@ -57,7 +88,7 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         raise ValueError(
             "FSDP 1 flattens the parameters, which the average needs one by one: set fsdp_version: 2 (Accelerate 1.6)."
         )
-    if args.logger not in ("none", *get_available_trackers()):  # Accelerate would run without one
+    if args.logger not in ("none", *map(str, get_available_trackers())):  # Accelerate would run without one
         raise ImportError(
             f"--logger {args.logger} needs a package that is not installed: `pip install {args.logger}`, or choose "
             "another --logger, none say."

@@ -26,6 +26,7 @@ MANIFEST = "checkpoint.json"
 RUN_FILE = ".run.json"
 KEYS = {"step", "run", "fixed", "free", "files"}
 _PREFIX = "checkpoint-"
+_KINDS = ("checkpoint", "superseded", "diverged")
 _BEGUN = ".begun"
 _LEFT = (f".{_PREFIX}*", ".pipeline-*", ".superseded-*.removed", ".diverged-*.removed")
 
@@ -162,6 +163,11 @@ class Checkpoints:
     def own(self) -> list[Path]:
         """The finished checkpoints of this run, oldest first."""
         return [path for path, manifest in _finished(self.folder) if manifest.get("run") == self.run]
+
+    def others(self) -> list[Path]:
+        """The finished checkpoints of other runs in the folder, those among them that were put aside."""
+        manifests = [(path, read_json(path / MANIFEST)) for kind in _KINDS for path in self.folder.glob(f"{kind}-*")]
+        return [path for path, manifest in manifests if manifest.keys() >= KEYS and manifest["run"] != self.run]
 
     def advice(self) -> str:
         """What to do after a fault."""

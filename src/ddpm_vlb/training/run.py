@@ -257,7 +257,8 @@ class Run:
         fixed["sharding by"] = kind.value if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else "nothing"
         if kind == DistributedType.DEEPSPEED:  # its optimizer's shards fit no other number
             fixed["--num_processes"] = accelerator.num_processes
-        said_elsewhere = {"train_batch_size", "gradient_accumulation_steps", "resume_from_checkpoint"}
+        said_elsewhere = {"train_batch_size", "gradient_accumulation_steps"}
+        said_elsewhere |= {"resume_from_checkpoint", "overwrite_output_dir"}
         kept = {k: v for k, v in vars(args).items() if f"--{k}" not in fixed and k not in said_elsewhere}
         return fixed, {k: v for k, v in kept.items() if k not in PATHS and not k.startswith("hub_")}
 
