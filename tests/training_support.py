@@ -89,7 +89,9 @@ def check_metrics(metrics, folder):
     test = metrics["test"]
     assert SCORES <= test.keys() and all(math.isfinite(test[name]) for name in SCORES)
     assert test["prior"] + test["kl"] + test["decoder"] == pytest.approx(test["bits_per_dim"], abs=1e-9)
-    assert (test["num_images"], test["network_calls_per_image"], test["clip_sample"]) == (8, 8, False)
+    assert (test["num_images"], test["network_calls_per_image"], test["clip_sample"]) == (8, 8, True)
+    assert test["by_clipping"].keys() == {"clipped", "unclipped"}
+    assert {name: test[name] for name in SCORES} == test["by_clipping"]["clipped"]
     assert test["noise_se"] > 0 and test["image_se"] >= 0 and test["decoder"] >= 0
     assert metrics["baselines"].keys() == {"uniform", "histogram_per_position", "lzma"}
     assert all(math.isfinite(value) and value > 0 for value in metrics["baselines"].values())

@@ -86,7 +86,7 @@ def test_what_a_run_leaves_behind(go, tmp_path, capsys):
         assert row["num_samples"] == row["num_images"] == TEST and np.isfinite(numbers(content)).all()
     assert content["baseline"]["split"] == "train" and content["feature_model"]["num_features"] == 16
     out = capsys.readouterr().out
-    assert re.search(r"^ +2 +default +\d", out, re.M) and re.search(r"train images +\d", out)
+    assert re.search(r"^ +2 +default \(spacing leading\) +\d", out, re.M) and re.search(r"train images +\d", out)
 
 
 def test_the_numbers_are_those_of_the_pictures(go, models, sets, viewers, tmp_path):

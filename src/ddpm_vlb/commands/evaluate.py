@@ -52,10 +52,10 @@ from ddpm_vlb.commands.options import (
 )
 from ddpm_vlb.runtime.files import read_json, write_json
 from ddpm_vlb.runtime.launching import patient_accelerator, prepare_output_dir
-from ddpm_vlb.runtime.reporting import plot_per_image, plot_vlb_terms, provenance, score
+from ddpm_vlb.runtime.reporting import plot_per_image, plot_vlb_terms, provenance
 from ddpm_vlb.runtime.stopping import leave, refused
 from ddpm_vlb.scoring.checkpoint import Checkpoint, default_folder
-from ddpm_vlb.scoring.report import report
+from ddpm_vlb.scoring.report import both_clippings, clips, entry, path_taken, report
 from ddpm_vlb.scoring.sweep import PartialScores, Scores, run_sweep, shared
 
 PICTURES = ("vlb_terms.png", "per_image.png")
@@ -126,12 +126,10 @@ class Evaluation(Checkpoint):
         super().__init__(args, accelerator, "evaluate")
         reverse = chain(args, self.pipeline.scheduler, accelerator.device)
         reverse = dataclasses.replace(reverse, levels=self.data.levels)
-        clipped = reverse.clip_sample or reverse.thresholding
-        first = clipped if args.clip_sample is None else args.clip_sample
-        both = [_with_clipping(reverse, first), _with_clipping(reverse, not first)]
-        self.reverse, self.clips = both[0], first
+        both = both_clippings(reverse, args.clip_sample)
+        self.reverse, self.clips = both[0], clips(both[0])
         # Unless a checkpoint of continuous data says so itself, clipping its values to [-1, 1] is nonsense.
-        self.also = both[1:] if self.discrete or clipped else []
+        self.also = list(both[1:]) if self.discrete or clips(reverse) else []
         options = "estimator calls_per_image tolerance pilot_calls control_variate seed".split()
         self.run_key = self.key(both, options={name: getattr(args, name) for name in options})
         self.partial = f"partial-{self.run_key[:16]}"
@@ -145,6 +143,11 @@ class Evaluation(Checkpoint):
         other = keys - {self.run_key} or begun - {self.partial}
         own = folder.with_name(f"{folder.name}-{self.run_key[:8]}") if other else folder
         return broadcast_object_list([own if self.accelerator.is_main_process else None])[0]
+
+    def path(self) -> str | None:
+        """By name, the path that --num_inference_steps takes."""
+        steps = self.args.num_inference_steps
+        return None if steps is None else path_taken(self.pipeline.scheduler, steps, self.args.timestep_spacing)
 
     def pilot(self, store: PartialScores) -> Pilot | None:
         """The pilot, or None for the full loop, which needs none."""
@@ -197,12 +200,6 @@ class Evaluation(Checkpoint):
         return run_sweep(self.accelerator, scorer, self.batch, positions, sweep, store, what, unit)
 
 
-def _with_clipping(reverse: ReverseProcess, clip: bool) -> ReverseProcess:
-    if not clip:
-        return dataclasses.replace(reverse, clip_sample=False, thresholding=False)
-    return reverse if reverse.thresholding else dataclasses.replace(reverse, clip_sample=True)
-
-
 def importance(run: Evaluation, pilot: Pilot | None, store: PartialScores) -> tuple[Scores, Scores]:
     """Sweeps over all images until the noise standard error is below the tolerance; one, where there is none."""
     positions, tolerance = range(len(run.data.scored)), run.args.tolerance
@@ -249,13 +246,10 @@ def evaluate(run: Evaluation, store: PartialScores) -> tuple[VLBEstimate, dict[s
     pilot = run.pilot(store)
     scores, second = full(run, store) if args.estimator == "full" else importance(run, pilot, store)
     estimate = estimate_from_scores(scores, second)
-    by_clipping = zip(("clipped", "unclipped") if run.clips else ("unclipped", "clipped"), (estimate, *estimate.also))
     scale = 1.0 if run.discrete else math.log(2)
     metrics = {
-        **score(estimate, run.discrete),
+        **entry(estimate, run.clips, run.discrete),
         "unit": run.unit,
-        "clip_sample": run.clips,
-        "by_clipping": {name: score(own, run.discrete) for name, own in by_clipping},
         "estimator": args.estimator,
         "tolerance": args.tolerance,
         "pilot_calls": 0 if pilot is None else pilot.num_calls,
@@ -263,6 +257,7 @@ def evaluate(run: Evaluation, store: PartialScores) -> tuple[VLBEstimate, dict[s
         "control_variate": pilot is not None and pilot.control is not None,
         "seed": args.seed,
         "timesteps": run.reverse.forward.timesteps.tolist(),
+        "path": run.path(),
         "l_t": {
             "mean": _json_list(estimate.term_mean * scale),
             "se": _json_list(estimate.term_se * scale),

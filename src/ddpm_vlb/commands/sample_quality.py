@@ -48,6 +48,7 @@ from ddpm_vlb.runtime.launching import main_first, patient_accelerator, prepare_
 from ddpm_vlb.runtime.reporting import plot_samples, provenance
 from ddpm_vlb.runtime.stopping import leave, refused
 from ddpm_vlb.scoring.checkpoint import default_folder, fingerprint_of, load_data, load_pipeline, network_shape
+from ddpm_vlb.scoring.report import path_taken
 
 SPACINGS = ("default", *ALL_SPACINGS)
 DATA = ("dataset_name", "dataset_config_name", "train_data_dir", "split", "levels")
@@ -299,6 +300,7 @@ def measure(run: Comparison) -> dict[str, Any]:
                 f"{steps} steps, {label}",
             )
             chain = {"steps": steps, "spacing": spacing, "variance": variance, "timesteps": run.walked}
+            chain["path"] = path_taken(run.pipeline.scheduler, steps, None if spacing == "default" else spacing)
             results.append({**chain, **distances(x)})
             if run.accelerator.is_main_process:
                 few = min(len(made), len(shown))

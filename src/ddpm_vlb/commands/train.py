@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -40,9 +39,10 @@ from ddpm_vlb.runtime.launching import (
     refuse_to_replace,
 )
 from ddpm_vlb.runtime.publisher import open_publisher, repair_command
-from ddpm_vlb.runtime.reporting import baselines, describe, plot_samples, plot_vlb_terms, score
+from ddpm_vlb.runtime.reporting import baselines, plot_samples, plot_vlb_terms
 from ddpm_vlb.runtime.staging import describe_folder, stage_result
 from ddpm_vlb.runtime.stopping import MENDABLE, clear_faults, leave, refused
+from ddpm_vlb.scoring.report import both_clippings, bound_lines, clips, entry, in_one_line
 from ddpm_vlb.scoring.sweep import Stopped, run_sweep, shared
 from ddpm_vlb.training.run import Run
 
@@ -58,8 +58,8 @@ MEASURED = (
 def evaluate(
     run: Run, network: UNet2DModel, images: Images, limit: int | None, calls_per_image: int, description: str
 ) -> VLBEstimate:
-    """Bits/dim of the first `limit` images, on all processes; x_0 is not clipped."""
-    accelerator, reverse = run.accelerator, dataclasses.replace(run.reverse, clip_sample=False)
+    """Bits/dim of the first `limit` images, on all processes; `also` with x_0 clipped, or not, unlike in sampling."""
+    accelerator, (reverse, other) = run.accelerator, both_clippings(run.reverse)
     total = len(images) if limit is None else min(limit, len(images))
 
     def model(x_t: Tensor, timesteps: Tensor) -> Tensor:
@@ -71,10 +71,12 @@ def evaluate(
 
     def pilot() -> Pilot:
         train_images = stacked(run.data.train, pilot_positions(len(run.data.train), stacked(images, [0]).numel()))
-        return fit_pilot(model, reverse, train_images, seed=run.args.seed)
+        return fit_pilot(model, reverse, train_images, seed=run.args.seed, also=[other])
 
-    replicates = enough_replicates(calls_per_image, total)
-    scorer = VLBEstimator(model, reverse, shared(accelerator, pilot), calls_per_image, replicates, seed=run.args.seed)
+    replicates, shared_pilot = enough_replicates(calls_per_image, total), shared(accelerator, pilot)
+    scorer = VLBEstimator(
+        model, reverse, shared_pilot, calls_per_image, replicates, seed=run.args.seed, also=[other]
+    )
     scores = run_sweep(
         accelerator,
         scorer,
@@ -127,7 +129,7 @@ def drawn_steps(run: Run) -> int:
 def tell(run: Run, network: UNet2DModel, estimate: VLBEstimate, images: Tensor) -> None:
     """Print and log a validation, and offer it for upload."""
     step = run.progress.step
-    said = f"validation {describe(score(estimate))}"
+    said = f"validation {in_one_line(entry(estimate, clips(run.reverse)))}"
     tqdm.write(f"step {step}: {said}")
     logged = {"validation_bits_per_dim": estimate.bits_per_dim, "validation_se": total_se(estimate)}
     run.accelerator.log(logged, step)
@@ -152,7 +154,7 @@ def snapshot(run: Run, network: UNet2DModel, folder: Path, estimate: VLBEstimate
     pipeline.save_pretrained(folder, include_code=run.args.hub_include_code)
     pictures(estimate, images, run.data.validation, folder)
     metrics = {
-        "validation": {**score(estimate), "clip_sample": False},
+        "validation": entry(estimate, clips(run.reverse)),
         "samples": {"num_inference_steps": drawn_steps(run), "seed": run.args.seed},
         **run.record(),
     }
@@ -211,7 +213,7 @@ def finish(run: Run) -> dict[str, Any] | None:
     generated = sample(run, network, args.eval_batch_size, args.ddpm_num_inference_steps)
     pictures(estimate, generated, data.test, folder)
     metrics = {
-        "test": {**score(estimate), "clip_sample": False, "seed": args.seed},
+        "test": {**entry(estimate, clips(run.reverse)), "seed": args.seed},
         "baselines": baselines(data.train, data.test, num_test_images=args.num_test_images),
         "samples": {"num_inference_steps": args.ddpm_num_inference_steps, "seed": args.seed},
         **run.record(),
@@ -224,8 +226,8 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
     """Print the result beside the baselines."""
     test = metrics["test"]
     print(f"\nTest bits/dim ({test['num_images']} images, {test['network_calls_per_image']} network calls each):")
-    print(f"  this model             {describe(test)}, x_0_hat unclipped")
-    print(f"    = prior {test['prior']:.4f} + KL {test['kl']:.4f} + decoder {test['decoder']:.4f}")
+    print("\n".join(bound_lines(test)))
+    print("Beside it, codes that anyone has:")
     for name, value in metrics["baselines"].items():
         print(f"  {name:22} {value:.3f}")
     print(f"Data: {data_name(metrics['data'])}.")

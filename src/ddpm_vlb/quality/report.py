@@ -50,10 +50,10 @@ def report(content: dict[str, Any], folder: Path) -> None:
     training = content["feature_model"].get("training")
     if training is not None:
         print(f"\nFeature model: a small ViT, which names {training['test_accuracy']:.1%} of other images rightly.")
-    print(f"\n{'steps':>8}  {'path':<20} {'FD':>10} {'+-':>8} {'1000 MMD^2':>12} {'+-':>8}")
+    print(f"\n{'steps':>8}  {'path':<30} {'FD':>10} {'+-':>8} {'1000 MMD^2':>12} {'+-':>8}")
     for row in content["results"]:
-        print(f"{row['steps']:>8}  {_label(row):<20} {_numbers(row)}")
-    print(f"{first['split'] + ' images':>30}{_numbers(first)}")
+        print(f"{row['steps']:>8}  {_path(row):<30} {_numbers(row)}")
+    print(f"{first['split'] + ' images':>40}{_numbers(first)}")
     samples = content["results"][0]["num_samples"]
     against = f"against {first['num_images']} images of {data_name(content['data'])}"
     print(f"{samples} samples and {first['num_samples']} {first['split']} images, {against}.")
@@ -65,6 +65,11 @@ def report(content: dict[str, Any], folder: Path) -> None:
 def _numbers(row: dict[str, Any]) -> str:
     digits = max(0, 2 - math.floor(math.log10(max(row["fd"], 1e-9))))
     return f"{row['fd']:>10.{digits}f} {row['fd_se']:>8.{digits}f} {row['mmd']:>12.2f} {row['mmd_se']:>8.2f}"
+
+
+def _path(row: dict[str, Any]) -> str:
+    """Its label, and by name what the default is for its number of steps."""
+    return f"{_label(row)} ({row['path']})" if row["spacing"] == "default" else _label(row)
 
 
 def _label(row: dict[str, Any]) -> str:

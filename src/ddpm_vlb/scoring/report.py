@@ -1,26 +1,115 @@
-"""What the commands print of a bound."""
+"""The bound of both clippings of the x_0 estimate: which comes first, its entry of metrics.json, what is printed."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ddpm_vlb.runtime.reporting import describe
+from ddpm_vlb import DDPMVLBScheduler, ReverseProcess, VLBEstimate
+from ddpm_vlb.runtime.reporting import describe, score
+
+
+def both_clippings(reverse: ReverseProcess, clip: bool | None = None) -> tuple[ReverseProcess, ReverseProcess]:
+    """A reverse process with and without clipping, the one of the headline first.
+
+    Args:
+        reverse: the checkpoint's.
+        clip: whether the first one clips; None: as the checkpoint does.
+    """
+    first = clips(reverse) if clip is None else clip
+    return _with_clipping(reverse, first), _with_clipping(reverse, not first)
+
+
+def clips(reverse: ReverseProcess) -> bool:
+    """Whether a process clips its x_0 estimate.
+
+    Args:
+        reverse: of a checkpoint.
+    """
+    return reverse.clip_sample or reverse.thresholding
+
+
+def _with_clipping(reverse: ReverseProcess, clip: bool) -> ReverseProcess:
+    if not clip:
+        return dataclasses.replace(reverse, clip_sample=False, thresholding=False)
+    return reverse if reverse.thresholding else dataclasses.replace(reverse, clip_sample=True)
+
+
+def _names(first: bool) -> tuple[str, str]:
+    return ("clipped", "unclipped") if first else ("unclipped", "clipped")
+
+
+def entry(estimate: VLBEstimate, first: bool, discrete: bool = True) -> dict[str, Any]:
+    """The numbers of an estimate for metrics.json, those of the other clipping under `by_clipping`.
+
+    Args:
+        estimate: of the headline's process, and `also` of the other.
+        first: whether the headline's process clips.
+        discrete: as of `score`.
+    """
+    by_clipping = zip(_names(first), (estimate, *estimate.also))
+    return {
+        **score(estimate, discrete),
+        "clip_sample": first,
+        "by_clipping": {name: score(own, discrete) for name, own in by_clipping},
+    }
+
+
+def bound_lines(scores: dict[str, Any], unit: str = "bits/dim", own: bool = True) -> list[str]:
+    """What is printed of a bound: the headline, its parts, and the other clipping where it was scored.
+
+    Args:
+        scores: as of `entry`.
+        unit: of the numbers.
+        own: the headline is of the checkpoint's own process; else of the one that was asked for.
+    """
+    name, other = _names(scores["clip_sample"])
+    parts = f"L_T {scores['prior']:.4f} + sum L_t {scores['kl']:.4f} + L_0 {scores['decoder']:.4f}"
+    why = "as the checkpoint samples" if own else "as asked for"
+    lines = [describe(scores, unit), f"  = {parts}, x_0_hat {name}, {why}"]
+    if other in scores["by_clipping"]:
+        lines.append(f"  {other}: {describe(scores['by_clipping'][other], unit)}")
+    return lines
+
+
+def in_one_line(scores: dict[str, Any]) -> str:
+    """The same in short.
+
+    Args:
+        scores: as of `entry`, in bits/dim.
+    """
+    name, other = _names(scores["clip_sample"])
+    return f"{describe(scores)}, x_0_hat {name} ({other} {scores['by_clipping'][other]['bits_per_dim']:.3f})"
+
+
+def path_taken(scheduler: DDPMVLBScheduler, steps: int, spacing: str | None) -> str:
+    """By name, the path that a number of steps takes.
+
+    Args:
+        scheduler: of the checkpoint.
+        steps: how many.
+        spacing: that was asked for; None: none was.
+    """
+    if spacing in (None, "optimal") and steps in scheduler.optimal_paths:
+        return "the stored path"
+    return f"spacing {spacing or scheduler.config.timestep_spacing!s}"
 
 
 def report(metrics: dict[str, Any], folder: Path) -> None:
-    """Print the result."""
-    names = ("clipped", "unclipped") if metrics["clip_sample"] else ("unclipped", "clipped")
-    first, other = metrics["by_clipping"][names[0]], metrics["by_clipping"].get(names[1])
-    unit, steps = metrics["unit"], len(metrics["timesteps"])
-    print(f"\n{describe(first, unit)}")
-    print(f"  = L_T {first['prior']:.4f} + sum L_t {first['kl']:.4f} + L_0 {first['decoder']:.4f}, x_0_hat {names[0]}")
-    if other is not None:
-        print(f"  {names[1]}: {describe(other, unit)}")
+    """Print an evaluation.
+
+    Args:
+        metrics: of `ddpm-vlb evaluate`.
+        folder: where they lie.
+    """
+    unit, steps, path = metrics["unit"], len(metrics["timesteps"]), metrics.get("path")
+    print()
+    print("\n".join(bound_lines(metrics, unit, metrics["options"]["clip_sample"] is None)))
     calls = f"{metrics['network_calls_per_image']} network calls each"
     extra = metrics["pilot_calls"] or metrics["second_draw_calls"]
     levels = f"{metrics['data']['levels']} levels" if metrics["data"]["levels"] else "continuous"
     what = "the pilot's" if metrics["pilot_calls"] else "for the error bar"
     images = f"{metrics['num_images']} images of {metrics['data']['split']!r} ({levels})"
-    print(f"{images}, {steps} steps, {calls} (+ {extra} {what}).")
+    print(f"{images}, {steps} steps{f' ({path})' if path else ''}, {calls} (+ {extra} {what}).")
     if not metrics["data"]["levels"]:
         print("Continuous data: a density, which depends on the scale of the data and is no code length of images.")
     print(f"metrics.json, vlb_terms.png and per_image.png are in {folder}.")
