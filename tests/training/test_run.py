@@ -1,5 +1,7 @@
 """What is trained: the network, its average, and what a run in this process has of a checkpoint."""
 
+import json
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -83,6 +85,31 @@ def test_the_average_is_what_is_saved(tmp_path, few):
     for name in saved:
         torch.testing.assert_close(saved[name], average[name], rtol=1e-5, atol=1e-6)
     assert not same_weights(saved, last)
+
+
+OTHER_NETWORKS = [
+    ({"num_class_embeds": 10}, "takes classes"),
+    ({"class_embed_type": "timestep"}, "takes classes"),
+    ({"_class_name": "UNet1DModel"}, "is of a UNet1DModel"),
+    ({"_class_name": "UNet2DConditionModel"}, "is of a UNet2DConditionModel"),
+    ({"in_channels": 3}, "has 3 input and 2 output channels.*need 1 and 2"),
+    ({"out_channels": 1}, "has 1 input and 1 output channels.*need 1 and 2"),
+    ({"norm_num_groups": 3}, "makes no network of images of 8 x 8"),
+    ({"down_block_types": ["NoBlock2D", "DownBlock2D"]}, "makes no network"),
+]
+
+
+@pytest.mark.parametrize("changes, pattern", OTHER_NETWORKS)
+def test_a_network_that_is_not_trained_here_is_refused(tmp_path, changes, pattern):
+    """At the start, in one line that names the option, and with no folder left."""
+    network = dict(block_out_channels=[8, 8], norm_num_groups=4, layers_per_block=1, in_channels=1, out_channels=2)
+    kinds = dict(down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2, add_attention=False)
+    config = {"_class_name": "UNet2DModel", "sample_size": 8, **network, **kinds, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ("--max_train_steps 1 --logger none --model_config_name_or_path", tmp_path / "config.json")
+    with pytest.raises(SystemExit, match=f"--model_config_name_or_path .*{pattern}") as stop:
+        until_training(tmp_path / "run", *options)
+    assert "\n" not in stop.value.code and not (tmp_path / "run").exists()
 
 
 def test_without_an_average_the_last_weights_are_saved(tmp_path, few):
@@ -171,9 +198,13 @@ def test_latest_without_a_checkpoint_starts_anew(few_base, tmp_path, few, capsys
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path, few):
-    """With its path, before training."""
-    with pytest.raises(SystemExit, match=r"--resume_from_checkpoint checkpoint-9: there is no .*checkpoint-9"):
+    """With its path, before training; what is there is listed, and how it is named."""
+    pattern = r"--resume_from_checkpoint {0}: there is no .*{0}, but {1}: give a name checkpoint-STEP, or latest"
+    with pytest.raises(SystemExit, match=pattern.format("checkpoint-9", "no checkpoint")):
         until_training(tmp_path, "--resume_from_checkpoint checkpoint-9", *few)
+    only_train(tmp_path, "--max_train_steps 2 --checkpointing_steps 1", *few)
+    with pytest.raises(SystemExit, match=pattern.format("2", "checkpoint-1, checkpoint-2")):
+        until_training(tmp_path, "--resume_from_checkpoint 2", *few)
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path, few):

@@ -203,7 +203,8 @@ class Checkpoints:
         else:
             path = self.folder / Path(name).name
             if not path.is_dir():
-                raise ValueError(f"there is no {path}")
+                there = ", ".join(own.name for own, _ in finished) or "no checkpoint"
+                raise ValueError(f"there is no {path}, but {there}: give a name checkpoint-STEP, or latest")
             manifest = dict(finished).get(path, {})
         self._check(path, manifest)
         return path.name, manifest

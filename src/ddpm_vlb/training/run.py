@@ -58,18 +58,51 @@ def build_scheduler(args: argparse.Namespace, levels: int) -> DDPMVLBScheduler:
     )
 
 
+def configured_unet(name: str, data: ImageData, out_channels: int) -> UNet2DModel:
+    """The network of a configuration, if it is one that is trained here.
+
+    Args:
+        name: --model_config_name_or_path.
+        data: the images.
+        out_channels: that this data and the variance type need.
+
+    Raises:
+        ValueError: it is no `UNet2DModel`, takes classes, has other channels, or does not take these images.
+    """
+    config, option = dict(UNet2DModel.load_config(name)), f"--model_config_name_or_path {name}"
+    kind = config.get("_class_name", "UNet2DModel")
+    if kind != "UNet2DModel":
+        raise ValueError(f"{option} is of a {kind}, but `ddpm-vlb train` trains a UNet2DModel: give one's config.")
+    if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
+        raise ValueError(
+            f"{option} takes classes (num_class_embeds or class_embed_type), but `ddpm-vlb train` trains without "
+            "labels: leave both out."
+        )
+    x_t = torch.zeros(1, data.channels, *data.size, device="meta")
+    try:
+        with torch.device("meta"):  # shapes alone
+            empty = UNet2DModel.from_config(config)
+        channels = empty.config.in_channels, empty.config.out_channels
+        shape = empty(x_t, x_t.new_zeros(1)).sample.shape if channels[0] == data.channels else None
+    except Exception as error:  # whatever diffusers and torch say of values that make no network
+        raise ValueError(
+            f"{option} makes no network of images of {data.size[0]} x {data.size[1]}: {str(error)[:300]}"
+        ) from error
+    if channels != (data.channels, out_channels):
+        raise ValueError(
+            f"{option} has {channels[0]} input and {channels[1]} output channels, but this data and variance type "
+            f"need {data.channels} and {out_channels}."
+        )
+    if shape != (1, out_channels, *data.size):
+        raise ValueError(f"{option} makes {tuple(shape or ())[2:]} of images of {data.size}: give a fitting config.")
+    return UNet2DModel.from_config(config)
+
+
 def build_unet(args: argparse.Namespace, data: ImageData) -> UNet2DModel:
     """The network: the mean's channels, and as many again for a learned variance."""
     out_channels = data.channels * (2 if args.variance_type.startswith("learned") else 1)
     if args.model_config_name_or_path is not None:
-        config = UNet2DModel.load_config(args.model_config_name_or_path)
-        unet = UNet2DModel.from_config(config)
-        if (unet.config.in_channels, unet.config.out_channels) != (data.channels, out_channels):
-            raise ValueError(
-                f"The model config has {unet.config.in_channels} input and {unet.config.out_channels} output "
-                f"channels, but this data and variance type need {data.channels} and {out_channels}."
-            )
-        return unet
+        return configured_unet(args.model_config_name_or_path, data, out_channels)
     depth = len(args.block_out_channels)
     factor = 2 ** (depth - 1)
     if any(side % factor for side in data.size):
