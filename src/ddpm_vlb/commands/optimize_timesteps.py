@@ -200,7 +200,7 @@ def collect(run: Optimization) -> StepStatistics:
 
 def price(run: Optimization, candidates: list[Candidate]) -> list[dict[str, Any]]:
     """Score chains on the held-out images: every step once, and some images twice for the noise's error."""
-    accelerator, total = run.accelerator, len(run.data.scored)
+    accelerator, total, unit = run.accelerator, len(run.data.scored), run.unit_of_a_nat
     again = [i * total // min(total, SECOND_DRAWS) for i in range(min(total, SECOND_DRAWS))]
     groups, rows = same_chains(candidates), dict[int, dict[str, Any]]()
     hidden, steps = not accelerator.is_main_process, sum(len(group[0].timesteps) for group in groups)
@@ -210,8 +210,8 @@ def price(run: Optimization, candidates: list[Candidate]) -> list[dict[str, Any]
             scorer = run.scorer(processes[0], processes[1:], estimator="full")
             store = run.store(processes)
             what = f"{len(group[0].timesteps)} steps"
-            scores = run_sweep(accelerator, scorer, run.batch, range(total), 0, store, what)
-            second = run_sweep(accelerator, scorer, run.batch, again, 1, store, f"{what}, second draw")
+            scores = run_sweep(accelerator, scorer, run.batch, range(total), 0, store, what, unit)
+            second = run_sweep(accelerator, scorer, run.batch, again, 1, store, f"{what}, second draw", unit)
             estimate = estimate_from_scores(scores, second)
             for own, result in zip(group, (estimate, *estimate.also)):
                 rows[id(own)] = row(run, own, result)
@@ -258,7 +258,8 @@ def price_all_steps(run: Optimization, errors: SquaredErrors) -> list[dict[str, 
         )
 
     scorer = run.scorer(first, others, pilot=shared(run.accelerator, pilot))
-    scores = run_sweep(run.accelerator, scorer, run.batch, range(len(run.data.scored)), description="All steps")
+    positions, unit = range(len(run.data.scored)), run.unit_of_a_nat
+    scores = run_sweep(run.accelerator, scorer, run.batch, positions, description="All steps", report_unit=unit)
     estimate = estimate_from_scores(scores)
     return [row(run, own, result) for own, result in zip(candidates, (estimate, *estimate.also))]
 

@@ -67,6 +67,30 @@ def report(result: dict[str, Any], folder: Path) -> None:
     images, fitted = result["data"]["num_images"], result["num_fit_images"]
     print(f"\n{images} held-out images, every step a network call; paths and variances from {fitted} images of")
     print(f"{result['fit_split']!r}. What is stored (*) is in {folder}, with few_steps.json and few_steps.png.")
+    for line in worse_than_others(result["rows"], result["unit"]):
+        print(line)
+
+
+def worse_than_others(rows: list[dict[str, Any]], unit: str) -> list[str]:
+    """A line for each stored chain that costs more than another one, by more than two errors of the difference.
+
+    Args:
+        rows: of few_steps.json.
+        unit: of the numbers.
+    """
+    lines = []
+    for stored in (row for row in rows if row["stored"]):
+        number = stored["num_inference_steps"]
+        others = [row for row in rows if row["num_inference_steps"] == number and row["against_stored"]["se"]]
+        best = min(others, key=lambda row: row["against_stored"]["difference"], default=stored)
+        gap = best["against_stored"]
+        if gap["se"] and gap["difference"] < -2 * gap["se"]:
+            lines.append(
+                f"{number} steps: the stored chain ({stored['path']}, {stored['variance']}) costs "
+                f"{-gap['difference']:.4f} +- {gap['se']:.4f} {unit} more than {best['path']}, {best['variance']}: "
+                "give more images (--num_fit_images), or choose the --variance."
+            )
+    return lines
 
 
 def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
@@ -77,7 +101,7 @@ def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
         path: the PNG file to write.
         unit: of the numbers.
     """
-    figure = Figure(figsize=(13, 5.5))
+    figure = Figure(figsize=(13, 6.5))
     axes = figure.subplots(1, 2, sharey=True)
     value = "bits_per_dim" if rows[0]["bits_per_dim"] is not None else "nats_per_dim"
     whole = {row["variance"]: row for row in rows if row["path"] == "all"}
@@ -117,7 +141,7 @@ def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
         low = min(row[value] for row in rows)
         axis.set_ylim(low - 0.1, min(max(row[value] for row in rows) + 0.2, low + 3))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
     axes[0].set(ylabel=f"{unit}, held-out images", title=f"paths, with the variance {variances[0]!r}")
     axes[1].set(title="variances; thin lines: all steps of the training chain")
     save(figure, path)
