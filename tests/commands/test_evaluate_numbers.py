@@ -123,13 +123,23 @@ def test_shorter_chains(score, calls, models, sets, options):
 
 def test_a_shorter_chain_with_few_calls(score, calls, models, sets):
     """The pilot and the scores are of that chain: as by hand with `reverse_process(timesteps=...)`."""
-    steps = [1, 4, 9, 12, 19]
-    metrics = score("range", "grey", "--timesteps 19 12 9 4 1")
+    steps = [1, 3, 4, 6, 9, 11, 12, 15, 19]  # more than the calls
+    metrics = score("range", "grey", "--timesteps 19 15 12 11 9 6 4 3 1")
     assert {told for _, told, _ in calls} == set(steps) and metrics["timesteps"] == steps
     reverse = DDPMVLBPipeline.from_pretrained(models["range"]).scheduler.reverse_process(timesteps=steps)
     hand = estimate_by_hand(models["range"], sets["grey"], timesteps=steps)
     assert torch.equal(reverse.forward.betas, by_hand(models["range"], timesteps=steps)[1].forward.betas)
     assert metrics["per_image"] == pytest.approx(hand.per_image.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [[5, 19], [0, 2, 4, 6, 8, 10, 12, 19]])
+def test_a_chain_of_no_more_steps_than_calls_is_walked(score, models, sets, capsys, steps):
+    """Every step once, none drawn: the bound by plain numpy, and the report and metrics.json say so."""
+    metrics = score("small", "grey", f"--num_images 2 --timesteps {' '.join(map(str, steps))}")
+    prior, terms = full_by_hand(models["small"], sets["grey"].test[:2], timesteps=steps)
+    assert metrics["per_image"] == pytest.approx((prior + terms.sum(1)) * BITS / 64, rel=1e-4)
+    assert (metrics["estimator"], metrics["network_calls_per_image"]) == ("full", len(steps))
+    assert "Every step was taken once, not drawn" in capsys.readouterr().out
 
 
 # Class-conditional networks

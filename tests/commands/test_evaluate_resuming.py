@@ -204,7 +204,7 @@ OPTIONS = """
     --split train
     --estimator full
     --levels 511
-    --timesteps 0 3 7 12 19
+    --timesteps 0 1 3 5 7 9 12 15 17 19
     --eval_batch_size 8
     --mixed_precision bf16
     --tolerance 100

@@ -126,12 +126,17 @@ class Evaluation(Checkpoint):
         super().__init__(args, accelerator, "evaluate")
         reverse = chain(args, self.pipeline.scheduler, accelerator.device)
         reverse = dataclasses.replace(reverse, levels=self.data.levels)
+        # Where every step can be taken, none is drawn.
+        self.estimator = args.estimator
+        if args.calls_per_image >= len(reverse.forward) and args.tolerance is None:
+            self.estimator = "full"
         both = both_clippings(reverse, args.clip_sample)
         self.reverse, self.clips = both[0], clips(both[0])
         # Unless a checkpoint of continuous data says so itself, clipping its values to [-1, 1] is nonsense.
         self.also = list(both[1:]) if self.discrete or clips(reverse) else []
-        options = "estimator calls_per_image tolerance pilot_calls control_variate seed".split()
-        self.run_key = self.key(both, options={name: getattr(args, name) for name in options})
+        options = "calls_per_image tolerance pilot_calls control_variate seed".split()
+        told = {"estimator": self.estimator, **{name: getattr(args, name) for name in options}}
+        self.run_key = self.key(both, options=told)
         self.partial = f"partial-{self.run_key[:16]}"
         self.folder = Path(args.output_dir) if args.output_dir else self._own_folder()
 
@@ -151,7 +156,7 @@ class Evaluation(Checkpoint):
 
     def pilot(self, store: PartialScores) -> Pilot | None:
         """The pilot, or None for the full loop, which needs none."""
-        if self.args.estimator == "full":
+        if self.estimator == "full":
             return None
 
         def make() -> Pilot:
@@ -189,7 +194,7 @@ class Evaluation(Checkpoint):
             calls,
             enough_replicates(calls, len(self.data.scored)),
             seed=self.args.seed,
-            estimator=self.args.estimator,
+            estimator=self.estimator,
             also=self.also,
             values_per_call=self.values_per_call,
         )
@@ -244,13 +249,13 @@ def evaluate(run: Evaluation, store: PartialScores) -> tuple[VLBEstimate, dict[s
     """The estimates and the content of metrics.json."""
     args, started = run.args, time.perf_counter()
     pilot = run.pilot(store)
-    scores, second = full(run, store) if args.estimator == "full" else importance(run, pilot, store)
+    scores, second = full(run, store) if run.estimator == "full" else importance(run, pilot, store)
     estimate = estimate_from_scores(scores, second)
     scale = 1.0 if run.discrete else math.log(2)
     metrics = {
         **entry(estimate, run.clips, run.discrete),
         "unit": run.unit,
-        "estimator": args.estimator,
+        "estimator": run.estimator,
         "tolerance": args.tolerance,
         "pilot_calls": 0 if pilot is None else pilot.num_calls,
         "second_draw_calls": len(second[0]) * second[0].calls if second else 0,
