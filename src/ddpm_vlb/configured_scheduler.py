@@ -1,4 +1,4 @@
-"""A scheduler whose state follows its configuration, however that is changed: derived from it, never kept beside it."""
+"""A scheduler whose state follows its configuration, however that is changed: derived, never kept beside it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -74,9 +74,7 @@ def evaluate(
         return fit_pilot(model, reverse, train_images, seed=run.args.seed, also=[other])
 
     replicates, shared_pilot = enough_replicates(calls_per_image, total), shared(accelerator, pilot)
-    scorer = VLBEstimator(
-        model, reverse, shared_pilot, calls_per_image, replicates, seed=run.args.seed, also=[other]
-    )
+    scorer = VLBEstimator(model, reverse, shared_pilot, calls_per_image, replicates, seed=run.args.seed, also=[other])
     scores = run_sweep(
         accelerator,
         scorer,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_vlb.runtime.figures import Figure, save
+from ddpm_vlb.runtime.image_data import data_name
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
@@ -64,8 +65,8 @@ def report(result: dict[str, Any], folder: Path) -> None:
     print_table(result["all_steps"], result["unit"])
     print_table(result["rows"], result["unit"])
     print_differences(result["rows"], result["unit"])
-    images, fitted = result["data"]["num_images"], result["num_fit_images"]
-    print(f"\n{images} held-out images, every step a network call; paths and variances from {fitted} images of")
+    images, fitted = f"{result['data']['num_images']} images of {data_name(result['data'])}", result["num_fit_images"]
+    print(f"\n{images}, every step a network call; paths and variances from {fitted} images of")
     print(f"{result['fit_split']!r}. What is stored (*) is in {folder}, with few_steps.json and few_steps.png.")
     for line in worse_than_others(result["rows"], result["unit"]):
         print(line)

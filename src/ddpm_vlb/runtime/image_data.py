@@ -34,7 +34,7 @@ class ImageData:
     train: Images
     validation: Images
     test: Images
-    size: tuple[int, int]
+    size: tuple[int, ...]
     channels: int
     levels: int
     record: dict[str, Any]

@@ -171,7 +171,7 @@ def _rows(data: Any, column: str, indices: list[int]) -> Any:
         ) from error
 
 
-def _resize_and_crop(k: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _resize_and_crop(k: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Scale to cover `size`, then cut out the centre; levels stay levels."""
     height, width = size
     image = PIL.Image.fromarray(np.ascontiguousarray(k[..., 0] if k.shape[2] == 1 else k))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_vlb import DDPMVLBScheduler, ReverseProcess, VLBEstimate
+from ddpm_vlb.runtime.image_data import data_name
 from ddpm_vlb.runtime.reporting import describe, score
 
 
@@ -108,7 +109,7 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
     extra = metrics["pilot_calls"] or metrics["second_draw_calls"]
     levels = f"{metrics['data']['levels']} levels" if metrics["data"]["levels"] else "continuous"
     what = "the pilot's" if metrics["pilot_calls"] else "for the error bar"
-    images = f"{metrics['num_images']} images of {metrics['data']['split']!r} ({levels})"
+    images = f"{metrics['num_images']} images of {data_name(metrics['data'])} ({levels})"
     if metrics["estimator"] == "full" != metrics["options"]["estimator"]:
         print(f"Every step was taken once, not drawn: there are no more than --calls_per_image, {steps}.")
     print(f"{images}, {steps} steps{f' ({path})' if path else ''}, {calls} (+ {extra} {what}).")
