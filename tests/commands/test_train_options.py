@@ -99,7 +99,7 @@ BAD = """
     --ddpm_beta_start 0
     --ddpm_num_inference_steps 0
     --calls_per_image 0
-    --num_test_images 0
+    --num_test_images -1
     --validation_steps 0
     --checkpointing_steps -1
     --checkpoints_total_limit 0

@@ -43,7 +43,7 @@ def test_a_signal_saves_the_step(tmp_path, few, straight, number, options):
     check_same(tmp_path / "checkpoint-30", straight / "checkpoint-30")
 
 
-@pytest.mark.parametrize("where", ["evaluate", "sample"])
+@pytest.mark.parametrize("where", ["score_validation", "sample"])
 def test_a_signal_during_the_validation(tmp_path, few, straight, where):
     """It ends, and the next step saves."""
     hook = functools.partial(before, where, send)
@@ -54,7 +54,7 @@ def test_a_signal_during_the_validation(tmp_path, few, straight, where):
 
 
 @pytest.mark.parametrize("options", ["", "--checkpointing_steps 0"])
-@pytest.mark.parametrize("where", ["evaluate", "sample"])
+@pytest.mark.parametrize("where", ["FinalScores", "sample"])
 def test_a_signal_during_the_end(tmp_path, few, where, options):
     """Exit code 0 without metrics.json; the resumed run only scores and samples, however rarely it saves."""
     hook, steps = functools.partial(before, where, send), "--max_train_steps 10"

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ from ddpm_vlb.commands.options import (
 )
 from ddpm_vlb.few_steps.candidates import (
     Candidate,
+    calls_ahead,
     chosen,
     even_candidates,
     optimal_candidates,
@@ -288,13 +290,18 @@ def find(run: Optimization) -> Found:
     for number in steps:
         candidates += even_candidates(run.training, number, offset, run.variances, errors)
     weight = statistics.pseudo_images if pixels else None
-    found = Found(candidates, paths, errors, statistics.knots.tolist(), weight)
-    return broadcast_object_list([found])[0]
+    return broadcast_object_list([Found(candidates, paths, errors, statistics.knots.tolist(), weight)])[0]
 
 
 def optimize(run: Optimization) -> tuple[dict[str, Any], Found]:
     """The content of few_steps.json, and what is to be stored."""
+    total, started = len(run.data.scored), time.perf_counter()
+    table = len(run.fitted) * len(spread_knots(run.training.forward, run.args.num_knots))
+    scores = calls_ahead(sorted(set(run.args.steps)), len(run.variances), total + min(total, SECOND_DRAWS))
+    run.accelerator.print(f"{table} network calls for the cost table, and at most {scores} for the chains' scores.")
     found = find(run)
+    minutes = (time.perf_counter() - started) / table * scores / 60
+    run.accelerator.print(f"The scores take at most some {minutes:.1f} minutes.")
     rows = price(run, found.candidates)
     for own, entry in zip(found.candidates, rows):
         entry["stored"] = own.stored in found.paths

@@ -17,13 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_vlb import (
-    Pilot,
     VLBEstimate,
-    VLBEstimator,
-    enough_replicates,
-    estimate_from_scores,
-    fit_pilot,
-    pilot_positions,
 )
 from ddpm_vlb.commands.train_options import build_parser, parse_args  # noqa: F401
 from ddpm_vlb.recipes import train as recipe
@@ -42,9 +36,10 @@ from ddpm_vlb.runtime.publisher import open_publisher, repair_command
 from ddpm_vlb.runtime.reporting import baselines, plot_samples, plot_vlb_terms
 from ddpm_vlb.runtime.staging import describe_folder, stage_result
 from ddpm_vlb.runtime.stopping import MENDABLE, clear_faults, leave, refused
-from ddpm_vlb.scoring.report import both_clippings, bound_lines, clips, entry, in_one_line
-from ddpm_vlb.scoring.sweep import Stopped, run_sweep, shared
+from ddpm_vlb.scoring.report import bound_lines, clips, entry, in_one_line
+from ddpm_vlb.scoring.sweep import Stopped
 from ddpm_vlb.training.run import Run
+from ddpm_vlb.training.scores import FinalScores, score_validation, selected, to_score
 
 Loop = Callable[[Run, Callable[[Run], object]], bool]
 SNAPSHOT_STEPS = 100
@@ -53,38 +48,6 @@ MEASURED = (
     *("metrics.json", "samples.png", "vlb_terms.png", "data.json", "few_steps.json", "few_steps.png"),
     *MEASURED_FOLDERS,
 )
-
-
-def evaluate(
-    run: Run, network: UNet2DModel, images: Images, limit: int | None, calls_per_image: int, description: str
-) -> VLBEstimate:
-    """Bits/dim of the first `limit` images, on all processes; `also` with x_0 clipped, or not, unlike in sampling."""
-    accelerator, (reverse, other) = run.accelerator, both_clippings(run.reverse)
-    total = len(images) if limit is None else min(limit, len(images))
-
-    def model(x_t: Tensor, timesteps: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return network(x_t, timesteps).sample.float()
-
-    def stacked(source: Images, positions: Sequence[int]) -> Tensor:
-        return torch.stack(source.__getitems__(list(positions)))
-
-    def pilot() -> Pilot:
-        train_images = stacked(run.data.train, pilot_positions(len(run.data.train), stacked(images, [0]).numel()))
-        return fit_pilot(model, reverse, train_images, seed=run.args.seed, also=[other])
-
-    replicates, shared_pilot = enough_replicates(calls_per_image, total), shared(accelerator, pilot)
-    scorer = VLBEstimator(model, reverse, shared_pilot, calls_per_image, replicates, seed=run.args.seed, also=[other])
-    scores = run_sweep(
-        accelerator,
-        scorer,
-        lambda positions: (stacked(images, positions), {}),
-        range(total),
-        description=description,
-        report_unit=1 / math.log(2),
-        stop=run.stop.asked,
-    )
-    return estimate_from_scores(scores)
 
 
 def sample(run: Run, network: UNet2DModel, num_images: int, steps: int) -> Tensor:
@@ -111,7 +74,7 @@ def validate(run: Run) -> None:
     """Validation bits/dim, scored on all processes, and a grid of samples, to the tracker; none if asked to stop."""
     network = run.averaged_network()
     try:
-        estimate = evaluate(run, network, run.data.validation, 64, 16, "Validating")
+        estimate = score_validation(run, network)
         if run.accelerator.is_main_process:
             tell(run, network, estimate, sample(run, network, 16, drawn_steps(run)))
     except Stopped:
@@ -138,11 +101,12 @@ def tell(run: Run, network: UNet2DModel, estimate: VLBEstimate, images: Tensor) 
         run.publisher.offer(lambda folder: snapshot(run, network, folder, estimate, images), f"Step {step}: {said}")
 
 
-def pictures(estimate: VLBEstimate, generated: Tensor, images: Images, folder: Path) -> None:
-    """Draw samples.png, with as many real images, and vlb_terms.png."""
+def pictures(estimate: VLBEstimate | None, generated: Tensor, images: Images, folder: Path) -> None:
+    """Draw samples.png, with as many real images, and vlb_terms.png of what was scored."""
     real = next(images.batches(len(generated))) / 2 + 0.5
     plot_samples(generated[: len(real)], real, folder / "samples.png")
-    plot_vlb_terms(estimate, folder / "vlb_terms.png")
+    if estimate is not None:
+        plot_vlb_terms(estimate, folder / "vlb_terms.png")
 
 
 def snapshot(run: Run, network: UNet2DModel, folder: Path, estimate: VLBEstimate, images: Tensor) -> None:
@@ -202,7 +166,9 @@ def finish(run: Run) -> dict[str, Any] | None:
     if accelerator.is_main_process:
         save_pipeline(run, network)
         write_json(data.record, folder / "data.json")
-    estimate = evaluate(run, network, data.test, args.num_test_images, args.calls_per_image, "Scoring test images")
+    test = selected(data.test, to_score(len(data.test), args.num_test_images, args.calls_per_image))
+    scores = FinalScores(run, network, test) if len(test) else None
+    estimate = None if scores is None else scores.estimate()
     run.checkpoints.proven()
     accelerator.wait_for_everyone()
     leave(accelerator)  # what follows would run into the other processes' time limit
@@ -210,27 +176,31 @@ def finish(run: Run) -> dict[str, Any] | None:
         return None
     generated = sample(run, network, args.eval_batch_size, args.ddpm_num_inference_steps)
     pictures(estimate, generated, data.test, folder)
-    metrics = {
-        "test": {**entry(estimate, clips(run.reverse)), "seed": args.seed},
-        "baselines": baselines(data.train, data.test, num_test_images=args.num_test_images),
-        "samples": {"num_inference_steps": args.ddpm_num_inference_steps, "seed": args.seed},
-        **run.record(),
-    }
+    metrics = {"samples": {"num_inference_steps": args.ddpm_num_inference_steps, "seed": args.seed}, **run.record()}
+    if estimate is not None:
+        test_entry = {**entry(estimate, clips(run.reverse)), "seed": args.seed}
+        metrics = {"test": test_entry, "baselines": baselines(data.train, test), **metrics}
     write_json(metrics, folder / "metrics.json")
+    if scores is not None:
+        scores.forget()
     return metrics
 
 
 def report(metrics: dict[str, Any], folder: Path) -> None:
     """Print the result beside the baselines."""
-    test = metrics["test"]
-    print(f"\nTest bits/dim ({test['num_images']} images, {test['network_calls_per_image']} network calls each):")
-    print("\n".join(bound_lines(test)))
-    print("Beside it, codes that anyone has:")
-    for name, value in metrics["baselines"].items():
-        print(f"  {name:22} {value:.3f}")
+    test = metrics.get("test")
+    if test is None:
+        print("\nNo test images were scored: `ddpm-vlb evaluate` does it.")
+    else:
+        print(f"\nTest bits/dim ({test['num_images']} images, {test['network_calls_per_image']} network calls each):")
+        print("\n".join(bound_lines(test)))
+        print("Beside it, codes that anyone has:")
+        for name, value in metrics["baselines"].items():
+            print(f"  {name:22} {value:.3f}")
     print(f"Data: {data_name(metrics['data'])}.")
     print(f"Trained {metrics['train']['steps']} steps in {metrics['train']['seconds']:.0f} s.")
-    print(f"Wrote the pipeline, samples.png, vlb_terms.png and metrics.json to {folder}.")
+    drawn = "samples.png" if test is None else "samples.png, vlb_terms.png"
+    print(f"Wrote the pipeline, {drawn} and metrics.json to {folder}.")
 
 
 def publish(run: Run) -> None:

@@ -138,7 +138,11 @@ def build_parser() -> Parser:
     output.add_argument("--checkpoints_total_limit", type=positive_int, help="Keep only the last so many.")
     output.add_argument("--resume_from_checkpoint", help="A checkpoint folder's name, or `latest`.")
     output.add_argument("--eval_batch_size", type=positive_int, default=64, help="Number of images to sample.")
-    output.add_argument("--num_test_images", type=positive_int, help="Score only the first so many; default: all.")
+    output.add_argument(
+        "--num_test_images",
+        type=not_negative_int,
+        help="Score the first so many, 0 for none; default: all, or as many as 16384 network calls allow.",
+    )
     output.add_argument(
         "--calls_per_image", type=at_least_two, default=20, help="Network calls to score a test image, at least 2."
     )

@@ -146,6 +146,17 @@ def chosen(candidates: list[Candidate], variance: str) -> StoredPath:
     return best.stored
 
 
+def calls_ahead(steps: list[int], variances: int, images: int) -> int:
+    """Network calls that the candidates' scores will take, at most: paths may coincide.
+
+    Args:
+        steps: numbers of steps.
+        variances: how many each chain is scored with; each may have an optimal path of its own.
+        images: visits of images, second draws among them.
+    """
+    return (variances + len(EVEN)) * sum(steps) * images
+
+
 def same_chains(candidates: list[Candidate]) -> list[list[Candidate]]:
     """The candidates that one network output can score together."""
     groups: dict[tuple[int, ...], list[Candidate]] = {}

@@ -24,9 +24,7 @@ def integer_levels(images: Images, limit: int | None = None) -> np.ndarray:
     return np.concatenate([as_stored(x_0, images.levels) for x_0 in images.batches(256, limit)])
 
 
-def baselines(
-    train: Images, test: Images, limit: int = 10_000, num_test_images: int | None = None
-) -> dict[str, float]:
+def baselines(train: Images, test: Images, limit: int = 10_000) -> dict[str, float]:
     """Bits/dim of codes that anyone has: uniform, a histogram for each position, and lzma.
 
     The histogram is fitted on training images (Jeffreys' prior, so that no level has probability 0) and scored on test
@@ -36,10 +34,9 @@ def baselines(
         train: images to fit on, at most `limit` of them.
         test: images to score, at most `limit` of them.
         limit: keeps the memory bounded.
-        num_test_images: score only the first so many; all when None.
     """
     fitted = integer_levels(train, limit)
-    scored = integer_levels(test, limit if num_test_images is None else min(limit, num_test_images))
+    scored = integer_levels(test, limit)
     levels = train.levels
     bits = 0.0
     for own, values in zip(fitted.reshape(len(fitted), -1).T, scored.reshape(len(scored), -1).T):

@@ -1,0 +1,185 @@
+"""What a run's network scores: the bound of validation and test images, on all processes, in bounded time."""
+
+import copy
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from ddpm_vlb import (
+    Pilot,
+    VLBEstimate,
+    VLBEstimator,
+    VLBScores,
+    enough_replicates,
+    estimate_from_scores,
+    fit_pilot,
+    pilot_positions,
+)
+from ddpm_vlb.runtime.image_sets import Images
+from ddpm_vlb.scoring.checkpoint import described, fingerprint_of
+from ddpm_vlb.scoring.report import both_clippings
+from ddpm_vlb.scoring.sweep import PartialScores, run_sweep, shared
+from ddpm_vlb.training.run import Run
+
+MOST_CALLS = 2**14  # network calls for the test images, unless their number is given
+ENOUGH = 0.5  # noise error as a share of the image error, above which calls are worth more than they cost
+
+
+def selected(images: Images, positions: Sequence[int]) -> Images:
+    """Some of the images.
+
+    Args:
+        images: of a split.
+        positions: which.
+    """
+    part = copy.copy(images)
+    part.data = images.data.select(positions)
+    return part
+
+
+def to_score(total: int, asked: int | None, calls_per_image: int) -> list[int]:
+    """Positions of the test images to score: the first so many, or, spread over all, what bounded calls allow.
+
+    Args:
+        total: number of test images.
+        asked: how many are asked for; None: not said.
+        calls_per_image: network calls for each.
+    """
+    if asked is not None:
+        return list(range(min(asked, total)))
+    count = min(total, max(2, MOST_CALLS // calls_per_image))
+    return [i * total // count for i in range(count)]
+
+
+class Scoring:
+    """Images that a run's network scores, with x_0_hat clipped as the checkpoint samples, and the other way.
+
+    Args:
+        run: the run.
+        network: which is called.
+        images: all of which are scored.
+        calls_per_image: network calls for each, in one sweep.
+        what: they are, for messages.
+    """
+
+    def __init__(self, run: Run, network: torch.nn.Module, images: Images, calls_per_image: int, what: str):
+        self.run, self.network, self.images = run, network, images
+        self.calls, self.what = calls_per_image, what
+        self.processes = both_clippings(run.reverse)
+
+    def model(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """The network, under the run's mixed precision."""
+        with self.run.accelerator.autocast():
+            return self.network(x_t, timesteps).sample.float()
+
+    def batch(self, positions: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images to score."""
+        return torch.stack(self.images.__getitems__(list(positions))), {}
+
+    def pilot(self) -> Pilot:
+        """One of training images."""
+        train, dims = self.run.data.train, self.batch([0])[0].numel()
+        x_0 = torch.stack(train.__getitems__(pilot_positions(len(train), dims)))
+        reverse, other = self.processes
+        return fit_pilot(self.model, reverse, x_0, seed=self.run.args.seed, also=[other])
+
+    def sweep(self, pilot: Pilot, number: int = 0, store: PartialScores | None = None) -> tuple[VLBScores, ...]:
+        """All images once, on all processes together; raises `Stopped` if the run is asked to stop."""
+        run, (reverse, other) = self.run, self.processes
+        replicates = enough_replicates(self.calls, len(self.images))
+        scorer = VLBEstimator(self.model, reverse, pilot, self.calls, replicates, run.args.seed, also=[other])
+        return run_sweep(
+            run.accelerator,
+            scorer,
+            self.batch,
+            range(len(self.images)),
+            number,
+            store,
+            f"Scoring {self.what}",
+            1 / math.log(2),
+            run.stop.asked,
+        )
+
+    def key(self) -> str:
+        """A hash over all that the scores depend on, the same on all processes."""
+        content = {
+            "weights": fingerprint_of(self.network),
+            "data": self.run.data.record,
+            "images": [len(self.images), self.calls, self.run.args.seed],
+            "precision": self.run.accelerator.mixed_precision,
+            "processes": [described(own) for own in self.processes],
+        }
+        own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return broadcast_object_list([own])[0]
+
+
+def score_validation(run: Run, network: torch.nn.Module) -> VLBEstimate:
+    """The bound of the first 64 validation images, by 16 calls each.
+
+    Args:
+        run: the run.
+        network: which is called.
+
+    Raises:
+        Stopped: the run was asked to stop.
+    """
+    images = selected(run.data.validation, range(min(64, len(run.data.validation))))
+    scoring = Scoring(run, network, images, 16, "validation images")
+    return estimate_from_scores(scoring.sweep(shared(run.accelerator, scoring.pilot)))
+
+
+class FinalScores:
+    """The bound of the test images: its cost told beforehand, its parts kept until they are not needed.
+
+    Args:
+        run: the run.
+        network: which is called.
+        images: those to score, at least one.
+    """
+
+    def __init__(self, run: Run, network: torch.nn.Module, images: Images):
+        self.run, self.scoring = run, Scoring(run, network, images, run.args.calls_per_image, "test images")
+        key = self.scoring.key()
+        self.store = PartialScores(run.folder / f"partial-{key[:16]}", run.accelerator.print, key)
+        if run.accelerator.is_main_process:
+            for other in set(run.folder.glob("partial-*")) - {self.store.folder}:  # of an earlier network
+                shutil.rmtree(other, ignore_errors=True)
+
+    def estimate(self) -> VLBEstimate:
+        """One sweep, and more while noise hides what the images say and the calls allow it; may raise `Stopped`."""
+        scoring, sweeps = self.scoring, list[tuple[VLBScores, ...]]()
+        count, total, each = len(scoring.images), len(self.run.data.test), len(scoring.images) * scoring.calls
+        self._tell(f"Scoring {count} of {total} test images with {scoring.calls} network calls each.")
+        pilot = shared(self.run.accelerator, self._pilot)
+        while True:
+            sweeps.append(scoring.sweep(pilot, len(sweeps), self.store))
+            estimate = estimate_from_scores(tuple(VLBScores.combine(own) for own in zip(*sweeps)))
+            enough = not estimate.noise_se > ENOUGH * estimate.image_se
+            if enough or (len(sweeps) + 1) * each > MOST_CALLS:
+                return estimate
+
+    def _pilot(self) -> Pilot:
+        saved = self.store.load_pilot()
+        if saved is not None:
+            return saved
+        started = time.perf_counter()
+        pilot = self.scoring.pilot()
+        seconds = (time.perf_counter() - started) / pilot.num_calls / self.run.accelerator.num_processes
+        calls = len(self.scoring.images) * self.scoring.calls
+        self._tell(f"That is {calls} calls, about {seconds * calls:.0f} s; --num_test_images scores fewer, 0 none.")
+        self.store.save_pilot(pilot)
+        return pilot
+
+    def _tell(self, line: str) -> None:
+        self.run.accelerator.print(line)
+
+    def forget(self) -> None:
+        """Remove the parts; on the main process, once the numbers are written."""
+        shutil.rmtree(self.store.folder, ignore_errors=True)

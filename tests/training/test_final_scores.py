@@ -1,0 +1,74 @@
+"""The score at the end of a training run: bounded, told beforehand, kept when it is stopped, or left out."""
+
+import functools
+import re
+
+import pytest
+from training_support import tiny
+
+from ddpm_vlb import DDPMVLBPipeline, model_card
+from ddpm_vlb.scoring.sweep import run_sweep
+from ddpm_vlb.training import scores
+
+
+@pytest.mark.parametrize(
+    "total, asked, calls, count, last",
+    [
+        (297, None, 20, 297, 296),  # within the bound, all of the digits
+        (10_000, None, 20, 819, 9987),  # as many as 16384 calls allow, from the whole split
+        (10_000, 5000, 20, 5000, 4999),  # what is asked for, whatever it costs
+        (297, 5000, 20, 297, 296),
+        (10_000, None, 100_000, 2, 5000),
+        (297, 0, 20, 0, None),
+    ],
+)
+def test_how_many_images_are_scored(total, asked, calls, count, last):
+    """Different ones in the order of the split."""
+    positions = scores.to_score(total, asked, calls)
+    assert len(positions) == count == len(set(positions)) and positions == sorted(positions)
+    assert positions[-1:] == ([] if last is None else [last])
+
+
+def test_what_was_scored_is_kept(tmp_path, capsys, monkeypatch):
+    """A run that is stopped while it scores goes on from the images that it has, to the same number."""
+    options = "--max_train_steps 1 --num_test_images 297 --checkpointing_steps 0"
+    whole = tiny(tmp_path / "whole", options)
+    answers = iter([False, *[True] * 9])  # asked before each group of images
+    stopping = functools.partial(next, answers)
+    monkeypatch.setattr(scores, "run_sweep", lambda *args: run_sweep(*args[:-1], stopping))
+    assert tiny(tmp_path / "stopped", options) is None
+    monkeypatch.undo()
+    capsys.readouterr()
+    again = tiny(tmp_path / "stopped", f"{options} --resume_from_checkpoint latest")
+    assert re.search(r"[1-9]\d* of 297 images are already scored", capsys.readouterr().out)
+    assert again["test"] == whole["test"]
+    assert not list((tmp_path / "stopped").glob("partial-*"))
+
+
+def test_the_cost_is_told_before(tmp_path, capsys):
+    """How many images, calls and seconds, in the lines before the score."""
+    tiny(tmp_path, "--max_train_steps 1")
+    said = capsys.readouterr().out
+    lines = (
+        r"Scoring 8 of 297 test images with 8 network calls each\.\nThat is 64 calls, about \d+ s; --num_test_images"
+    )
+    assert re.search(lines, said)
+    assert said.index("Scoring 8") < said.index("Test bits/dim")
+
+
+def test_noise_that_hides_the_images_is_worth_more_calls(tmp_path, monkeypatch):
+    """Sweeps go on while the noise error is above its share of the image error, as far as the calls reach."""
+    monkeypatch.setattr(scores, "MOST_CALLS", 8 * 8 * 3 + 5)
+    for share, calls in ((0.0, 24), (1e9, 8)):
+        monkeypatch.setattr(scores, "ENOUGH", share)
+        assert tiny(tmp_path / str(calls), "--max_train_steps 1")["test"]["network_calls_per_image"] == calls
+
+
+def test_nothing_is_scored_where_none_is_asked_for(tmp_path, capsys):
+    """A pipeline, samples and metrics.json without a score, of which a card can be made."""
+    metrics = tiny(tmp_path, "--max_train_steps 1 --num_test_images 0", pictures=True)
+    assert "No test images were scored" in capsys.readouterr().out
+    assert not {"test", "baselines"} & metrics.keys()
+    assert (tmp_path / "samples.png").exists() and not (tmp_path / "vlb_terms.png").exists()
+    card = model_card(DDPMVLBPipeline.from_pretrained(tmp_path), "tester/unscored", training=metrics)
+    assert card.data.eval_results is None and "tester/unscored" in card.text
