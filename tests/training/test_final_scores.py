@@ -4,7 +4,7 @@ import functools
 import re
 
 import pytest
-from training_support import tiny
+from training_support import only_train, tiny
 
 from ddpm_vlb import DDPMVLBPipeline, model_card
 from ddpm_vlb.scoring.sweep import run_sweep
@@ -56,12 +56,24 @@ def test_the_cost_is_told_before(tmp_path, capsys):
     assert said.index("Scoring 8") < said.index("Test bits/dim")
 
 
-def test_noise_that_hides_the_images_is_worth_more_calls(tmp_path, monkeypatch):
-    """Sweeps go on while the noise error is above its share of the image error, as far as the calls reach."""
-    monkeypatch.setattr(scores, "MOST_CALLS", 8 * 8 * 3 + 5)
-    for share, calls in ((0.0, 24), (1e9, 8)):
-        monkeypatch.setattr(scores, "ENOUGH", share)
-        assert tiny(tmp_path / str(calls), "--max_train_steps 1")["test"]["network_calls_per_image"] == calls
+def final(folder, **options):
+    """The `FinalScores` of a run that has not been trained, over 8 images."""
+    run = only_train(folder, "--max_train_steps 1")
+    for name, value in options.items():
+        setattr(run.args, name, value)
+    return scores.FinalScores(run, run.averaged_network(), scores.selected(run.data.test, range(8)))
+
+
+@pytest.mark.parametrize(
+    "share, given, most, calls",
+    [(0.0, None, 2**14, 100), (1e9, None, 2**14, 20), (0.0, 12, 2**14, 12), (0.0, None, 8 * 25, 24)],
+    ids=["hidden", "seen", "given", "bounded"],
+)
+def test_noise_that_hides_the_images_is_worth_more_calls(tmp_path, monkeypatch, share, given, most, calls):
+    """A second sweep where the noise error is above its share of the image error, but not of calls that are given."""
+    monkeypatch.setattr(scores, "MOST_CALLS", most)
+    monkeypatch.setattr(scores, "ENOUGH", share)
+    assert final(tmp_path, calls_per_image=given).estimate().network_calls_per_image == calls
 
 
 def test_nothing_is_scored_where_none_is_asked_for(tmp_path, capsys):

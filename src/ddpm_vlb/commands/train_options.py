@@ -144,7 +144,9 @@ def build_parser() -> Parser:
         help="Score the first so many, 0 for none; default: all, or as many as 16384 network calls allow.",
     )
     output.add_argument(
-        "--calls_per_image", type=at_least_two, default=20, help="Network calls to score a test image, at least 2."
+        "--calls_per_image",
+        type=at_least_two,
+        help="Network calls to score a test image, at least 2; default: 20, and 80 more where noise hides the images.",
     )
     output.add_argument(
         "--ddpm_num_inference_steps", type=positive_int, help="Steps of the sampled pictures; default: 250, or all."

@@ -29,7 +29,9 @@ from ddpm_vlb.scoring.sweep import PartialScores, run_sweep, shared
 from ddpm_vlb.training.run import Run
 
 MOST_CALLS = 2**14  # network calls for the test images, unless their number is given
-ENOUGH = 0.5  # noise error as a share of the image error, above which calls are worth more than they cost
+USUAL_CALLS = 20  # for each image, unless their number is given
+MORE_CALLS = 80  # for each, at most, where the noise hides what the images say
+ENOUGH = 0.5  # the noise error's share of the image error above which it does
 
 
 def selected(images: Images, positions: Sequence[int]) -> Images:
@@ -44,17 +46,17 @@ def selected(images: Images, positions: Sequence[int]) -> Images:
     return part
 
 
-def to_score(total: int, asked: int | None, calls_per_image: int) -> list[int]:
+def to_score(total: int, asked: int | None, calls_per_image: int | None) -> list[int]:
     """Positions of the test images to score: the first so many, or, spread over all, what bounded calls allow.
 
     Args:
         total: number of test images.
         asked: how many are asked for; None: not said.
-        calls_per_image: network calls for each.
+        calls_per_image: network calls for each; None: as usual.
     """
     if asked is not None:
         return list(range(min(asked, total)))
-    count = min(total, max(2, MOST_CALLS // calls_per_image))
+    count = min(total, max(2, MOST_CALLS // (calls_per_image or USUAL_CALLS)))
     return [i * total // count for i in range(count)]
 
 
@@ -90,11 +92,13 @@ class Scoring:
         reverse, other = self.processes
         return fit_pilot(self.model, reverse, x_0, seed=self.run.args.seed, also=[other])
 
-    def sweep(self, pilot: Pilot, number: int = 0, store: PartialScores | None = None) -> tuple[VLBScores, ...]:
+    def sweep(
+        self, pilot: Pilot, store: PartialScores | None = None, number: int = 0, calls: int | None = None
+    ) -> tuple[VLBScores, ...]:
         """All images once, on all processes together; raises `Stopped` if the run is asked to stop."""
-        run, (reverse, other) = self.run, self.processes
-        replicates = enough_replicates(self.calls, len(self.images))
-        scorer = VLBEstimator(self.model, reverse, pilot, self.calls, replicates, run.args.seed, also=[other])
+        run, (reverse, other), calls = self.run, self.processes, calls or self.calls
+        replicates = enough_replicates(calls, len(self.images))
+        scorer = VLBEstimator(self.model, reverse, pilot, calls, replicates, run.args.seed, also=[other])
         return run_sweep(
             run.accelerator,
             scorer,
@@ -145,7 +149,8 @@ class FinalScores:
     """
 
     def __init__(self, run: Run, network: torch.nn.Module, images: Images):
-        self.run, self.scoring = run, Scoring(run, network, images, run.args.calls_per_image, "test images")
+        calls = run.args.calls_per_image or USUAL_CALLS
+        self.run, self.scoring = run, Scoring(run, network, images, calls, "test images")
         key = self.scoring.key()
         self.store = PartialScores(run.folder / f"partial-{key[:16]}", run.accelerator.print, key)
         if run.accelerator.is_main_process:
@@ -153,17 +158,21 @@ class FinalScores:
                 shutil.rmtree(other, ignore_errors=True)
 
     def estimate(self) -> VLBEstimate:
-        """One sweep, and more while noise hides what the images say and the calls allow it; may raise `Stopped`."""
-        scoring, sweeps = self.scoring, list[tuple[VLBScores, ...]]()
-        count, total, each = len(scoring.images), len(self.run.data.test), len(scoring.images) * scoring.calls
-        self._tell(f"Scoring {count} of {total} test images with {scoring.calls} network calls each.")
+        """One sweep, and a longer one where noise hides the images and calls are left; may raise `Stopped`."""
+        scoring, count = self.scoring, len(self.scoring.images)
+        self._tell(
+            f"Scoring {count} of {len(self.run.data.test)} test images with {scoring.calls} network calls each."
+        )
         pilot = shared(self.run.accelerator, self._pilot)
-        while True:
-            sweeps.append(scoring.sweep(pilot, len(sweeps), self.store))
-            estimate = estimate_from_scores(tuple(VLBScores.combine(own) for own in zip(*sweeps)))
-            enough = not estimate.noise_se > ENOUGH * estimate.image_se
-            if enough or (len(sweeps) + 1) * each > MOST_CALLS:
-                return estimate
+        scores = scoring.sweep(pilot, self.store)
+        estimate = estimate_from_scores(scores)
+        more = min(MORE_CALLS, (MOST_CALLS // count - scoring.calls) // 2 * 2)
+        hidden = estimate.noise_se > ENOUGH * estimate.image_se
+        if self.run.args.calls_per_image is not None or not hidden or more < 2:
+            return estimate
+        self._tell(f"The noise, +- {estimate.noise_se:.3f}, hides what the images say: {more} calls more for each.")
+        further = scoring.sweep(pilot, self.store, 1, more)
+        return estimate_from_scores(tuple(VLBScores.combine(own) for own in zip(scores, further)))
 
     def _pilot(self) -> Pilot:
         saved = self.store.load_pilot()
