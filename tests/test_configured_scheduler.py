@@ -180,6 +180,8 @@ def test_what_is_kept_outlives_the_mode_it_was_made_in(mode):
         own.step(output, 0, x).prev_sample.sum().backward()
         results.append(output.grad)
     assert torch.equal(*results) and bool((results[0] != 0).any())
+    for table in (scheduler.betas, scheduler.alphas_cumprod, scheduler.one):
+        assert table.device.type == "cpu" and not table.is_inference()
     output = x.clone().requires_grad_()
     reverse(output, x, 5).p.mean.sum().backward()
     assert output.grad is not None
@@ -195,3 +197,29 @@ def test_shapes_are_broadcast_as_in_stock(method, images, noises, times):
     mine, stock = (getattr(cls(), method)(x, noise, t) for cls in (DDPMVLBScheduler, DDPMScheduler))
     assert mine.shape == stock.shape
     torch.testing.assert_close(mine, stock, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["betas", "alphas_cumprod"])
+def test_a_table_that_is_written_into_is_noticed(name):
+    """It would be shown, and nothing else: the next step says so."""
+    scheduler = DDPMVLBScheduler()
+    getattr(scheduler, name)[5] = 0.5
+    with pytest.raises(ValueError, match=f"`{name}` was written into"):
+        a_step(scheduler, 500)
+
+
+def test_a_value_beside_trained_betas_has_no_effect():
+    """The betas say all; the same value again is none."""
+    scheduler = DDPMVLBScheduler(trained_betas=[0.1, 0.2])
+    scheduler.register_to_config(beta_end=0.02)
+    with pytest.raises(ValueError, match="`beta_end` has no effect beside `trained_betas`"):
+        scheduler.register_to_config(beta_end=0.5)
+    scheduler.register_to_config(**dict(scheduler.config) | {"clip_sample": False})
+    assert not scheduler.reverse_process().clip_sample
+
+
+def test_integers_have_no_velocity():
+    """uint8 would wrap around."""
+    image = torch.ones(1, 1, 2, 2, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="floating point"):
+        DDPMVLBScheduler().get_velocity(image, image.float(), torch.tensor([3]))

@@ -351,7 +351,18 @@ def test_noise_of_the_wrong_shape_is_refused():
             evaluate_vlb(PosteriorMean(reverse.forward), reverse, x_0, noise=torch.zeros(shape, dtype=torch.float64))
 
 
-LAYERS = {"dropout": torch.nn.Dropout(0.1), "batch norm": torch.nn.BatchNorm2d(1), "none": torch.nn.Dropout(0.0)}
+class Labels(torch.nn.Identity):
+    """As a DiT's, which forgets a share of the labels in training."""
+
+    dropout_prob = 0.1
+
+
+LAYERS = {
+    "dropout": torch.nn.Dropout(0.1),
+    "batch norm": torch.nn.BatchNorm2d(1),
+    "labels": Labels(),
+    "none": torch.nn.Dropout(0.0),
+}
 SCORERS = ENTRANCES | {
     "few steps": lambda model, reverse, x_0: collect_statistics(model, reverse, x_0, torch.arange(2)),
 }
@@ -380,3 +391,13 @@ def test_a_network_in_training_mode_is_not_scored(scorer, layer):
         return
     with pytest.raises(ValueError, match=r"'layer' is in training mode: call `model.eval\(\)`"):
         SCORERS[scorer](model.train(), reverse, x_0)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256, 65536])
+def test_half_a_bin_off_is_seen_for_any_number_of_levels(levels):
+    """Values on the levels pass in float32 too; a quarter of a bin off them they do not."""
+    on = torch.arange(levels).double().reshape(1, 1, -1, 1) * 2 / (levels - 1) - 1
+    check_data(on, levels)
+    check_data(on.float(), levels)
+    with pytest.raises(ValueError, match="must lie on the"):
+        check_data((on + 0.5 / (levels - 1))[:, :, :-1], levels)

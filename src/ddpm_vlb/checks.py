@@ -14,8 +14,8 @@ Model = Callable[..., Any]
 Conditioning = Mapping[str, Tensor]
 """Further arguments of the network by name, each with one row for each image: `{"class_labels": labels}`."""
 
-# Layers that answer otherwise in training mode.
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# What layers that draw in training mode call their share: torch's dropouts, attention, a DiT's labels.
+_SHARES = ("p", "dropout", "dropout_p", "dropout_prob", "drop_prob", "class_dropout_prob")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -29,7 +29,8 @@ def check_model(model: Model) -> None:
         ValueError: a layer that draws, or that mixes the images of a batch.
     """
     for name, layer in model.named_modules() if isinstance(model, nn.Module) else ():
-        draws = isinstance(layer, _DROPOUTS) and layer.p > 0
+        shares = (getattr(layer, share, 0) for share in _SHARES)
+        draws = any(isinstance(share, (int, float)) and share > 0 for share in shares)
         if layer.training and (draws or isinstance(layer, _BATCH_NORMS)):
             raise ValueError(
                 f"`model` must be in evaluation mode to be scored, but its {type(layer).__name__} {name!r} is in "
@@ -56,7 +57,7 @@ def check_data(x_0: Tensor, levels: int | None) -> None:
         raise ValueError("`x_0` holds NaN or infinite values.")
     if levels is None:
         return
-    _check_levels(x_0, levels, 2e-5)
+    _check_levels(x_0, levels, _tolerance(levels))
 
 
 def check_trained(x_0: Tensor, levels: int | None, on_levels: bool) -> None:
@@ -73,8 +74,13 @@ def check_trained(x_0: Tensor, levels: int | None, on_levels: bool) -> None:
         ValueError: values outside [-1, 1], or off the levels.
     """
     if levels is not None and x_0.numel():
-        tolerance = max(2e-5, torch.finfo(x_0.dtype).eps)
+        tolerance = max(_tolerance(levels), torch.finfo(x_0.dtype).eps)
         _check_levels(x_0.detach(), levels, tolerance, on_levels)
+
+
+def _tolerance(levels: int) -> float:
+    """How far off its level a value may be: 1e-5 of the range, and a twentieth of a bin where there are many."""
+    return min(2e-5, 0.1 / (levels - 1))
 
 
 def _check_levels(x_0: Tensor, levels: int, tolerance: float, on_levels: bool = True) -> None:

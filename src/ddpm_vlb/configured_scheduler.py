@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .chains import Chains
 from .configurations import FEW_STEPS, OWN_DEFAULTS, check_values, normalized, portable_values
+from .distributions import ordinary_tensors
 from .respacing import StoredPath
 from .walk import Walk
 
@@ -25,7 +26,7 @@ class StockTable:
         if scheduler is None:
             return self
         scheduler._now()
-        return scheduler._tables[self.name]
+        return scheduler._tables[self.name][0]
 
     def __set__(self, scheduler: Any, value: Any) -> None:
         own = self.__get__(scheduler)
@@ -37,7 +38,7 @@ class StockTable:
                 "`DDPMVLBScheduler.from_config(scheduler.config, trained_betas=betas)`, or with "
                 "`rescale_betas_zero_snr=True`."
             )
-        scheduler._tables[self.name] = value
+        scheduler._tables[self.name] = value, None if value.is_inference() else value._version
 
 
 class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
@@ -50,7 +51,7 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
     _settled: Any = None  # the configuration that what follows is derived from
     _chains_: Chains
     _walk_: Walk
-    _tables: dict[str, Tensor]
+    _tables: dict[str, tuple[Tensor, int | None]]
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Take a configuration, or a change of one, as diffusers' training scripts make it; a bad one changes nothing.
@@ -66,7 +67,13 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         """
         if self._settled is None:  # the whole configuration, from the constructor
             return super().register_to_config(**portable_values(kwargs))
-        given = {*FEW_STEPS, "few_steps_file"} & kwargs.keys()
+        stored = {*FEW_STEPS, "few_steps_file"} & kwargs.keys()
+        given = {name for name in stored if name in FEW_STEPS or kwargs[name] != self.config.get(name)}
+        named = {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end"} & kwargs.keys()
+        if self.config["trained_betas"] is not None and "trained_betas" not in kwargs:
+            named = {name for name in named if kwargs[name] != self.config[name]}
+            if named:
+                raise ValueError(f"`{min(named)}` has no effect beside `trained_betas`: change those, or to None.")
         if given:
             raise ValueError(f"`{min(given)}` is set by `store_few_steps`, not by `register_to_config`.")
         before = self._internal_dict
@@ -77,6 +84,7 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
             self._internal_dict = before
             raise
 
+    @ordinary_tensors()
     def _settle(self, make: Callable[[Mapping[str, Any]], Chains]) -> None:
         """Derive from the configuration what step and p need; nothing is changed where that cannot be done."""
         updates = normalized(self.config)
@@ -95,7 +103,8 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         if updates:  # diffusers would write the whole configuration twice into a log that nobody reads
             super().register_to_config(**updates)
         self._settled, self._chains_, self._walk_ = self._internal_dict, chains, walk
-        self._tables = dict(chains.stock_tables)
+        self._tables = {name: (table, table._version) for name, table in chains.stock_tables.items()}
+        self.one = torch.tensor(1.0)
         if self.num_inference_steps is None and len(self.timesteps) != len(chains):
             self.timesteps = torch.arange(len(chains), device=self.timesteps.device).flip(0)
 
@@ -112,6 +121,12 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         """Diffusers' pipelines replace a scheduler's configuration by assigning it."""
         if self._internal_dict is not self._settled:
             self._settle(self._chains_.changed)
+        changed = [name for name, (table, made) in self._tables.items() if made is not None and table._version != made]
+        if changed:
+            raise ValueError(
+                f"`{changed[0]}` was written into, but what samples and scores follows from the configuration: make "
+                "the chain that you mean, `DDPMVLBScheduler.from_config(scheduler.config, trained_betas=betas)`."
+            )
 
     @property
     def _chains(self) -> Chains:

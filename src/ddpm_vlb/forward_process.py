@@ -78,6 +78,23 @@ def check_timesteps(t: Tensor, num_steps: int) -> None:
         raise IndexError(f"`t` must lie in 0 .. {num_steps - 1}, but it reaches from {low} to {high}.")
 
 
+def check_floating(x_0: Tensor, noise: Tensor) -> None:
+    """Refuse integers, which would be noised as they are, or wrap around.
+
+    Args:
+        x_0: data.
+        noise: epsilon.
+
+    Raises:
+        TypeError: one of them is not of a floating point dtype.
+    """
+    if not (x_0.is_floating_point() and noise.is_floating_point()):
+        raise TypeError(
+            f"`x_0` and `noise` must be floating point tensors, but got {x_0.dtype} and {noise.dtype}. Scale integer "
+            "levels 0 .. n - 1 to [-1, 1]: `x_0 = image * 2 / (n - 1) - 1`."
+        )
+
+
 class Posterior(NamedTuple):
     """c0, ct and the variance of q(x_s | x_t, x_0), equations 3 and 4."""
 
@@ -327,11 +344,7 @@ class ForwardProcess:
                 f"`x_0`, `noise` and `t` must have the shapes (B, C, *), (B, C, *) and (B,), but got "
                 f"{tuple(x_0.shape)}, {tuple(noise.shape)} and {tuple(t.shape)}."
             )
-        if not (x_0.is_floating_point() and noise.is_floating_point()):
-            raise TypeError(
-                f"`x_0` and `noise` must be floating point tensors, but got {x_0.dtype} and {noise.dtype}. Scale "
-                "integer levels 0 .. n - 1 to [-1, 1]: `x_0 = image * 2 / (n - 1) - 1`."
-            )
+        check_floating(x_0, noise)
         x_0, noise = promote_half(x_0), promote_half(noise)
         signal = gather(self.sqrt_alphas_cumprod, t, x_0)
         sigma = gather(self.sqrt_one_minus_alphas_cumprod, t, x_0)

@@ -1,5 +1,6 @@
 """The shape of a network's samples, as its configuration states it, and what they are given out as."""
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,18 @@ def sample_shape(network: Any) -> tuple[int, ...] | None:
     size, channels = network.config.get("sample_size"), network.config.get("in_channels")
     if size is None or channels is None:
         return None
-    if type(size) is int:
+    if _is_count(size):
         size = (size,) if isinstance(network, UNet1DModel) else (size, size)
-    if not (isinstance(size, (list, tuple)) and size and all(type(own) is int and own > 0 for own in size)):
+    if not (isinstance(size, (list, tuple)) and size and all(_is_count(own) and own > 0 for own in size)):
         raise ValueError(
             f"The network's `sample_size` must be a positive integer or a list of them, one for each dimension, but "
             f"is {size!r:.80}."
         )
-    return (channels, *size)
+    return (channels, *(int(own) for own in size))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def needed_shape(network: Any) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from .configurations import read_config, taken_over
 from .configured_scheduler import ConfiguredScheduler
 from .distributions import promote_half
 from .few_step_store import storable, to_config
-from .forward_process import check_timesteps, gather
+from .forward_process import check_floating, check_timesteps, gather
 from .respacing import SquaredErrors, StoredPath
 from .reverse_process import ReverseProcess
 from .walk import Walk
@@ -100,7 +100,6 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         x_0_mse: dict[str, Any] | None = None,
         few_steps_file: str | None = None,
     ):
-        self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
@@ -212,6 +211,8 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         """
         if isinstance(config, dict):
             config, kwargs = taken_over(config, kwargs)
+            if "timestep_spacing" in kwargs:  # the steps that are meant, not those that may be stored
+                kwargs.setdefault("few_steps_file", None)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:
@@ -375,8 +376,9 @@ class DDPMVLBScheduler(ConfiguredScheduler):
             timesteps: training timesteps (B,), 0 .. T - 1.
 
         Raises:
-            TypeError: timesteps that are no integers.
+            TypeError: timesteps that are no integers, or data that is none but integers.
         """
+        check_floating(sample, noise)
         forward = self._chains.forward_on(sample.device)
         timesteps = timesteps.to(sample.device).reshape(-1)
         check_timesteps(timesteps, len(self))

@@ -194,6 +194,19 @@ def test_what_train_reads_is_scored(tmp_path, load, kind):
     assert torch.equal(everything(data, data.other), torch.cat(list(trained.train.batches(9))))
 
 
+def test_grey_files_among_colour_are_scored_as_they_are_trained(tmp_path, load):
+    """Whatever the first of a split is: a network of colour takes grey as equal channels."""
+    for split, number in (("train", 12), ("test", 6)):
+        for i in range(number):
+            (tmp_path / "set" / split).mkdir(parents=True, exist_ok=True)
+            k = np.random.default_rng(i).integers(0, 256, (8, 8) if i % 3 == 0 else (8, 8, 3), dtype=np.uint8)
+            PIL.Image.fromarray(k).save(tmp_path / "set" / split / f"{i:02}.png")
+    trained = load_image_data(train_data_dir=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    assert trained.channels == 3
+    data = load(NetworkShape(3, (8, 8), 256, None), record=trained.record)
+    assert torch.equal(everything(data, data.scored), torch.cat(list(trained.test.batches(9))))
+
+
 @pytest.mark.parametrize("options", [{"image_column": "other"}, {"resolution": 4}])
 def test_options_beside_a_record_are_refused(tmp_path, load, options):
     """They would have no effect, unless they say what it says."""

@@ -49,9 +49,8 @@ def test_the_cost_is_told_before(tmp_path, capsys):
     """How many images, calls and seconds, in the lines before the score."""
     tiny(tmp_path, "--max_train_steps 1")
     said = capsys.readouterr().out
-    lines = (
-        r"Scoring 8 of 297 test images with 8 network calls each\.\nThat is 64 calls, about \d+ s; --num_test_images"
-    )
+    lines = r"Scoring 8 of 297 test images with 8 network calls each, after a pilot of some 1000\.\n"
+    lines += r"That is 64 calls, about \d+ s; --num_test_images"
     assert re.search(lines, said)
     assert said.index("Scoring 8") < said.index("Test bits/dim")
 
@@ -61,7 +60,7 @@ def final(folder, **options):
     run = only_train(folder, "--max_train_steps 1")
     for name, value in options.items():
         setattr(run.args, name, value)
-    return scores.FinalScores(run, run.averaged_network(), scores.selected(run.data.test, range(8)))
+    return scores.FinalScores(run, run.averaged_network(), range(8))
 
 
 @pytest.mark.parametrize(
@@ -84,3 +83,21 @@ def test_nothing_is_scored_where_none_is_asked_for(tmp_path, capsys):
     assert (tmp_path / "samples.png").exists() and not (tmp_path / "vlb_terms.png").exists()
     card = model_card(DDPMVLBPipeline.from_pretrained(tmp_path), "tester/unscored", training=metrics)
     assert card.data.eval_results is None and "tester/unscored" in card.text
+
+
+def test_a_finished_run_that_is_resumed_keeps_what_was_measured(tmp_path):
+    """With no step to train the pipeline is the same one: its stored paths, evaluations and scores stay."""
+    first = tiny(tmp_path, "--max_train_steps 1")
+    marks = [tmp_path / "few_steps.json", tmp_path / "evaluation" / "metrics.json", tmp_path / "scheduler" / "mine"]
+    for mark in marks:
+        mark.parent.mkdir(exist_ok=True)
+        mark.write_text("{}")
+    again = tiny(tmp_path, "--max_train_steps 1 --resume_from_checkpoint latest --num_test_images 0")
+    assert all(mark.exists() for mark in marks) and again["test"] == first["test"]
+
+
+def test_parts_are_of_their_images(tmp_path):
+    """As many others, under the same number of calls, have another key."""
+    run = only_train(tmp_path, "--max_train_steps 1")
+    kept = {scores.FinalScores(run, run.averaged_network(), own).store.key for own in (range(8), range(0, 16, 2))}
+    assert len(kept) == 2

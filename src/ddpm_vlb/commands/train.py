@@ -21,7 +21,7 @@ from ddpm_vlb import (
 )
 from ddpm_vlb.commands.train_options import build_parser, parse_args  # noqa: F401
 from ddpm_vlb.recipes import train as recipe
-from ddpm_vlb.runtime.files import MEASURED_FOLDERS, to_disk, write_json
+from ddpm_vlb.runtime.files import MEASURED_FOLDERS, read_json, to_disk, write_json
 from ddpm_vlb.runtime.image_data import ImageData, data_name, load_image_data, named_data
 from ddpm_vlb.runtime.image_sets import Images
 from ddpm_vlb.runtime.launching import (
@@ -36,10 +36,11 @@ from ddpm_vlb.runtime.publisher import open_publisher, repair_command
 from ddpm_vlb.runtime.reporting import baselines, plot_samples, plot_vlb_terms
 from ddpm_vlb.runtime.staging import describe_folder, stage_result
 from ddpm_vlb.runtime.stopping import MENDABLE, clear_faults, leave, refused
+from ddpm_vlb.scoring.checkpoint import fingerprint_of
 from ddpm_vlb.scoring.report import bound_lines, clips, entry, in_one_line
 from ddpm_vlb.scoring.sweep import Stopped
 from ddpm_vlb.training.run import Run
-from ddpm_vlb.training.scores import FinalScores, score_validation, selected, to_score
+from ddpm_vlb.training.scores import FinalScores, score_validation, to_score
 
 Loop = Callable[[Run, Callable[[Run], object]], bool]
 SNAPSHOT_STEPS = 100
@@ -163,11 +164,15 @@ def finish(run: Run) -> dict[str, Any] | None:
     """
     args, data, folder, accelerator = run.args, run.data, run.folder, run.accelerator
     network = run.averaged_network()
+    kept: dict[str, Any] = {}
     if accelerator.is_main_process:
-        save_pipeline(run, network)
+        if is_saved(network, folder):  # a run that was resumed after its end: what was measured of it is still true
+            kept = read_json(folder / "metrics.json") or {}
+        else:
+            save_pipeline(run, network)
         write_json(data.record, folder / "data.json")
-    test = selected(data.test, to_score(len(data.test), args.num_test_images, args.calls_per_image))
-    scores = FinalScores(run, network, test) if len(test) else None
+    positions = to_score(len(data.test), args.num_test_images, args.calls_per_image)
+    scores = FinalScores(run, network, positions) if positions else None
     estimate = None if scores is None else scores.estimate()
     run.checkpoints.proven()
     accelerator.wait_for_everyone()
@@ -177,13 +182,27 @@ def finish(run: Run) -> dict[str, Any] | None:
     generated = sample(run, network, args.eval_batch_size, args.ddpm_num_inference_steps)
     pictures(estimate, generated, data.test, folder)
     metrics = {"samples": {"num_inference_steps": args.ddpm_num_inference_steps, "seed": args.seed}, **run.record()}
-    if estimate is not None:
+    if scores is None or estimate is None:
+        metrics = {**{name: kept[name] for name in ("test", "baselines") if name in kept}, **metrics}
+    else:
         test_entry = {**entry(estimate, clips(run.reverse)), "seed": args.seed}
-        metrics = {"test": test_entry, "baselines": baselines(data.train, test), **metrics}
+        metrics = {"test": test_entry, "baselines": baselines(data.train, scores.images), **metrics}
     write_json(metrics, folder / "metrics.json")
     if scores is not None:
         scores.forget()
     return metrics
+
+
+def is_saved(network: UNet2DModel, folder: Path) -> bool:
+    """Whether a folder's pipeline has these very weights.
+
+    Args:
+        network: as it is to be saved.
+        folder: of the run.
+    """
+    if not (folder / "model_index.json").is_file():
+        return False
+    return fingerprint_of(UNet2DModel.from_pretrained(folder / "unet")) == fingerprint_of(network)
 
 
 def report(metrics: dict[str, Any], folder: Path) -> None:

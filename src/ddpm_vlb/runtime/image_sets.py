@@ -207,7 +207,7 @@ def encoded_images(data: datasets.Dataset, columns: list[str]) -> datasets.Datas
 def layout_of(
     data: datasets.Dataset, column: str, resolution: int | None, levels: int | None, channels: int | None
 ) -> Layout:
-    """What the first images of a data set have in common.
+    """What some images of a data set, spread over it, have in common.
 
     Args:
         data: the images to train on.
@@ -221,11 +221,13 @@ def layout_of(
     """
     if holds_arrays(data, column):
         return _layout_of_arrays(data, column, resolution, levels)
-    encoded = _rows(encoded_images(data, [column]), column, list(range(min(FIRST_IMAGES, len(data)))))
+    count = min(FIRST_IMAGES, len(data))
+    looked_at = [i * len(data) // count for i in range(count)]  # a folder's first files may be alike
+    encoded = _rows(encoded_images(data, [column]), column, looked_at)
     first = decode_image(encoded[0], 0)
     size = (resolution, resolution) if resolution is not None else (first.k.shape[0], first.k.shape[1])
     if levels is None or channels is None:
-        images = [first, *(decode_image(own, i) for i, own in enumerate(encoded[1:], start=1))]
+        images = [first, *(decode_image(own, i) for own, i in zip(encoded[1:], looked_at[1:]))]
         channels = channels or (1 if all(own.grey for own in images) else 3)
         levels = levels or _common_levels([own.levels for own in images], encoded)
     return Layout(channels, size, levels)

@@ -89,7 +89,7 @@ def _stored_levels(image: PIL.ImageFile.ImageFile, content: bytes) -> int:
     codec, arguments = (image.tile[0][0], image.tile[0][3]) if getattr(image, "tile", None) else ("", "")
     raw, *others = arguments if isinstance(arguments, tuple) else (arguments,)
     if codec.startswith("ppm"):
-        return others[0] + 1
+        return others[0] + 1 if others else 2  # a bitmap names no highest level
     if image.format == "TIFF":
         bits = max(image.tag_v2.get(_BITS, (1,)))  # type: ignore[attr-defined]
         signed = any(kind != _UNSIGNED for kind in image.tag_v2.get(_SAMPLE_FORMAT, ()))  # type: ignore[attr-defined]

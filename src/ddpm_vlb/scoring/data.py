@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm_vlb import pilot_positions
 from ddpm_vlb.runtime.image_data import data_name, from_record, load_digits_splits, load_splits, make_splits
-from ddpm_vlb.runtime.image_sets import Arrays, Images, Layout, encoded_images, holds_arrays, read_column
+from ddpm_vlb.runtime.image_sets import Arrays, Images, Layout, encoded_images, holds_arrays, layout_of, read_column
 from ddpm_vlb.runtime.stored_images import decode_image
 
 RESERVED_SHARE = 10  # of a data set of one split every tenth image goes to the pilot, at most 1024
@@ -222,9 +222,10 @@ def _as_images(
             f"{(network.channels, *network.size)}, channels first. Name their column with `--image_column`."
         )
     first = decode_image(encoded_images(data, columns)[0][columns[0]], 0)
-    channels = first.k.shape[2]
-    if network.channels != channels and not (network.channels == 1 and first.grey):
-        kind = "grey (1 channel)" if channels == 1 else "in colour (3 channels)"
+    # Grey files among those in colour have equal channels there, as in training; none in colour is another data set.
+    layout = layout_of(data, columns[0], resolution, network.levels or first.levels, None)
+    if layout.channels != network.channels:
+        kind = "grey (1 channel)" if layout.channels == 1 else "in colour (3 channels)"
         raise ValueError(f"The images are {kind}, but the model takes {network.channels} channel(s).")
     size = network.size or (first.k.shape[0], first.k.shape[1])
     if resolution is not None and (resolution, resolution) != size:

@@ -111,12 +111,12 @@ class Scoring:
             run.stop.asked,
         )
 
-    def key(self) -> str:
-        """A hash over all that the scores depend on, the same on all processes."""
+    def key(self, positions: Sequence[int]) -> str:
+        """A hash over all that the scores of the images at these positions depend on, the same on all processes."""
         content = {
             "weights": fingerprint_of(self.network),
             "data": self.run.data.record,
-            "images": [len(self.images), self.calls, self.run.args.seed],
+            "images": [list(positions), self.calls, self.run.args.seed],
             "precision": self.run.accelerator.mixed_precision,
             "processes": [described(own) for own in self.processes],
         }
@@ -145,13 +145,14 @@ class FinalScores:
     Args:
         run: the run.
         network: which is called.
-        images: those to score, at least one.
+        positions: of those to score in the test split, at least one.
     """
 
-    def __init__(self, run: Run, network: torch.nn.Module, images: Images):
+    def __init__(self, run: Run, network: torch.nn.Module, positions: Sequence[int]):
+        self.images = selected(run.data.test, positions)
         calls = run.args.calls_per_image or USUAL_CALLS
-        self.run, self.scoring = run, Scoring(run, network, images, calls, "test images")
-        key = self.scoring.key()
+        self.run, self.scoring = run, Scoring(run, network, self.images, calls, "test images")
+        key = self.scoring.key(positions)
         self.store = PartialScores(run.folder / f"partial-{key[:16]}", run.accelerator.print, key)
         if run.accelerator.is_main_process:
             for other in set(run.folder.glob("partial-*")) - {self.store.folder}:  # of an earlier network
@@ -161,7 +162,8 @@ class FinalScores:
         """One sweep, and a longer one where noise hides the images and calls are left; may raise `Stopped`."""
         scoring, count = self.scoring, len(self.scoring.images)
         self._tell(
-            f"Scoring {count} of {len(self.run.data.test)} test images with {scoring.calls} network calls each."
+            f"Scoring {count} of {len(self.run.data.test)} test images with {scoring.calls} network calls each, "
+            "after a pilot of some 1000."
         )
         pilot = shared(self.run.accelerator, self._pilot)
         scores = scoring.sweep(pilot, self.store)
