@@ -16,6 +16,11 @@ from .respacing import StoredPath
 from .walk import Walk
 
 
+def _mark(table: Tensor) -> tuple[int, int]:
+    """Which tensor it is, and how often it was written into."""
+    return id(table), 0 if table.is_inference() else table._version
+
+
 class StockTable:
     """One of stock's public tables, which follow from the configuration: it may be moved, not changed."""
 
@@ -38,7 +43,7 @@ class StockTable:
                 "`DDPMVLBScheduler.from_config(scheduler.config, trained_betas=betas)`, or with "
                 "`rescale_betas_zero_snr=True`."
             )
-        scheduler._tables[self.name] = value, None if value.is_inference() else value._version
+        scheduler._tables[self.name] = value, _mark(value)
 
 
 class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
@@ -51,7 +56,7 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
     _settled: Any = None  # the configuration that what follows is derived from
     _chains_: Chains
     _walk_: Walk
-    _tables: dict[str, tuple[Tensor, int | None]]
+    _tables: dict[str, tuple[Tensor, tuple[int, int]]]
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Take a configuration, or a change of one, as diffusers' training scripts make it; a bad one changes nothing.
@@ -103,7 +108,7 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         if updates:  # diffusers would write the whole configuration twice into a log that nobody reads
             super().register_to_config(**updates)
         self._settled, self._chains_, self._walk_ = self._internal_dict, chains, walk
-        self._tables = {name: (table, table._version) for name, table in chains.stock_tables.items()}
+        self._tables = {name: (table, _mark(table)) for name, table in chains.stock_tables.items()}
         self.one = torch.tensor(1.0)
         if self.num_inference_steps is None and len(self.timesteps) != len(chains):
             self.timesteps = torch.arange(len(chains), device=self.timesteps.device).flip(0)
@@ -121,7 +126,9 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         """Diffusers' pipelines replace a scheduler's configuration by assigning it."""
         if self._internal_dict is not self._settled:
             self._settle(self._chains_.changed)
-        changed = [name for name, (table, made) in self._tables.items() if made is not None and table._version != made]
+        marks = {name: (_mark(table), made) for name, (table, made) in self._tables.items()}
+        # A copy of a scheduler has other tensors, which count their own writes.
+        changed = [name for name, (now, made) in marks.items() if now[0] == made[0] and now[1] != made[1]]
         if changed:
             raise ValueError(
                 f"`{changed[0]}` was written into, but what samples and scores follows from the configuration: make "
