@@ -207,6 +207,18 @@ def test_grey_files_among_colour_are_scored_as_they_are_trained(tmp_path, load):
     assert torch.equal(everything(data, data.scored), torch.cat(list(trained.test.batches(9))))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_in_colour_files_is_scored_by_either_network(tmp_path, load, channels):
+    """One of three channels, as earlier versions trained it, and one of one channel, as it is trained now."""
+    (tmp_path / "set" / "test").mkdir(parents=True)
+    for i in range(6):
+        k = np.random.default_rng(i).integers(0, 256, (8, 8, 1), dtype=np.uint8).repeat(3, axis=2)
+        PIL.Image.fromarray(k).save(tmp_path / "set" / "test" / f"{i}.png")
+    data = load(NetworkShape(channels, (8, 8), 256, None), str(tmp_path / "set"))
+    scored = everything(data, data.scored)
+    assert scored.shape[1:] == (channels, 8, 8) and torch.equal(scored, scored[:, :1].expand_as(scored))
+
+
 @pytest.mark.parametrize("options", [{"image_column": "other"}, {"resolution": 4}])
 def test_options_beside_a_record_are_refused(tmp_path, load, options):
     """They would have no effect, unless they say what it says."""

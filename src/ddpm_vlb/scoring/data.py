@@ -222,9 +222,9 @@ def _as_images(
             f"{(network.channels, *network.size)}, channels first. Name their column with `--image_column`."
         )
     first = decode_image(encoded_images(data, columns)[0][columns[0]], 0)
-    # Grey files among those in colour have equal channels there, as in training; none in colour is another data set.
+    # Grey files among those in colour have equal channels there, as in training; so have grey images in colour files.
     layout = layout_of(data, columns[0], resolution, network.levels or first.levels, None)
-    if layout.channels != network.channels:
+    if network.channels not in (layout.channels, first.k.shape[2]):
         kind = "grey (1 channel)" if layout.channels == 1 else "in colour (3 channels)"
         raise ValueError(f"The images are {kind}, but the model takes {network.channels} channel(s).")
     size = network.size or (first.k.shape[0], first.k.shape[1])
