@@ -96,6 +96,13 @@ def test_a_finished_run_that_is_resumed_keeps_what_was_measured(tmp_path):
     assert all(mark.exists() for mark in marks) and again["test"] == first["test"]
 
 
+def test_another_scheduler_is_another_pipeline(tmp_path):
+    """The same weights under another option of the chain are saved anew when the run is resumed."""
+    tiny(tmp_path, "--max_train_steps 1")
+    tiny(tmp_path, "--max_train_steps 1 --resume_from_checkpoint latest --timestep_spacing trailing")
+    assert DDPMVLBPipeline.from_pretrained(tmp_path).scheduler.config.timestep_spacing == "trailing"
+
+
 def test_parts_are_of_their_images(tmp_path):
     """As many others, under the same number of calls, have another key."""
     run = only_train(tmp_path, "--max_train_steps 1")

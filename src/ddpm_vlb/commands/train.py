@@ -16,9 +16,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_vlb import (
-    VLBEstimate,
-)
+from ddpm_vlb import DDPMVLBPipeline, VLBEstimate
 from ddpm_vlb.commands.train_options import build_parser, parse_args  # noqa: F401
 from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.runtime.files import MEASURED_FOLDERS, read_json, to_disk, write_json
@@ -44,6 +42,7 @@ from ddpm_vlb.training.scores import FinalScores, score_validation, to_score
 
 Loop = Callable[[Run, Callable[[Run], object]], bool]
 SNAPSHOT_STEPS = 100
+STORED_LATER = ("few_steps_file", "reverse_variance")  # by `ddpm-vlb optimize-timesteps`
 # What a pipeline's folder holds, also of other commands, that belongs to that pipeline alone.
 MEASURED = (
     *("metrics.json", "samples.png", "vlb_terms.png", "data.json", "few_steps.json", "few_steps.png"),
@@ -166,7 +165,7 @@ def finish(run: Run) -> dict[str, Any] | None:
     network = run.averaged_network()
     kept: dict[str, Any] = {}
     if accelerator.is_main_process:
-        if is_saved(network, folder):  # a run that was resumed after its end: what was measured of it is still true
+        if is_saved(run, network):  # a run that was resumed after its end: what was measured of it is still true
             kept = read_json(folder / "metrics.json") or {}
         else:
             save_pipeline(run, network)
@@ -193,16 +192,24 @@ def finish(run: Run) -> dict[str, Any] | None:
     return metrics
 
 
-def is_saved(network: UNet2DModel, folder: Path) -> bool:
-    """Whether a folder's pipeline has these very weights.
+def is_saved(run: Run, network: UNet2DModel) -> bool:
+    """Whether the run's folder holds this very pipeline, but for what was stored in it since.
 
     Args:
+        run: the run.
         network: as it is to be saved.
-        folder: of the run.
     """
-    if not (folder / "model_index.json").is_file():
+    if not (run.folder / "model_index.json").is_file():
         return False
-    return fingerprint_of(UNet2DModel.from_pretrained(folder / "unet")) == fingerprint_of(network)
+    try:
+        saved = DDPMVLBPipeline.from_pretrained(run.folder)
+    except Exception:  # another kind of pipeline, or none that can be read, is not this one
+        return False
+    before, now = (
+        {name: value for name, value in own.config.items() if name[0] != "_" and name not in STORED_LATER}
+        for own in (saved.scheduler, run.scheduler)
+    )
+    return before == now and fingerprint_of(saved.unet) == fingerprint_of(network)
 
 
 def report(metrics: dict[str, Any], folder: Path) -> None:
