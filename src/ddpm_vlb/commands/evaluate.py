@@ -290,14 +290,9 @@ def _json_list(values: Tensor) -> list[float | None]:
 
 def finished(folder: Path, key: str) -> dict[str, Any] | None:
     """The metrics of an earlier run of exactly this evaluation, or None."""
-    path = folder / "metrics.json"
-    if not all((folder / name).is_file() for name in PICTURES):
-        return None
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return metrics if isinstance(metrics, dict) and metrics.get("key") == key else None
+    metrics = read_json(folder / "metrics.json")
+    whole = all((folder / name).is_file() for name in PICTURES)
+    return metrics if whole and metrics.get("key") == key else None
 
 
 @refused("evaluate")
