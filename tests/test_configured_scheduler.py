@@ -22,6 +22,7 @@ CHANGES = [
     (500, {"beta_schedule": "squaredcos_cap_v2"}),
     (500, {"beta_end": 0.05, "beta_start": 0.001}),
     (500, {"trained_betas": [0.01] * 1000}),
+    (500, {"trained_betas": np.linspace(0.001, 0.02, 1000)}),
     (500, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
     (800, {"timestep_spacing": "trailing"}),
 ]

@@ -97,6 +97,15 @@ def test_a_file_of_paths_that_does_not_fit(damage, tmp_path, caplog):
         DDPMVLBScheduler.from_pretrained(tmp_path)
 
 
+def test_stored_paths_are_not_taken_to_another_chain(tmp_path):
+    """Values in place of the saved ones, of what the paths were found for; others may be given."""
+    stored().save_pretrained(tmp_path)
+    for other in ({"prediction_type": "sample"}, {"beta_end": 0.1}):
+        with pytest.raises(ValueError, match="were found for the saved chain"):
+            DDPMVLBScheduler.from_pretrained(tmp_path, **other)
+    assert DDPMVLBScheduler.from_pretrained(tmp_path, clip_sample=False).optimal_paths
+
+
 @pytest.mark.parametrize("name", ["../../few_steps-0123456789ab.json", "few_steps.json", 3])
 def test_a_configuration_names_no_other_file(name):
     """The name becomes a path: it is one of ours or refused."""

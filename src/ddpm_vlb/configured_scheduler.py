@@ -72,15 +72,12 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         """
         if self._settled is None:  # the whole configuration, from the constructor
             return super().register_to_config(**portable_values(kwargs))
-        stored = {*FEW_STEPS, "few_steps_file"} & kwargs.keys()
-        given = {name for name in stored if name in FEW_STEPS or kwargs[name] != self.config.get(name)}
-        named = {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end"} & kwargs.keys()
-        if self.config["trained_betas"] is not None and "trained_betas" not in kwargs:
-            named = {name for name in named if kwargs[name] != self.config[name]}
-            if named:
-                raise ValueError(f"`{min(named)}` has no effect beside `trained_betas`: change those, or to None.")
-        if given:
-            raise ValueError(f"`{min(given)}` is set by `store_few_steps`, not by `register_to_config`.")
+        stored = [name for name in FEW_STEPS if name in kwargs] + self._others(kwargs, "few_steps_file")
+        if stored:
+            raise ValueError(f"`{stored[0]}` is set by `store_few_steps`, not by `register_to_config`.")
+        idle = self._others(kwargs, "num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+        if idle and self.config["trained_betas"] is not None and "trained_betas" not in kwargs:
+            raise ValueError(f"`{idle[0]}` has no effect beside `trained_betas`: change those, or to None.")
         before = self._internal_dict
         super().register_to_config(**kwargs)
         try:
@@ -88,6 +85,10 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         except Exception:
             self._internal_dict = before
             raise
+
+    def _others(self, given: Mapping[str, Any], *names: str) -> list[str]:
+        """Which of these are given with another value than the configuration's."""
+        return [name for name in names if name in given and given[name] != self.config.get(name)]
 
     @ordinary_tensors()
     def _settle(self, make: Callable[[Mapping[str, Any]], Chains]) -> None:
@@ -99,7 +100,7 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         path, eta = self._steps_on(chains)
         walk = Walk(chains, path, eta)
         if self._settled is not None:  # other classes drop what is listed as left at its default
-            changed = {k for k, v in self.config.items() if self._settled.get(k) != v}
+            changed = {k for k, v in {**self.config, **updates}.items() if self._settled.get(k) != v}
             listed = self.config.get("_use_default_values", ())
             if changed & set(listed):
                 updates["_use_default_values"] = [k for k in listed if k not in changed]

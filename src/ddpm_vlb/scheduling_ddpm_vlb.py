@@ -18,7 +18,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from .chains import Chains
-from .configurations import read_config, taken_over
+from .configurations import MODEL_DEFINING, read_config, taken_over
 from .configured_scheduler import ConfiguredScheduler
 from .distributions import promote_half
 from .few_step_store import storable, to_config
@@ -154,6 +154,12 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         scheduler = loaded[0] if return_unused_kwargs else loaded
         where = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if name in kwargs}
         chains = scheduler._chains.with_file(str(pretrained_model_name_or_path), subfolder, where)
+        given = MODEL_DEFINING & kwargs.keys()
+        if given and chains.store.name is not None:
+            raise ValueError(
+                f"`{min(given)}` is given, but the paths and variances stored here were found for the saved chain and "
+                "network: load it without, then `scheduler.store_few_steps()` and `register_to_config`."
+            )
         scheduler._settle(lambda config: chains)
         return loaded
 
