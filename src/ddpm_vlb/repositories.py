@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,12 @@ _PIPELINE_FILE = """\
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: F401
 # DDPMVLBPipeline for `DiffusionPipeline.from_pretrained(..., custom_pipeline=..., trust_remote_code=True)`.
-# The modules beside this file are those of the package ddpm-vlb, as they are.
+# The modules beside this file are those of the package ddpm-vlb.
 
 """
+# diffusers reads a repository's module once for each chain of imports that leads to it, hundreds where 20 would do. It
+# looks for `from .name`; Python takes a blank behind the dot.
+_SIBLING = re.compile(r"^from \.(?=\w)", re.MULTILINE)
 
 
 def local_folder(name: str | os.PathLike[str], subfolder: str, where: dict[str, Any]) -> Path:
@@ -149,7 +152,8 @@ def write_code(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in _CODE:
-        shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+        source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        (folder / f"{name}.py").write_text(_SIBLING.sub("from . ", source), encoding="utf-8")
     imports = "\n".join(f"from .{name} import {public}" for name, public in _CODE.items())
     (folder / "pipeline.py").write_text(f"{_PIPELINE_FILE}{imports}\n", encoding="utf-8")
 
