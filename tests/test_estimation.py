@@ -573,6 +573,7 @@ def peaks():
     return {name: (int(grown), int(seen)) for name, grown, seen in map(str.split, done.stdout.splitlines())}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("growth", ["images", "steps", "full"])
 def test_memory_does_not_grow(growth, peaks):

@@ -150,9 +150,14 @@ def marked():
     os.remove(os.environ["MARKER"])
     return who
 
-for kind in (DDPMVLBPipeline, DiffusionPipeline):
-    for name in places:
-        said[f"{kind.__name__} {name.split('/')[-1]}"] = [failure(kind.from_pretrained, name), marked()]
+for name in names:
+    hf.create_repo(f"tester/{name}")
+    hf.upload_folder(repo_id=f"tester/{name}", folder_path=f"{root}/{name}")
+for place, where in (("folder", root), ("hub", "tester")):
+    said[place] = {}
+    for kind in (DDPMVLBPipeline, DiffusionPipeline):
+        for name in names:
+            said[place][f"{kind.__name__} {name}"] = [failure(kind.from_pretrained, f"{where}/{name}"), marked()]
 """
 
 
@@ -164,19 +169,9 @@ def hostile(tmp_path_factory):
         make(saved(root / name))
     with HubServer() as server:
         environment = server.environment(root / "home", MARKER=str(root / "marker"))
-        places = [str(root / name) for name in [*HOSTILE, "bystander"]]
-        local = run(LOADERS, environment, cwd=root / "evil_beside", places=places)
-        hub = run(
-            "for name in names:\n"
-            "    hf.create_repo(f'tester/{name}')\n"
-            "    hf.upload_folder(repo_id=f'tester/{name}', folder_path=f'{root}/{name}')\n" + LOADERS,
-            environment,
-            cwd=root / "evil_beside",
-            root=str(root),
-            names=[*HOSTILE, "bystander"],
-            places=[f"tester/{name}" for name in [*HOSTILE, "bystander"]],
-        )
-    return root, {"folder": local, "hub": hub}
+        names = [*HOSTILE, "bystander"]
+        said = run(LOADERS, environment, cwd=root / "evil_beside", root=str(root), names=names)
+    return root, said
 
 
 @pytest.mark.parametrize("place", ["folder", "hub"])

@@ -48,6 +48,7 @@ STEPS = {
     "LCMScheduler": 50,
     "TCDScheduler": 50,
 }
+SLOW = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler")
 NO_NOISE = 0.03  # rms distance from the flow, in deviations of the data; other samples of it are sqrt(2) away
 BIAS = 0.08  # of moments, in units of the data's, beside 4 to 5 standard errors: EulerAncestral's 0.05 is the largest
 # What adding C to 2 C channels ends in, in a sum or in the network's next call, and a `step` without a generator.
@@ -384,7 +385,9 @@ def test_those_left_out_do_not_take_the_chain():
             assert ("beta_start" in parameters) == exempt, name
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NAMES]
+)
 def test_row(name):
     """A row says what is found: both stock columns, our pipeline, the way back and the notes."""
     stock, ours, back, note = ROWS[name]
