@@ -147,7 +147,8 @@ def normalized(config: Mapping[str, Any]) -> dict[str, Any]:
     scalars = (np.generic, torch.Tensor)
     updates: dict[str, Any] = {k: v.item() for k, v in config.items() if isinstance(v, scalars) and v.ndim == 0}
     if config["trained_betas"] is not None:
-        updates["trained_betas"] = check_betas(config["trained_betas"]).tolist()
+        # A list could be changed where nobody would see it.
+        updates["trained_betas"] = tuple(check_betas(config["trained_betas"]).tolist())
         # Stock takes T from the betas' number too; a config that contradicts itself would break its spacings.
         if len(updates["trained_betas"]) != updates.get("num_train_timesteps", config["num_train_timesteps"]):
             updates["num_train_timesteps"] = len(updates["trained_betas"])
