@@ -1,13 +1,16 @@
 """A checkpoint as its commands take it: where it is looked for, its data, and fingerprints of its weights."""
 
 import argparse
+import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet1DModel
+from hub_server import HubServer
 from scoring_support import write_splits
+from sharing_support import client_of
 from torch import nn
 
 from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
@@ -53,6 +56,15 @@ def test_a_misspelt_folder(hub, tmp_path):
     args = argparse.Namespace(model="runs/digts", revision=None, cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match="^--model runs/digts .*: there is no such folder, and of the Hub"):
         load_pipeline(args)
+
+
+def test_a_misspelt_folder_without_a_connection(monkeypatch, tmp_path):
+    """Is told at once: the Hub's client would try again, and sleep in between."""
+    with HubServer() as server:
+        client_of(server, monkeypatch, tmp_path)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    with pytest.raises(ValueError, match="^--model runs/digts .*: there is no such folder, and of the Hub"):
+        load_pipeline(argparse.Namespace(model="runs/digts", revision=None, cache_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("channels", [1, 2])

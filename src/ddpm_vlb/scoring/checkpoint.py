@@ -1,6 +1,7 @@
 """A checkpoint as its commands take it: the pipeline, held-out images, and how the network is called."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, ReverseProcess
@@ -36,9 +39,13 @@ def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"--model {args.model}: the folder holds no pipeline (no model_index.json).")
     try:
+        if not folder.is_dir():
+            _reach_hub(args)
         pipeline = DDPMVLBPipeline.from_pretrained(args.model, revision=args.revision, cache_dir=args.cache_dir)
     except Exception as error:  # the Hub client, diffusers and safetensors raise whatever they like
-        said = f"{error}" if folder.is_dir() else f"there is no such folder, and of the Hub: {error} {HUB_HINT}"
+        said = str(error).rstrip(".")
+        if not folder.is_dir():
+            said = f"there is no such folder, and of the Hub: {said}. {HUB_HINT}"
         raise ValueError(f"--model {args.model} cannot be loaded: {said}") from error
     if not isinstance(pipeline.scheduler, DDPMVLBScheduler):
         raise ValueError(
@@ -47,6 +54,13 @@ def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
         )
     _check_network(pipeline, args.model)
     return pipeline
+
+
+def _reach_hub(args: argparse.Namespace) -> None:
+    """Ask for a model that is not in the cache once: the client waits a minute for a Hub that cannot be reached."""
+    if try_to_load_from_cache(args.model, "model_index.json", args.cache_dir, args.revision) is None:
+        with contextlib.suppress(HfHubHTTPError):  # the Hub's own answer comes again, and with retries
+            HfApi().model_info(args.model, revision=args.revision)
 
 
 def _check_network(pipeline: DDPMVLBPipeline, name: str) -> None:
