@@ -29,6 +29,7 @@ from ddpm_vlb.scoring.sweep import PartialScores, run_sweep, shared
 from ddpm_vlb.training.run import Run
 
 MOST_CALLS = 2**14  # network calls for the test images, unless their number is given
+PILOT_CALLS = 1024  # of `fit_pilot`
 USUAL_CALLS = 20  # for each image, unless their number is given
 MORE_CALLS = 80  # for each, at most, where the noise hides what the images say
 ENOUGH = 0.5  # the noise error's share of the image error above which it does
@@ -84,6 +85,17 @@ class Scoring:
     def batch(self, positions: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images to score."""
         return torch.stack(self.images.__getitems__(list(positions))), {}
+
+    def seconds(self, calls: int) -> float:
+        """What so many network calls take on all processes, by one batch of them, timed after another."""
+        x_0, device = self.batch([0])[0], self.run.accelerator.device
+        pairs = max(1, VLBEstimator.values_per_call // x_0[0].numel())
+        x_t = x_0[:1].to(device).expand(pairs, *x_0.shape[1:])
+        for _ in range(2):
+            started = time.perf_counter()
+            with torch.no_grad():
+                self.model(x_t, torch.zeros(pairs, dtype=torch.long, device=device)).sum().item()
+        return (time.perf_counter() - started) * calls / pairs / self.run.accelerator.num_processes
 
     def pilot(self) -> Pilot:
         """One of training images."""
@@ -163,7 +175,9 @@ class FinalScores:
         scoring, count = self.scoring, len(self.scoring.images)
         self._tell(
             f"Scoring {count} of {len(self.run.data.test)} test images with {scoring.calls} network calls each, "
-            "after a pilot of some 1000."
+            "after a pilot of some 1000",
+            PILOT_CALLS + count * scoring.calls,
+            "; --num_test_images scores fewer, 0 none",
         )
         pilot = shared(self.run.accelerator, self._pilot)
         scores = scoring.sweep(pilot, self.store)
@@ -172,7 +186,8 @@ class FinalScores:
         hidden = estimate.noise_se > ENOUGH * estimate.image_se
         if self.run.args.calls_per_image is not None or not hidden or more < 2:
             return estimate
-        self._tell(f"The noise, +- {estimate.noise_se:.3f}, hides what the images say: {more} calls more for each.")
+        noise = f"The noise, +- {estimate.noise_se:.3f}, hides what the images say"
+        self._tell(f"{noise}: {more} calls more for each", more * count)
         further = scoring.sweep(pilot, self.store, 1, more)
         return estimate_from_scores(tuple(VLBScores.combine(own) for own in zip(scores, further)))
 
@@ -180,16 +195,13 @@ class FinalScores:
         saved = self.store.load_pilot()
         if saved is not None:
             return saved
-        started = time.perf_counter()
         pilot = self.scoring.pilot()
-        seconds = (time.perf_counter() - started) / pilot.num_calls / self.run.accelerator.num_processes
-        calls = len(self.scoring.images) * self.scoring.calls
-        self._tell(f"That is {calls} calls, about {seconds * calls:.0f} s; --num_test_images scores fewer, 0 none.")
         self.store.save_pilot(pilot)
         return pilot
 
-    def _tell(self, line: str) -> None:
-        self.run.accelerator.print(line)
+    def _tell(self, what: str, calls: int, way_out: str = "") -> None:
+        if self.run.accelerator.is_main_process:
+            print(f"{what}: about {self.scoring.seconds(calls):.0f} s{way_out}.")
 
     def forget(self) -> None:
         """Remove the parts; on the main process, once the numbers are written."""
