@@ -326,6 +326,36 @@ def test_grey_in_colour_files_has_one_channel(tmp_path, load, mode):
     assert load(train_data_dir=str(tmp_path / "set")).channels == 3
 
 
+def unlike_the_first(load, folder, **options) -> str:
+    """A file of the folder that is not looked at."""
+    return load(train_data_dir=str(folder), **options).test.data[0]["image"]["path"]
+
+
+def test_colour_that_comes_later_is_refused_with_the_option(tmp_path, load):
+    """Where all images that were looked at are grey; `channels` says that others are not."""
+    folder = Path(write_folder(tmp_path / "set", 12, mode="L"))
+    name = unlike_the_first(load, folder)
+    random_image(np.random.default_rng(20), mode="RGB").save(name)
+    with pytest.raises(ValueError, match=f"Image '{name}' is in colour, .* `--channels 3`"):
+        load(train_data_dir=str(folder))
+    assert load(train_data_dir=str(folder), channels=3).test[0].shape == (3, 8, 6)
+
+
+def test_levels_that_come_later_are_refused_with_the_option(tmp_path, load):
+    """A dark image of 256 levels among those of 4 would be read as a bright one; `levels` reads both."""
+    (tmp_path / "set").mkdir()
+    for i in range(12):
+        content = np.random.default_rng(i).integers(0, 4, 48).astype(np.uint8).tobytes()
+        (tmp_path / "set" / f"{i:02d}.pgm").write_bytes(b"P5 8 6 3\n" + content)
+    name = unlike_the_first(load, tmp_path / "set")
+    dark = Path(name).read_bytes().removeprefix(b"P5 8 6 3\n")
+    Path(name).write_bytes(b"P5 8 6 255\n" + dark)
+    with pytest.raises(ValueError, match=f"Image '{name}' can hold 256 levels, but the first .* 4: .* `--levels`"):
+        load(train_data_dir=str(tmp_path / "set"))
+    data = load(train_data_dir=str(tmp_path / "set"), levels=256)
+    assert data.test.raw(data.test[0]).tobytes() == dark and data.train[0].max() == 1
+
+
 def test_images_of_fewer_levels_are_taken_where_they_fall_on_the_data_s(tmp_path, load):
     """Black and white among 256 levels; 17 levels lie between them, and the file is named."""
     folder = Path(write_folder(tmp_path / "set", 12, size=(4, 4)))
@@ -363,6 +393,7 @@ def test_arrays_have_the_levels_of_their_type(tmp_path, load, dtype, levels, sha
         (-1000, {"levels": 4096}, "levels from -1000 to .*outside 0 .. 4095. Shift the data"),
         (0, {"levels": 100}, "outside 0 .. 99"),
         (0, {"levels": 4096, "resolution": 8}, "`--resolution` resizes images"),
+        (0, {"levels": 4096, "channels": 3}, "`--channels 3` contradicts column .image., whose arrays have 1"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(tmp_path, load, low, options, message):

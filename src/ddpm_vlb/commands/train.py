@@ -291,6 +291,7 @@ def load_data(args: argparse.Namespace) -> ImageData:
             args.resolution,
             args.cache_dir,
             args.levels,
+            args.channels,
         )
         _ = data.train_fingerprint  # now, while a fault of one process ends all
     return data

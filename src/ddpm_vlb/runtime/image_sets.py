@@ -22,11 +22,19 @@ _LEVELS = {"bool": 2, "uint8": 256, "uint16": 65536}  # of arrays
 
 @dataclass(frozen=True)
 class Layout:
-    """What images have in common: channels, size (height, width), levels 0 .. levels - 1 (None: continuous arrays)."""
+    """What images have in common.
+
+    Args:
+        channels: 1 or 3.
+        size: (height, width).
+        levels: 0 .. levels - 1 are stored; None: continuous arrays.
+        found: the files that were looked at said so, and one that can hold more contradicts them.
+    """
 
     channels: int
     size: tuple[int, ...]
     levels: int | None
+    found: bool = False
 
 
 def as_stored(x_0: Tensor, levels: int) -> np.ndarray:
@@ -53,6 +61,7 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, data: Any, column: str, layout: Layout, resize: bool, standard: str = "the first one is"):
         self.data, self.column, self.resize, self.standard = data, column, resize, standard
         self.channels, self.size, self.levels = layout.channels, layout.size, layout.levels or 256
+        self.found = layout.found
 
     def __len__(self) -> int:
         return len(self.data)
@@ -67,8 +76,13 @@ class Images(torch.utils.data.Dataset):
         stored, name = decode_image(encoded, index), image_name(encoded, index)
         if self.channels == 1 and not stored.grey:
             raise ValueError(
-                f"Image {name} is in colour, but {self.standard} grey: its colour would be lost. Store all images in "
-                "one mode."
+                f"Image {name} is in colour, but {self.standard} grey: its colour would be lost. Train on colour with "
+                "`--channels 3`, or store all images in one mode."
+            )
+        if self.found and stored.levels > self.levels:  # where the levels are given, files may have room for more
+            raise ValueError(
+                f"Image {name} can hold {stored.levels} levels, but the first images have {self.levels}: say how many "
+                f"there are with `--levels`; with {stored.levels} those of fewer are spread over them."
             )
         k = stored.at_levels(self.levels, name)
         k = k[..., :1] if self.channels == 1 else np.broadcast_to(k, (*k.shape[:2], self.channels))
@@ -220,17 +234,18 @@ def layout_of(
         ValueError: an image that cannot be read, or one that does not say how many levels it has.
     """
     if holds_arrays(data, column):
-        return _layout_of_arrays(data, column, resolution, levels)
+        return _layout_of_arrays(data, column, resolution, levels, channels)
     count = min(FIRST_IMAGES, len(data))
     looked_at = [i * len(data) // count for i in range(count)]  # a folder's first files may be alike
     encoded = _rows(encoded_images(data, [column]), column, looked_at)
     first = decode_image(encoded[0], 0)
     size = (resolution, resolution) if resolution is not None else (first.k.shape[0], first.k.shape[1])
+    found = levels is None
     if levels is None or channels is None:
         images = [first, *(decode_image(own, i) for own, i in zip(encoded[1:], looked_at[1:]))]
         channels = channels or (1 if all(own.grey for own in images) else 3)
         levels = levels or _common_levels([own.levels for own in images], encoded)
-    return Layout(channels, size, levels)
+    return Layout(channels, size, levels, found)
 
 
 def _common_levels(levels: list[int], encoded: list[Any]) -> int:
@@ -245,7 +260,9 @@ def _common_levels(levels: list[int], encoded: list[Any]) -> int:
     return most
 
 
-def _layout_of_arrays(data: datasets.Dataset, column: str, resolution: int | None, levels: int | None) -> Layout:
+def _layout_of_arrays(
+    data: datasets.Dataset, column: str, resolution: int | None, levels: int | None, asked: int | None
+) -> Layout:
     """What the first array says, and the column's type."""
     if resolution is not None:
         raise ValueError(f"`--resolution` resizes images, but column {column!r} holds arrays.")
@@ -256,6 +273,8 @@ def _layout_of_arrays(data: datasets.Dataset, column: str, resolution: int | Non
             f"Column {column!r} holds arrays of the shape {shape}, but images have (H, W) or (C, H, W) with 1 or 3 "
             "channels first."
         )
+    if asked not in (None, channels):
+        raise ValueError(f"`--channels {asked}` contradicts column {column!r}, whose arrays have {channels}.")
     kind = data.features[column]
     while isinstance(kind, list) or hasattr(kind, "feature"):
         kind = kind[0] if isinstance(kind, list) else kind.feature
