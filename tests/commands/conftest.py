@@ -42,7 +42,8 @@ def score(models, sets, tmp_path):
 
     def scored(model="small", data="grey", options="", *more):
         where = ("--model", models.get(model, model), *sets[data].options, "--output_dir", tmp_path / "run")
-        return run_evaluate(*where, *FEW, *options.split(), *more)
+        few = FEW[4:] if "full" in options else FEW  # which takes no calls and no pilot
+        return run_evaluate(*where, *few, *options.split(), *more)
 
     return scored
 

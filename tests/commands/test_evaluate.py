@@ -48,13 +48,10 @@ def test_every_option_has_a_help_text():
 
 def test_the_command_line_of_the_contract():
     """All options have their names, and those that may be left out their defaults."""
-    options = (
-        "--model M --dataset_name D --split S --num_images 7 --estimator full --calls_per_image 9 --seed 5 "
-        "--output_dir O"
-    )
+    options = "--model M --dataset_name D --split S --num_images 7 --estimator full --seed 5 --output_dir O"
     args = evaluate.parse_args(options.split())
     assert (args.model, args.dataset_name, args.split, args.num_images) == ("M", "D", "S", 7)
-    assert (args.estimator, args.calls_per_image, args.seed, args.output_dir) == ("full", 9, 5, "O")
+    assert (args.estimator, args.seed, args.output_dir) == ("full", 5, "O")
     args = evaluate.parse_args("--model M --tolerance 0.002".split())
     assert (args.dataset_name, args.split, args.num_images, args.tolerance) == (None, "test", None, 0.002)
     assert (args.estimator, args.calls_per_image, args.seed, args.output_dir) == ("importance", 20, 0, None)
@@ -69,6 +66,9 @@ BAD = """
     --tolerance -0.1
     --tolerance nan
     --tolerance 0.1 --estimator full
+    --calls_per_image 9 --estimator full
+    --pilot_calls 500 --estimator full
+    --no-control_variate --estimator full
     --seed -1
     --estimator exact
     --pilot_calls 0

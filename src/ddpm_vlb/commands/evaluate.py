@@ -61,7 +61,7 @@ from ddpm_vlb.scoring.sweep import PartialScores, Scores, run_sweep, shared
 PICTURES = ("vlb_terms.png", "per_image.png")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options and their help texts."""
     parser = Parser("evaluate", __doc__)
     add_model_options(parser, "score", "Folder for the results; default: evaluation/ in the model's.")
@@ -99,10 +99,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.num_inference_steps is not None and args.timesteps is not None:
         parser.error("pass only one of --num_inference_steps and --timesteps")
-    if args.timestep_spacing is not None and args.num_inference_steps is None:
-        parser.error("--timestep_spacing needs --num_inference_steps")
-    if args.tolerance is not None and args.estimator == "full":
-        parser.error("--tolerance is for --estimator importance: the full loop has a fixed number of calls")
+    idle = {
+        "timestep_spacing, without --num_inference_steps": args.num_inference_steps is None,
+        "calls_per_image tolerance pilot_calls control_variate, with --estimator full": args.estimator == "full",
+    }
+    parser.refuse_idle(args, idle)
     return args
 
 

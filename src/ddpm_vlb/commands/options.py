@@ -60,6 +60,20 @@ class Parser(argparse.ArgumentParser):
             else f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n",
         )
 
+    def refuse_idle(self, args: argparse.Namespace, idle: dict[str, bool]) -> None:
+        """Refuse options that something else leaves without effect; at their defaults they may stand in a config file.
+
+        Args:
+            args: as parsed.
+            idle: by "options, why", whether that is so.
+        """
+        for case, is_so in idle.items():
+            names, why = case.split(", ", 1)
+            for name in names.split():
+                value = getattr(args, name)
+                if is_so and value != self.get_default(name):
+                    self.error(f"--{'no-' if value is False else ''}{name} has no effect {why}: leave it out")
+
 
 def add_model_options(parser: argparse.ArgumentParser, verb: str, output: str) -> None:
     """Options that say which checkpoint is meant, and where the results go.

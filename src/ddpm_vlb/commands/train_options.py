@@ -51,6 +51,7 @@ def build_parser() -> Parser:
     data.add_argument("--test_split", help="Name of the test split; default: test, validation, or a made one.")
     data.add_argument("--resolution", type=positive_int, help="Resize and crop to this size; default: as they are.")
     data.add_argument("--levels", type=number_of_levels, help="Levels 0 .. N - 1 that are stored; default: as stored.")
+    data.add_argument("--channels", type=int, choices=(1, 3), help="Grey or colour; default: as 64 of the images are.")
     data.add_argument("--random_flip", action=SWITCH, default=False, help="Mirror half of the training images.")
     data.add_argument("--cache_dir", help="Where `datasets` keeps its files.")
     data.add_argument("--dataloader_num_workers", type=not_negative_int, default=0, help="Worker processes.")
@@ -168,18 +169,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args([*_config_as_options(path, parser), *given])
     if args.dataset_name is not None and args.train_data_dir is not None:
         parser.error("pass only one of --dataset_name and --train_data_dir")
-    if args.dataset_config_name is not None and args.dataset_name is None:
-        parser.error("--dataset_config_name has no effect without --dataset_name")
     if args.max_train_steps is not None and args.num_epochs is not None:
         parser.error("pass only one of --max_train_steps and --num_epochs")
+    parser.refuse_idle(args, _idle(args))
     if args.variance_type is None:
         args.variance_type = "fixed_small" if args.objective == "simple" else "learned_range"
     if args.objective == "hybrid" and not args.variance_type.startswith("learned"):
         parser.error(f"--objective hybrid trains the variance, but --variance_type {args.variance_type} has none")
     if args.objective == "simple" and args.variance_type.startswith("learned"):
         parser.error(f"--objective simple does not train the variance of --variance_type {args.variance_type}")
-    if args.snr_gamma is not None and args.objective == "vlb":
-        parser.error("--snr_gamma weights L_simple, which --objective vlb does not have")
     if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
         parser.error("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample")
     if args.timestep_sampler is None:
@@ -191,13 +189,29 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--ddpm_num_inference_steps {args.ddpm_num_inference_steps} is more than the chain's "
             f"--ddpm_num_steps {args.ddpm_num_steps}"
         )
-    hub = [args.hub_model_id, args.hub_private_repo, args.hub_include_code, args.hub_license, args.hub_overwrite]
-    if not args.push_to_hub and any(value is not None for value in hub):
-        parser.error("the --hub_ options are those of an upload: add --push_to_hub")
     if args.push_to_hub:
         args.hub_license = args.hub_license or "unknown"
         args.hub_model_id = args.hub_model_id or Path(args.output_dir).resolve().name
     return args
+
+
+def _idle(args: argparse.Namespace) -> dict[str, bool]:
+    """Options that others leave without effect."""
+    named, size = args.model_config_name_or_path is not None, "block_out_channels layers_per_block norm_num_groups"
+    hub = "hub_model_id hub_private_repo hub_include_code hub_license hub_overwrite"
+    return {
+        "dataset_config_name, without --dataset_name": args.dataset_name is None,
+        f"{size} attention_levels dropout, beside --model_config_name_or_path": named,
+        f"ddpm_beta_start ddpm_beta_end, on --ddpm_beta_schedule {args.ddpm_beta_schedule}": args.ddpm_beta_schedule
+        in ("squaredcos_cap_v2", "laplace"),
+        "vlb_weight, without --objective hybrid": args.objective != "hybrid",
+        "snr_gamma, with --objective vlb, which has no L_simple": args.objective == "vlb",
+        "lr_warmup_steps, with --lr_scheduler constant": args.lr_scheduler == "constant" and args.lr_warmup_steps > 0,
+        "ema_inv_gamma ema_power ema_max_decay, with --no-use_ema": not args.use_ema,
+        "logging_dir, with --logger none": args.logger == "none",
+        "calls_per_image, with --num_test_images 0": args.num_test_images == 0,
+        f"{hub}, without --push_to_hub": not args.push_to_hub,
+    }
 
 
 def _config_as_options(path: str | None, parser: argparse.ArgumentParser) -> list[str]:
