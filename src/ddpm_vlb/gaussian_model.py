@@ -14,6 +14,7 @@ Sources: Kingma et al. 2021 (VDM), eq. 13; Chen et al. 2010, "Shrinkage algorith
 eq. 23 (OAS).
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -73,8 +74,22 @@ class GaussianModel:
         """Whether the basis is Fourier's."""
         return self.basis.is_complex()
 
+    @functools.cached_property
+    def _half(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of real data's spectrum the half that is no mirror image: which frequencies, how often each counts, basis."""
+        *others, last = self.mean.shape[1:] or (1,)
+        every = torch.arange(math.prod(others) * last).reshape(*others, last)
+        counts = torch.full((*others, last // 2 + 1), 2.0, dtype=torch.float64)
+        counts[..., 0] = 1
+        if last % 2 == 0:
+            counts[..., -1] = 1
+        index, counts = every[..., : last // 2 + 1].flatten(), counts.flatten()
+        return index, counts, self.basis[index].conj() * counts.sqrt()[:, None, None]
+
     def coefficients(self, x: Tensor) -> Tensor:
-        """Coefficients in the basis, float64 (B, D); (B, 2 D) real and imaginary parts for the stationary model.
+        """Coefficients in the basis, float64 (B, D); for the stationary model (B, E), real and imaginary parts.
+
+        Inner products of images are those of their coefficients.
 
         Args:
             x: data less the mean, or noise, (B, C, *).
@@ -82,7 +97,14 @@ class GaussianModel:
         x = x.detach().cpu().double()
         if not self.stationary:
             return x.flatten(1) @ self.basis
-        return torch.view_as_real(torch.einsum("nkc,kcj->nkj", _spectrum(x), self.basis.conj())).flatten(1)
+        x = x if x.ndim > 2 else x[..., None]
+        spectrum = torch.fft.rfftn(x, dim=tuple(range(2, x.ndim)), norm="ortho").flatten(2)
+        basis = self._half[2]
+        if x.shape[1] == 1:
+            rotated = spectrum[:, 0, :, None] * basis[:, 0]
+        else:
+            rotated = torch.einsum("bch,hcj->bhj", spectrum, basis)
+        return torch.view_as_real(rotated).flatten(1)
 
     def shrunk(self, num_examples: int) -> "GaussianModel":
         """The model with its eigenvalues drawn towards their mean, as far as so few examples ask for (OAS).
@@ -104,12 +126,17 @@ class GaussianModel:
 
         With rounded eigenvalues the denoiser is still linear, so that equation 4 stays exact.
         """
-        largest = float(self.eigenvalues.max())
+        eigenvalues, counts = self.eigenvalues, torch.ones_like(self.eigenvalues)
+        if self.stationary:
+            index, often, _ = self._half
+            eigenvalues = eigenvalues.reshape(-1, self.basis.shape[-1])[index].flatten()
+            counts = often.repeat_interleave(self.basis.shape[-1])
+        largest = float(eigenvalues.max())
         floor = max(largest * 1e-6, 1e-30)
-        position = (self.eigenvalues / floor).clamp(min=1).log() / math.log(1e6) * (NUM_GROUPS - 1)
+        position = (eigenvalues / floor).clamp(min=1).log() / math.log(1e6) * (NUM_GROUPS - 1)
         _, group = torch.unique(position.round().long(), return_inverse=True)
-        dims = torch.bincount(group).double()
-        values = torch.zeros_like(dims).index_add_(0, group, self.eigenvalues) / dims
+        dims = counts.new_zeros(int(group.max()) + 1).index_add_(0, group, counts)
+        values = torch.zeros_like(dims).index_add_(0, group, eigenvalues * counts) / dims
         return values, group.repeat_interleave(2) if self.stationary else group, dims
 
 

@@ -34,7 +34,7 @@ MIN_CALLS_FOR_SLOPES = 128  # below, three coefficients for each neighbourhood o
 
 
 class PreparedImages(NamedTuple):
-    """What the control variate needs of images: z (B, E), their energies (B, G), the mask of inner values (B, D)."""
+    """What the control variate needs of images: z (B, E), their energies (B, G), 1 for inner values (B, D), else 0."""
 
     coefficients: Tensor
     energies: Tensor
@@ -81,7 +81,7 @@ class ControlVariate:
         x_0 = x_0.detach().cpu().double()
         z = self.gaussian.coefficients(x_0 - self.gaussian.mean)
         outer = torch.inf if self.levels is None else 1 - 1 / (self.levels - 1)
-        return PreparedImages(z, self._grouped(z.square()), (x_0.abs() < outer).flatten(1))
+        return PreparedImages(z, self._grouped(z.square()), (x_0.abs() < outer).flatten(1).double())
 
     def _grouped(self, values: Tensor) -> Tensor:
         return values.new_zeros(len(values), len(self.dims)).index_add_(1, self.group, values)
@@ -112,13 +112,16 @@ class ControlVariate:
         """
         noise = noise.detach().cpu().double()
         e = self.gaussian.coefficients(noise)
-        z, energies, inner = images.coefficients[image], images.energies[image], images.inner[image]
+        energies, inner = images.energies[image], images.inner[image]
         bias, spread, scale = self.bias[t], self.spread[t], self.scale[t]
-        excess = self._grouped(e.square()) - self.dims
-        error = (spread.square() * excess - 2 * bias * spread * self._grouped(z * e)).sum(1) / scale
+        # Weights of each coefficient cost less than sums over each group.
+        per_e = e * spread[:, self.group]
+        per_z = images.coefficients[image].mul_(bias[:, self.group])
+        excess = (per_e * per_e.sub(per_z, alpha=2)).sum(1) - spread.square() @ self.dims
         expected = (bias.square() * energies + spread.square() * self.dims).sum(1) / scale - 1
-        count = inner.sum(1).double()
-        energy = ((noise.flatten(1).square() - 1) * inner).sum(1) / (2 * count.clamp(min=1)).sqrt()
+        count = inner.sum(1)
+        energy = ((noise.flatten(1).square() * inner).sum(1) - count) / (2 * count.clamp(min=1)).sqrt()
+        error = excess / scale
         return torch.stack([error, energy], dim=1), expected
 
     def at(self, images: PreparedImages, image: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
