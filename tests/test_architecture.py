@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SOURCE = Path(ddpm_vlb.__file__).parent
 # Each module imports only from those before it.
 ORDER = (
+    "transfers",
     "distributions",
     "schedules",
     "forward_process",

@@ -3,7 +3,7 @@
 from .checks import check_data
 from .distributions import DiagonalGaussian
 from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, enough_replicates, estimate_vlb
-from .evaluation import VLBTerms, evaluate_vlb, image_generator
+from .evaluation import VLBTerms, evaluate_vlb, image_generator, values_in_a_call
 from .few_step_store import STORED_FILES
 from .forward_process import Diffused, ForwardProcess
 from .gaussian_model import GaussianModel, covariance_eigenvalues, gaussian_model_terms
@@ -90,6 +90,7 @@ __all__ = [
     "spaced_timesteps",
     "spread_knots",
     "step_costs",
+    "values_in_a_call",
     "vlb_loss",
     "vlb_term",
     "write_code",

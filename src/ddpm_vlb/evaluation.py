@@ -7,15 +7,19 @@ Source: Ho et al. 2020, eq. 5.
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import Conditioning, Model, check_conditioning, check_data, check_model
 from .losses import nats_to_bits_per_dim, prior_kl, vlb_term
 from .reverse_process import ReverseProcess
+from .transfers import read_later, to_device
+
+CPU_VALUES, DEVICE_VALUES = 2**16, 2**20  # in a network call: what keeps a cache warm, and a device busy
 
 
 class VLBTerms(NamedTuple):
@@ -43,11 +47,14 @@ def model_output(model: Model, x_t: Tensor, timesteps: Tensor, conditioning: Con
     """Call the network and take the tensor out of what it returns.
 
     Args:
-        model: the network.
+        model: the network; a module gets its input in its own dtype.
         x_t: its input (B, C, *).
         timesteps: what it is told, (B,): `forward.timesteps[t]`.
         conditioning: its further arguments.
     """
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if weight is not None and weight.is_floating_point():
+        x_t = x_t.to(weight.dtype)
     output = model(x_t, timesteps, **(conditioning or {}))
     return output if isinstance(output, Tensor) else output.sample
 
@@ -62,8 +69,20 @@ def rows_of(conditioning: Conditioning | None, index: Tensor) -> dict[str, Tenso
     return {name: rows[index.to(rows.device)] for name, rows in (conditioning or {}).items()}
 
 
+def values_in_a_call(values_per_call: int | None, device: torch.device) -> int:
+    """How many values a network call takes.
+
+    Args:
+        values_per_call: as asked for; None: what keeps the device busy.
+        device: of the network.
+    """
+    if values_per_call is not None:
+        return values_per_call
+    return CPU_VALUES if device.type == "cpu" else DEVICE_VALUES
+
+
 @torch.no_grad()
-def bound_terms(
+def launch_terms(
     model: Model,
     reverses: Sequence[ReverseProcess],
     x_0: Tensor,
@@ -71,8 +90,8 @@ def bound_terms(
     noise: Tensor,
     conditioning: Conditioning | None = None,
     image: Tensor | None = None,
-) -> Tensor:
-    """Terms of the bound in nats for (image, t) pairs, float64 on the CPU, one row for each of `reverses`, (V, P).
+) -> Callable[[], Tensor]:
+    """Begin to compute terms of the bound in nats for (image, t) pairs; the device works while the host goes on.
 
     Args:
         model: the network, as in `evaluate_vlb`.
@@ -83,26 +102,48 @@ def bound_terms(
         conditioning: as in `evaluate_vlb`, P rows.
         image: the images' numbers for error messages, (P,).
 
-    Raises:
+    Returns:
+        What waits for the terms: float64 on the CPU, one row for each of `reverses`, (V, P). It raises
         FloatingPointError: NaN or infinity, with the timestep and the image.
     """
     forward = reverses[0].forward
     device = forward.betas.device
-    diffused = forward.diffuse(x_0.to(device), t.to(device), noise.to(device))
-    told = {name: rows.to(device) for name, rows in (conditioning or {}).items()}
+    diffused = forward.diffuse(*(to_device(own, device) for own in (x_0, t, noise)))
+    told = {name: to_device(rows, device) for name, rows in (conditioning or {}).items()}
     output = model_output(model, diffused.x_t, forward.timesteps[diffused.t], told)
-    terms = torch.stack([vlb_term(reverse, output, diffused) for reverse in reverses]).cpu().double()
-    # The output is checked too: clipping would make an infinite one look harmless.
-    bad_output = ~output.isfinite().flatten(1).all(1).cpu()
-    bad = bad_output | ~terms.isfinite().all(0)
-    if bool(bad.any()):
-        pair = int(bad.nonzero()[0])
-        step, name = int(t[pair]), "" if image is None else f", image {int(image[pair])}"
-        cause = "the model's output" if bool(bad_output[pair]) else "the term of the bound"
-        raise FloatingPointError(
-            f"NaN or infinity in {cause} at chain index t={step} (timestep {int(forward.timesteps[step])}){name}."
-        )
-    return terms
+    terms = torch.stack([vlb_term(reverse, output, diffused) for reverse in reverses])
+    # The output is looked at too: clipping would make an infinite one look harmless.
+    largest = torch.linalg.vector_norm(output.flatten(1), ord=math.inf, dim=1).to(terms.dtype)
+    come = read_later(torch.cat([terms, largest[None]]))
+
+    def read() -> Tensor:
+        values = come().double()
+        bad = ~values.isfinite()
+        if bool(bad.any()):
+            pair = int(bad.any(0).nonzero()[0])
+            step, name = int(t[pair]), "" if image is None else f", image {int(image[pair])}"
+            cause = "the model's output" if bool(bad[-1, pair]) else "the term of the bound"
+            raise FloatingPointError(
+                f"NaN or infinity in {cause} at chain index t={step} (timestep {int(forward.timesteps[step])}){name}."
+            )
+        return values[:-1]
+
+    return read
+
+
+def one_behind(launched: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """The terms of each network call, waited for once the next one is launched.
+
+    Args:
+        launched: what `launch_terms` returns, call by call.
+    """
+    last = None
+    for read in launched:
+        if last is not None:
+            yield last()
+        last = read
+    if last is not None:
+        yield last()
 
 
 def evaluate_vlb(
@@ -111,7 +152,7 @@ def evaluate_vlb(
     x_0: Tensor,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
-    values_per_call: int = 65536,
+    values_per_call: int | None = None,
     conditioning: Conditioning | None = None,
 ) -> VLBTerms:
     """The whole bound of a batch, every term computed once: T network calls for each image.
@@ -120,10 +161,11 @@ def evaluate_vlb(
         model: the network, called as model(x_t, timesteps, **conditioning); returns a tensor or an object with
             `.sample`.
         reverse: p; decides on clipping and the decoder.
-        x_0: data (B, C, *) in [-1, 1] on its levels, on the device of the network and of `reverse`.
+        x_0: data (B, C, *) in [-1, 1] on its levels; it goes where `reverse` lives.
         noise: epsilon for each chain index, (T, B, C, *); drawn when None.
         generator: source of the noise when it is drawn.
-        values_per_call: (image, t) pairs are stacked up to this many values for each network call.
+        values_per_call: (image, t) pairs are stacked up to this many values for each network call; None takes 2^16 on
+            the CPU and 2^20 elsewhere.
         conditioning: further arguments of the network by name, each a tensor of B rows (`class_labels`).
 
     Raises:
@@ -136,19 +178,22 @@ def evaluate_vlb(
     check_model(model)
     check_data(x_0, reverse.levels)
     check_conditioning(conditioning, len(x_0))
-    steps, batch = len(reverse.forward), len(x_0)
-    chunk = max(1, values_per_call // x_0[0].numel())
-    columns = []
-    for start in range(0, steps * batch, chunk):
-        pair = torch.arange(start, min(start + chunk, steps * batch), device=x_0.device)
-        t, image = pair // batch, pair % batch
-        if noise is None:
-            source = generator.device if generator is not None else x_0.device
-            epsilon = torch.randn((len(pair), *x_0.shape[1:]), generator=generator, device=source, dtype=x_0.dtype)
-        else:
-            epsilon = noise[t.to(noise.device), image.to(noise.device)]
-        told = rows_of(conditioning, image)
-        columns.append(bound_terms(model, (reverse,), x_0[image], t, epsilon.to(x_0.device), told, image)[0])
-    terms = torch.cat(columns).reshape(steps, batch).T.to(x_0.device, torch.promote_types(x_0.dtype, torch.float32))
-    prior = prior_kl(reverse, x_0)
+    steps, batch, device = len(reverse.forward), len(x_0), reverse.forward.betas.device
+    chunk = max(1, values_in_a_call(values_per_call, device) // x_0[0].numel())
+
+    def calls() -> Iterator[Callable[[], Tensor]]:
+        for start in range(0, steps * batch, chunk):
+            pair = torch.arange(start, min(start + chunk, steps * batch), device=x_0.device)
+            t, image = pair // batch, pair % batch
+            if noise is None:
+                source = generator.device if generator is not None else x_0.device
+                epsilon = torch.randn((len(pair), *x_0.shape[1:]), generator=generator, device=source, dtype=x_0.dtype)
+            else:
+                epsilon = noise[t.to(noise.device), image.to(noise.device)]
+            told = rows_of(conditioning, image)
+            yield launch_terms(model, (reverse,), x_0[image], t, epsilon, told, image)
+
+    terms = torch.cat([own[0] for own in one_behind(calls())]).reshape(steps, batch).T
+    terms = terms.to(torch.promote_types(x_0.dtype, torch.float32)).to(x_0.device)
+    prior = prior_kl(reverse, x_0.to(device)).to(x_0.device)
     return VLBTerms(prior, terms, nats_to_bits_per_dim(prior + terms.sum(1), x_0[0].numel()))

@@ -76,7 +76,7 @@ class GaussianModel:
 
     @functools.cached_property
     def _half(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of real data's spectrum the half that is no mirror image: which frequencies, how often each counts, basis."""
+        """Of the half of a real spectrum that is no mirror image: the frequencies, their counts, the basis."""
         *others, last = self.mean.shape[1:] or (1,)
         every = torch.arange(math.prod(others) * last).reshape(*others, last)
         counts = torch.full((*others, last // 2 + 1), 2.0, dtype=torch.float64)

@@ -17,7 +17,7 @@ and 9.2 (mixtures).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .checks import Conditioning, Model, check_conditioning, check_data, check_model, check_same_chain
-from .evaluation import bound_terms, image_generator, rows_of
+from .evaluation import image_generator, launch_terms, one_behind, rows_of, values_in_a_call
 from .gaussian_model import GaussianModel
 from .reverse_process import ReverseProcess
 
@@ -180,7 +180,7 @@ def fit_pilot(
     control_variate: bool = True,
     conditioning: Conditioning | None = None,
     also: Sequence[ReverseProcess] = (),
-    values_per_call: int = 65536,
+    values_per_call: int | None = None,
 ) -> Pilot:
     """Run the pilot, best on *other* images than those to be scored (the training set's).
 
@@ -221,16 +221,21 @@ def fit_pilot(
     unit = None
     if control_variate and len(x_0) >= 2 and len(t) >= MIN_CALLS_FOR_SLOPES:
         unit = _unit_control(reverse, x_0)
-    terms, features = [], []
-    for part in torch.arange(len(t)).split(max(1, values_per_call // x_0[0].numel())):
-        own, step = image[part], t[part]
-        noise = torch.randn((len(part), *x_0.shape[1:]), generator=generator)
-        pairs = x_0[own], step, noise.to(x_0.dtype), rows_of(conditioning, own), own
-        terms.append(bound_terms(model, (reverse, *also), *pairs))
-        if unit is not None:
-            deviation, expected = unit.features(unit.prepare(x_0[own]), torch.arange(len(own)), step, noise)
-            features.append(torch.stack([deviation[:, 0] + expected, deviation[:, 1]], dim=1))
-    values, control = torch.cat(terms, dim=1), None
+    features: list[Tensor] = []
+    size = values_in_a_call(values_per_call, reverse.forward.betas.device)
+
+    def calls() -> Iterator[Callable[[], Tensor]]:
+        for part in torch.arange(len(t)).split(max(1, size // x_0[0].numel())):
+            own, step = image[part], t[part]
+            noise = torch.randn((len(part), *x_0.shape[1:]), generator=generator)
+            pairs = x_0[own], step, noise.to(x_0.dtype), rows_of(conditioning, own), own
+            read = launch_terms(model, (reverse, *also), *pairs)
+            if unit is not None:
+                deviation, expected = unit.features(unit.prepare(x_0[own]), torch.arange(len(own)), step, noise)
+                features.append(torch.stack([deviation[:, 0] + expected, deviation[:, 1]], dim=1))
+            yield read
+
+    values, control = torch.cat(list(one_behind(calls())), dim=1), None
     if unit is not None:
         regressors = torch.cat(features)
         control = replace(unit, slopes=torch.stack([_fit_slopes(own, regressors, knots, t, gaps) for own in values]))

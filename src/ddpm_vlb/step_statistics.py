@@ -17,18 +17,19 @@ Sources: Watson et al. 2021, section 3; Bao et al. 2022a, section 4 (Monte Carlo
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .checks import Conditioning, Model, check_conditioning, check_data, check_model
-from .evaluation import image_generator, model_output, rows_of
-from .forward_process import ForwardProcess
+from .evaluation import image_generator, model_output, one_behind, rows_of, values_in_a_call
+from .forward_process import Diffused, ForwardProcess
 from .optimal_paths import Chebyshev, priced
 from .respacing import SquaredErrors
 from .reverse_process import ReverseProcess
+from .transfers import read_later, to_device
 
 RANGE_NODES = 24
 MIN_IMAGES = 32
@@ -177,7 +178,7 @@ def collect_statistics(
     seed: int = 0,
     conditioning: Conditioning | None = None,
     decoder_dims: int = 64,
-    values_per_call: int = 65536,
+    values_per_call: int | None = None,
     noise: Tensor | None = None,
 ) -> StepStatistics:
     """The statistics of a batch: one network call for each image and knot.
@@ -192,7 +193,7 @@ def collect_statistics(
         seed: of the noise.
         conditioning: further arguments of the network by name, each a tensor of B rows.
         decoder_dims: keep so many dimensions of each image for the decoder, at most all.
-        values_per_call: (image, t) pairs are stacked up to this many values for each network call.
+        values_per_call: as in `evaluate_vlb`.
         noise: epsilon, (N, B, C, *), in place of drawn noise.
 
     Raises:
@@ -208,36 +209,51 @@ def collect_statistics(
     dims = torch.stack([_some_of(x_0[0].numel(), decoder_dims, generator) for generator in generators])
     device, number = reverse.forward.betas.device, len(knots)
     nodes = range_nodes(reverse.forward).nodes
+    pairs = torch.arange(len(x_0) * number)
+    parts = pairs.split(max(1, values_in_a_call(values_per_call, device) // x_0[0].numel()))
+
+    def calls() -> Iterator[Callable[[], Tensor]]:
+        for part in parts:
+            image, knot = part // number, part % number
+            if noise is None:
+                epsilon = torch.stack([torch.randn(x_0.shape[1:], generator=generators[i]) for i in image.tolist()])
+            else:
+                epsilon = noise[knot, image]
+            t, told = to_device(knots[knot], device), rows_of(conditioning, image)
+            diffused = reverse.forward.diffuse(
+                to_device(x_0[image], device), t, to_device(epsilon.to(x_0.dtype), device)
+            )
+            told = {name: to_device(rows, device) for name, rows in told.items()}
+            output = model_output(model, diffused.x_t, reverse.forward.timesteps[t], told)
+            yield read_later(_of_pairs(reverse, output, diffused, to_device(dims[image], device), nodes))
+
     squared = torch.zeros((2, number, *x_0.shape[1:]), dtype=torch.float64)
+    of_dims = dims.shape[1] * (3 if reverse.learns_variance else 2)
     learned, samples = [], []
-    for part in torch.arange(len(x_0) * number).split(max(1, values_per_call // x_0[0].numel())):
+    for part, values in zip(parts, one_behind(calls())):
         image, knot = part // number, part % number
-        if noise is None:
-            epsilon = torch.stack([torch.randn(x_0.shape[1:], generator=generators[i]) for i in image.tolist()])
-        else:
-            epsilon = noise[knot, image]
-        t = knots[knot].to(device)
-        diffused = reverse.forward.diffuse(x_0[image].to(device), t, epsilon.to(device, x_0.dtype))
-        told = {name: rows.to(device) for name, rows in rows_of(conditioning, image).items()}
-        output = model_output(model, diffused.x_t, reverse.forward.timesteps[t], told)
-        mean_output, v = reverse.split(output, diffused.x_t)
-        _check_finite(output, t, places[image])
-        x_0_hat = reverse.predict_x_0(mean_output, diffused.x_t, reverse.coefficients(t, diffused.x_t))
-        error = (diffused.x_0 - x_0_hat).double() if device.type != "mps" else diffused.x_0 - x_0_hat
-        square = error.square()
-        squared.index_put_((places[image] % 2, knot), square.cpu().double(), accumulate=True)
-        learned.append(_learned(reverse.variance_type, v, square, nodes))
-        kept = [
-            value.flatten(1).gather(1, dims[image].to(device))
-            for value in (diffused.x_0, x_0_hat, v)
-            if value is not None
-        ]
-        samples.append(torch.stack(kept).float().cpu())
+        _check_finite(values[:, 0], knots[knot], places[image])
+        square, kept, rows = values[:, 1:].double().tensor_split((x_0[0].numel(), x_0[0].numel() + of_dims), dim=1)
+        squared.index_put_((places[image] % 2, knot), square.unflatten(1, x_0.shape[1:]), accumulate=True)
+        learned.append(rows)
+        samples.append(kept)
     each = (len(x_0), number)
     rows = torch.cat(learned).unflatten(0, each).sum(0)
-    few = torch.cat(samples, dim=1).unflatten(1, each).transpose(2, 3).flatten(1, 2)
+    few = torch.cat(samples).float().unflatten(1, (-1, dims.shape[1])).movedim(1, 0).unflatten(1, each)
+    few = few.transpose(2, 3).flatten(1, 2)
     halves = (places % 2)[:, None].expand_as(dims).flatten()
     return StepStatistics(knots, torch.bincount(places % 2, minlength=2), squared, rows, few, dims.flatten(), halves)
+
+
+def _of_pairs(reverse: ReverseProcess, output: Tensor, diffused: Diffused, dims: Tensor, nodes: Tensor) -> Tensor:
+    """What is needed of each pair in one tensor, (P, .): the output's size, squared errors, values at `dims`."""
+    mean_output, v = reverse.split(output, diffused.x_t)
+    largest = torch.linalg.vector_norm(output.flatten(1), ord=math.inf, dim=1, keepdim=True)
+    x_0_hat = reverse.predict_x_0(mean_output, diffused.x_t, reverse.coefficients(diffused.t, diffused.x_t))
+    square = (diffused.x_0 - x_0_hat).square()
+    kept = [own.flatten(1).gather(1, dims) for own in (diffused.x_0, x_0_hat, v) if own is not None]
+    parts = [largest.to(square.dtype), square.flatten(1), *kept, _learned(reverse.variance_type, v, square, nodes)]
+    return torch.cat(parts, dim=1)
 
 
 def _some_of(total: int, number: int, generator: torch.Generator) -> Tensor:
@@ -247,8 +263,8 @@ def _some_of(total: int, number: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(total, generator=generator)[:number]
 
 
-def _check_finite(output: Tensor, t: Tensor, places: Tensor) -> None:
-    bad = ~output.isfinite().flatten(1).all(1).cpu()
+def _check_finite(largest: Tensor, t: Tensor, places: Tensor) -> None:
+    bad = ~largest.isfinite()
     if bool(bad.any()):
         pair = int(bad.nonzero()[0])
         raise FloatingPointError(
@@ -267,13 +283,12 @@ def range_nodes(forward: ForwardProcess) -> Chebyshev:
 
 
 def _learned(variance_type: str, v: Tensor | None, square: Tensor, nodes: Tensor) -> Tensor:
-    """What a learned variance needs of each pair, averaged over dimensions, (P, .), float64 on the CPU."""
+    """What a learned variance needs of each pair, averaged over dimensions, (P, .)."""
     if v is None:
-        return torch.zeros(len(square), 0, dtype=torch.float64)
-    v = v.to(square.dtype)
+        return square.new_zeros(len(square), 0)
     if variance_type == "learned":
         parts = [v, torch.exp(-v), square * torch.exp(-v)]
     else:
         us = [(v + 1) / 2 * float(node) for node in nodes]
         parts = [u + torch.expm1(-u) for u in us] + [square * torch.exp(-u) for u in us]
-    return torch.stack([part.flatten(1).mean(1) for part in parts], dim=1).cpu().double()
+    return torch.stack([part.flatten(1).mean(1) for part in parts], dim=1)

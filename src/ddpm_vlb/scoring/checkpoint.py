@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, ReverseProcess
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, ReverseProcess, values_in_a_call
 from ddpm_vlb.runtime.image_data import HUB_HINT, named_data
 from ddpm_vlb.runtime.launching import main_first
 from ddpm_vlb.scoring.data import NetworkShape, ScoringData, load_scoring_data
@@ -182,9 +182,8 @@ class Checkpoint:
     @property
     def values_per_call(self) -> int:
         """Values in a network call: as many as keep the device busy, or as asked for."""
-        if self.args.eval_batch_size is not None:
-            return self.args.eval_batch_size * self.dims
-        return 2**16 if self.accelerator.device.type == "cpu" else 2**20
+        size = self.args.eval_batch_size
+        return values_in_a_call(None if size is None else size * self.dims, self.accelerator.device)
 
     def key(self, processes: Sequence[ReverseProcess], **more: Any) -> str:
         """A hash over everything that the scores of some processes depend on."""

@@ -21,6 +21,7 @@ from ddpm_vlb import (
     estimate_from_scores,
     fit_pilot,
     pilot_positions,
+    values_in_a_call,
 )
 from ddpm_vlb.runtime.image_sets import Images
 from ddpm_vlb.scoring.checkpoint import described, fingerprint_of
@@ -89,7 +90,7 @@ class Scoring:
     def seconds(self, calls: int) -> float:
         """What so many network calls take on all processes, by one batch of them, timed after another."""
         x_0, device = self.batch([0])[0], self.run.accelerator.device
-        pairs = max(1, VLBEstimator.values_per_call // x_0[0].numel())
+        pairs = max(1, values_in_a_call(None, device) // x_0[0].numel())
         x_t = x_0[:1].to(device).expand(pairs, *x_0.shape[1:])
         for _ in range(2):
             started = time.perf_counter()
