@@ -24,6 +24,7 @@ SOURCE = Path(ddpm_vlb.__file__).parent
 # Each module imports only from those before it.
 ORDER = (
     "transfers",
+    "counter_noise",
     "distributions",
     "schedules",
     "forward_process",

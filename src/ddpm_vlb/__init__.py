@@ -1,6 +1,7 @@
 """Likelihood training and evaluation of denoising diffusion models, for Hugging Face diffusers."""
 
 from .checks import check_data
+from .counter_noise import counter_keys, counter_normal
 from .distributions import DiagonalGaussian
 from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, enough_replicates, estimate_vlb
 from .evaluation import VLBTerms, evaluate_vlb, image_generator, values_in_a_call
@@ -67,6 +68,8 @@ __all__ = [
     "check_data",
     "collect_statistics",
     "compacted",
+    "counter_keys",
+    "counter_normal",
     "covariance_eigenvalues",
     "crossfitted_cost",
     "enough_replicates",

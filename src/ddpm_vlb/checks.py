@@ -131,7 +131,7 @@ def check_same_chain(reverse: ReverseProcess, also: Sequence[ReverseProcess]) ->
     Raises:
         ValueError: other timesteps or another schedule.
     """
-    for name in ("timesteps", "log_alphas_cumprod"):
+    for name in ("timesteps", "log_alphas_cumprod") if also else ():
         table = getattr(reverse.forward, name).cpu()
         if any(not torch.equal(getattr(other.forward, name).cpu(), table) for other in also):
             raise ValueError(

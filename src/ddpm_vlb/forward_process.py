@@ -132,7 +132,7 @@ class ForwardProcess:
 
     Args:
         timesteps: what the network is told at each step, int64. Differs from the chain index after `respace`.
-        log_alphas_cumprod: log alphabar_t, always float64: the root from which every other table is made.
+        log_alphas_cumprod: log alphabar_t, float64 and on the CPU always: the root from which the tables are made.
         betas: beta_{t|t-1} of this chain.
         alphas_cumprod: alphabar_t.
         sqrt_alphas_cumprod: sqrt(alphabar_t), the mean coefficient of equation 1.
@@ -231,9 +231,8 @@ class ForwardProcess:
         tables = {}
         for field in fields(self):
             table = getattr(self, field.name)
-            if field.name == "log_alphas_cumprod":  # the float64 root; MPS has no float64, so there it stays behind
-                on_mps = device is not None and torch.device(device).type == "mps"
-                tables[field.name] = table if on_mps else table.to(device=device)
+            if field.name == "log_alphas_cumprod":  # float64, which devices are slow at, or have none
+                tables[field.name] = table
             elif table.is_floating_point():
                 tables[field.name] = table.to(dtype=dtype).to(device=device)
             else:

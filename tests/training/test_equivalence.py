@@ -134,11 +134,11 @@ def test_what_is_gathered_comes_back_in_order(batch_size, accumulation, world_si
 
 def test_noise_belongs_to_the_image():
     """It is the same whichever batch its row lies in, and differs between rows, steps and seeds."""
-    noise = Noise(torch.device("cpu"), seed=1)
+    noise = Noise(seed=1)
     like = torch.empty(8, 3, 4, 4)
     whole = noise.draw(like, 5, slice(0, 8))
     assert torch.equal(noise.draw(like[:3], 5, slice(2, 5)), whole[2:5])
-    others = [noise.draw(like, 6, slice(0, 8)), Noise(torch.device("cpu"), seed=2).draw(like, 5, slice(0, 8))]
+    others = [noise.draw(like, 6, slice(0, 8)), Noise(seed=2).draw(like, 5, slice(0, 8))]
     rows = torch.cat([whole, *others]).flatten(1)
     assert len({tuple(row.tolist()) for row in rows}) == 24
     assert len({seed_of(1, step, "noise") for step in range(2500)}) == 2500

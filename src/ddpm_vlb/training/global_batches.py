@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_ODD = 0x9E3779B97F4A7C15  # any odd number makes the rows' seeds differ; this one in all of their bits
+from ddpm_vlb import counter_keys, counter_normal
 
 
 def seed_of(*key: int | str) -> int:
@@ -79,28 +79,22 @@ class GlobalBatches(torch.utils.data.Sampler[list[int]]):
 
 
 class Noise:
-    """Standard normal noise of single images.
+    """Standard normal noise of single images, each of which depends on the seed, its step and its row alone.
 
     Args:
-        device: where it is drawn.
         seed: of the run.
     """
 
-    def __init__(self, device: torch.device, seed: int):
+    def __init__(self, seed: int):
         self.seed = seed
-        self.generator = torch.Generator(device)
 
     def draw(self, like: Tensor, step: int, rows: slice) -> Tensor:
-        """The noise of some rows of a step's global batch, each of which depends on its step and row alone.
+        """The noise of some rows of a step's global batch.
 
         Args:
             like: images (B, C, *), whose shape, dtype and device the noise takes.
             step: the optimizer step.
             rows: the images' places in the global batch.
         """
-        noise = torch.empty_like(like)
-        first = seed_of(self.seed, step, "noise")
-        for image, row in zip(noise.unbind(), range(rows.start, rows.stop), strict=True):
-            self.generator.manual_seed((first + row * _ODD) % 2**64)
-            image.normal_(generator=self.generator)
-        return noise
+        index = torch.arange(rows.start, rows.stop, device=like.device)
+        return counter_normal(counter_keys(seed_of(self.seed, step, "noise"), index), like.shape[1:]).to(like.dtype)

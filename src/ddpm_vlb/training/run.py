@@ -250,7 +250,7 @@ class Run:
             accelerator.num_processes,
             args.seed,
         )
-        self.noise = Noise(accelerator.device, args.seed)
+        self.noise = Noise(args.seed)
         epochs = args.num_epochs
         self.max_steps = args.max_train_steps or (1000 if epochs is None else self.batches.steps(epochs))
         self.loader = build_loader(args, data.train, self.batches, accelerator.device)
