@@ -29,7 +29,7 @@ def check_model(model: Model) -> None:
         ValueError: a layer that draws, or that mixes the images of a batch.
     """
     for name, layer in model.named_modules() if isinstance(model, nn.Module) else ():
-        shares = (getattr(layer, share, 0) for share in _SHARES)
+        shares = (vars(layer).get(share, 0) for share in _SHARES)
         draws = any(isinstance(share, (int, float)) and share > 0 for share in shares)
         if layer.training and (draws or isinstance(layer, _BATCH_NORMS)):
             raise ValueError(
@@ -74,8 +74,11 @@ def check_trained(x_0: Tensor, levels: int | None, on_levels: bool) -> None:
         ValueError: values outside [-1, 1], or off the levels.
     """
     if levels is not None and x_0.numel():
-        tolerance = max(_tolerance(levels), torch.finfo(x_0.dtype).eps)
-        _check_levels(x_0.detach(), levels, tolerance, on_levels)
+        x_0 = x_0.detach()
+        # `diffuse` has promoted what was half: it is what a narrower type holds exactly.
+        narrow = (own for own in (torch.bfloat16, torch.float16) if bool((x_0 == x_0.to(own)).all()))
+        eps = torch.finfo(next(narrow, x_0.dtype)).eps
+        _check_levels(x_0, levels, max(_tolerance(levels), eps), on_levels)
 
 
 def _tolerance(levels: int) -> float:

@@ -50,7 +50,8 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
     """What `DDPMVLBScheduler` derives from its configuration: the chains, the walk of `step`, stock's tables."""
 
     _internal_dict: Any
-    timesteps: Tensor
+    _timesteps: Tensor
+    _steps_mark: tuple[int, int]
     num_inference_steps: int | None
     custom_timesteps: bool
     _settled: Any = None  # the configuration that what follows is derived from
@@ -111,8 +112,8 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         self._settled, self._chains_, self._walk_ = self._internal_dict, chains, walk
         self._tables = {name: (table, _mark(table)) for name, table in chains.stock_tables.items()}
         self.one = torch.tensor(1.0)
-        if self.num_inference_steps is None and len(self.timesteps) != len(chains):
-            self.timesteps = torch.arange(len(chains), device=self.timesteps.device).flip(0)
+        if self.num_inference_steps is None and len(self._timesteps) != len(chains):
+            self._show(torch.arange(len(chains), device=self._timesteps.device).flip(0))
 
     def _steps_on(self, chains: Chains) -> tuple[StoredPath, float]:
         """The steps that were chosen, as far as the chain has them, or else all."""
@@ -127,6 +128,11 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         """Diffusers' pipelines replace a scheduler's configuration by assigning it."""
         if self._internal_dict is not self._settled:
             self._settle(self._chains_.changed)
+        if _mark(self._timesteps)[0] == self._steps_mark[0] and _mark(self._timesteps) != self._steps_mark:
+            raise ValueError(
+                "`timesteps` was written into, which changes no chain: choose the steps, "
+                "`scheduler.set_timesteps(timesteps=steps)`."
+            )
         marks = {name: (_mark(table), made) for name, (table, made) in self._tables.items()}
         # A copy of a scheduler has other tensors, which count their own writes.
         changed = [name for name, (now, made) in marks.items() if now[0] == made[0] and now[1] != made[1]]
@@ -135,6 +141,22 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
                 f"`{changed[0]}` was written into, but what samples and scores follows from the configuration: make "
                 "the chain that you mean, `DDPMVLBScheduler.from_config(scheduler.config, trained_betas=betas)`."
             )
+
+    def _show(self, timesteps: Tensor) -> None:
+        """The steps of the chain that `step` walks, as stock shows them."""
+        self._timesteps, self._steps_mark = timesteps, _mark(timesteps)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps of the chain that `step` walks; others that are assigned become that chain."""
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: Tensor) -> None:
+        steps = torch.as_tensor(value)
+        if steps.tolist() != self._timesteps.tolist():
+            self.set_timesteps(timesteps=steps.tolist(), device=steps.device, eta=self._walk.eta)
+        self._show(steps)
 
     @property
     def _chains(self) -> Chains:

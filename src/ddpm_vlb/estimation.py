@@ -40,6 +40,7 @@ ESTIMATORS = ("importance", "full")
 """Of `VLBEstimator`: by importance sampling of t, or the loop over all steps."""
 SECOND_DRAWS = 64
 """Images that the full loop visits twice, for its noise standard error."""
+FEWEST_DEGREES = 5  # with one, a third of the errors is beyond two of itself
 MIN_DEGREES = 20  # of freedom of the noise standard error; with so many, one error in 17 is beyond two of it
 
 Batch = Tensor | tuple[Tensor, Conditioning]
@@ -373,9 +374,17 @@ def enough_replicates(calls: int, images: int) -> int | None:
     Args:
         calls: network calls for each image, at least 2.
         images: how many are scored.
+
+    Raises:
+        ValueError: fewer than 5 degrees in any case, with which the error would be far too small too often.
     """
     if images >= MIN_DEGREES:
         return None
+    if images * (calls - 1) < FEWEST_DEGREES:
+        raise ValueError(
+            f"`calls_per_image` {calls} is too few for the error of {images} image(s): take at least "
+            f"{1 + -(-FEWEST_DEGREES // images)}, or score more images."
+        )
     divisors = [r for r in range(2, calls + 1) if calls % r == 0]
     return next((r for r in divisors if images * (r - 1) >= MIN_DEGREES), divisors[-1])
 

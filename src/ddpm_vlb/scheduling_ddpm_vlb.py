@@ -103,7 +103,7 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         self.init_noise_sigma = 1.0
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.zeros(0, dtype=torch.int64)
+        self._show(torch.zeros(0, dtype=torch.int64))
         self._settle(lambda config: Chains.from_config(config, optimal_paths, x_0_mse))
 
     # diffusers' private name; its own would read a file of any size, and a test holds it to calling this one.
@@ -266,7 +266,7 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         """Make a path the chain that `step` walks."""
         if not self._walk.is_of(self._chains, path, eta):
             self._walk_ = Walk(self._chains, path, eta)
-        self.timesteps = torch.tensor(path.timesteps, dtype=torch.int64, device=device)
+        self._show(torch.tensor(path.timesteps, dtype=torch.int64, device=device))
 
     def set_timesteps(
         self,

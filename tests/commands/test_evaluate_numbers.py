@@ -133,9 +133,10 @@ def test_a_shorter_chain_with_few_calls(score, calls, models, sets):
 
 
 @pytest.mark.parametrize("steps", [[5, 19], [0, 2, 4, 6, 8, 10, 12, 19]])
-def test_a_chain_of_no_more_steps_than_calls_is_walked(score, models, sets, capsys, steps):
+def test_a_chain_of_no_more_steps_than_calls_is_walked(models, sets, capsys, tmp_path, steps):
     """Every step once, none drawn: the bound by plain numpy, and the report and metrics.json say so."""
-    metrics = score("small", "grey", f"--num_images 2 --timesteps {' '.join(map(str, steps))}")
+    options = ("--num_images", 2, "--output_dir", tmp_path, "--timesteps", *steps)
+    metrics = run_evaluate("--model", models["small"], *sets["grey"].options, *options)
     prior, terms = full_by_hand(models["small"], sets["grey"].test[:2], timesteps=steps)
     assert metrics["per_image"] == pytest.approx((prior + terms.sum(1)) * BITS / 64, rel=1e-4)
     assert (metrics["estimator"], metrics["network_calls_per_image"]) == ("full", len(steps))

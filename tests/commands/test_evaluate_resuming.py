@@ -56,7 +56,7 @@ def test_a_stopped_tolerance_run_goes_on(score, straight, tmp_path, monkeypatch,
     options = ("small", "grey", "--tolerance", 0.5 * straight["noise_se"])
     whole = score(*options)
     shutil.rmtree(tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         stop_after(patch, 6 + 2)  # the first sweep has 6 units of four images
         score(*options)
     assert positions_in(tmp_path / "run", 0) == list(range(TEST))
@@ -155,7 +155,7 @@ def test_corrupt_partial_results_are_set_aside(score, resumed, straight, scored,
 def test_a_part_of_another_run_is_set_aside(score, resumed, straight, scored, models, sets, tmp_path, monkeypatch):
     """A part file that is whole, but of other scores, is as foreign as any other file."""
     where = ("--model", models["small"], *sets["grey"].options, "--output_dir", tmp_path / "other", *FEW)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         stop_after(patch, 2)
         run_evaluate(*where, "--calls_per_image", 6)
     (part,) = resumed.glob(PARTS)

@@ -226,7 +226,7 @@ def test_a_run_that_was_stopped_goes_on(models, sets, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(VLBEstimator, "score", score)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             optimize(*where, "--output_dir", tmp_path / "stopped")
         first, scored[:] = sum(scored), [0] * 6
         again = optimize(*where, "--output_dir", tmp_path / "stopped")

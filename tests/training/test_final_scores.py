@@ -42,7 +42,7 @@ def test_what_was_scored_is_kept(tmp_path, capsys, monkeypatch):
     again = tiny(tmp_path / "stopped", f"{options} --resume_from_checkpoint latest")
     assert re.search(r"[1-9]\d* of 297 images are already scored", capsys.readouterr().out)
     assert again["test"] == whole["test"]
-    assert not list((tmp_path / "stopped").glob("partial-*"))
+    assert not list((tmp_path / "stopped").glob("scores-*"))
 
 
 def test_the_cost_is_told_before(tmp_path, capsys):

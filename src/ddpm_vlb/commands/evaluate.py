@@ -58,6 +58,7 @@ from ddpm_vlb.scoring.checkpoint import Checkpoint, default_folder
 from ddpm_vlb.scoring.report import both_clippings, clips, entry, path_taken, report
 from ddpm_vlb.scoring.sweep import PartialScores, Scores, run_sweep, shared
 
+PILOT_OPTIONS = "pilot_calls control_variate"
 PICTURES = ("vlb_terms.png", "per_image.png")
 
 
@@ -101,7 +102,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("pass only one of --num_inference_steps and --timesteps")
     idle = {
         "timestep_spacing, without --num_inference_steps": args.num_inference_steps is None,
-        "calls_per_image tolerance pilot_calls control_variate, with --estimator full": args.estimator == "full",
+        f"calls_per_image tolerance {PILOT_OPTIONS}, with --estimator full": args.estimator == "full",
     }
     parser.refuse_idle(args, idle)
     return args
@@ -131,22 +132,27 @@ class Evaluation(Checkpoint):
         self.estimator = args.estimator
         if args.calls_per_image >= len(reverse.forward) and args.tolerance is None:
             self.estimator = "full"
+            build_parser().refuse_idle(
+                args, {f"{PILOT_OPTIONS}, where all {len(reverse.forward)} steps are taken": True}
+            )
         both = both_clippings(reverse, args.clip_sample)
         self.reverse, self.clips = both[0], clips(both[0])
         # Unless a checkpoint of continuous data says so itself, clipping its values to [-1, 1] is nonsense.
         self.also = list(both[1:]) if self.discrete or clips(reverse) else []
-        options = "calls_per_image tolerance pilot_calls control_variate seed".split()
+        options = ["seed"] if self.estimator == "full" else f"seed calls_per_image tolerance {PILOT_OPTIONS}".split()
         told = {"estimator": self.estimator, **{name: getattr(args, name) for name in options}}
         self.run_key = self.key(both, options=told)
         self.partial = f"partial-{self.run_key[:16]}"
-        self.folder = Path(args.output_dir) if args.output_dir else self._own_folder()
+        self.asked_folder = Path(args.output_dir) if args.output_dir else default_folder(args.model)
+        self.folder = self._own_folder()
 
     def _own_folder(self) -> Path:
-        """The default folder, or where it holds another evaluation, one of this evaluation's own beside it."""
-        folder = default_folder(self.args.model)
-        keys = {read_json(path).get("key") for path in folder.glob("metrics.json")}
+        """The folder asked for, or where it holds another evaluation, one of this evaluation's own beside it."""
+        folder = self.asked_folder
+        found = [read_json(path) for path in folder.glob("metrics.json")]  # empty where it is broken
+        keys = {own.get("key", "") for own in found if own}
         begun = {path.name for path in folder.glob("partial-*")}
-        other = keys - {self.run_key} or begun - {self.partial}
+        other = {key for key in keys if isinstance(key, str)} - {self.run_key} or begun - {self.partial}
         own = folder.with_name(f"{folder.name}-{self.run_key[:8]}") if other else folder
         return broadcast_object_list([own if self.accelerator.is_main_process else None])[0]
 
@@ -311,10 +317,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             report(known, folder)
         leave(accelerator)
         return known if accelerator.is_main_process else None
-    if accelerator.is_main_process and args.output_dir is None and folder != default_folder(args.model):
-        print(f"{default_folder(args.model)} holds another evaluation: this one goes to {folder}.")
-    if accelerator.is_main_process and read_json(folder / "metrics.json").get("key", run.run_key) != run.run_key:
-        print(f"{folder} holds another evaluation, which this one replaces; --output_dir keeps them apart.")
+    if accelerator.is_main_process and folder != run.asked_folder:
+        print(f"{run.asked_folder} holds another evaluation: this one goes to {folder}.")
     if accelerator.is_main_process and args.num_images and len(run.data.scored) < args.num_images:
         print(f"The split {args.split!r} has only {len(run.data.scored)} images to score.")
     store = PartialScores(folder / run.partial, accelerator.print, run.run_key)

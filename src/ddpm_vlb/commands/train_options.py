@@ -178,6 +178,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--objective hybrid trains the variance, but --variance_type {args.variance_type} has none")
     if args.objective == "simple" and args.variance_type.startswith("learned"):
         parser.error(f"--objective simple does not train the variance of --variance_type {args.variance_type}")
+    if args.ddpm_beta_start is not None and args.ddpm_beta_start > args.ddpm_beta_end:
+        parser.error(
+            f"--ddpm_beta_start {args.ddpm_beta_start} is above --ddpm_beta_end {args.ddpm_beta_end}: noise would fall"
+        )
     if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
         parser.error("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample")
     if args.timestep_sampler is None:

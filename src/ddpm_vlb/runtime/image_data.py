@@ -76,6 +76,11 @@ def load_splits(
         raise ValueError(f"`--dataset_name` {dataset_name!r} names no data set.")
     if dataset_name is not None and Path(dataset_name).is_file():
         kind = _FILE_KINDS.get(Path(dataset_name).suffix)
+        if dataset_config_name is not None:
+            raise ValueError(
+                f"`--dataset_config_name` {dataset_config_name!r} has no effect: `--dataset_name` {dataset_name!r} is "
+                "a file."
+            )
         if kind is None:
             raise ValueError(f"`--dataset_name` {dataset_name!r} is a file, but none of {sorted(_FILE_KINDS)}.")
         return _load_dataset(kind, data_files=dataset_name, cache_dir=cache_dir)

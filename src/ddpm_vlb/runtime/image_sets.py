@@ -29,12 +29,14 @@ class Layout:
         size: (height, width).
         levels: 0 .. levels - 1 are stored; None: continuous arrays.
         found: the files that were looked at said so, and one that can hold more contradicts them.
+        asked: the channels were.
     """
 
     channels: int
     size: tuple[int, ...]
     levels: int | None
     found: bool = False
+    asked: bool = False
 
 
 def as_stored(x_0: Tensor, levels: int) -> np.ndarray:
@@ -61,7 +63,7 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, data: Any, column: str, layout: Layout, resize: bool, standard: str = "the first one is"):
         self.data, self.column, self.resize, self.standard = data, column, resize, standard
         self.channels, self.size, self.levels = layout.channels, layout.size, layout.levels or 256
-        self.found = layout.found
+        self.found, self.asked = layout.found, layout.asked
 
     def __len__(self) -> int:
         return len(self.data)
@@ -75,8 +77,9 @@ class Images(torch.utils.data.Dataset):
     def _x_0(self, encoded: dict[str, Any], index: int) -> Tensor:
         stored, name = decode_image(encoded, index), image_name(encoded, index)
         if self.channels == 1 and not stored.grey:
+            standard = "`--channels 1` asks for" if self.asked else self.standard
             raise ValueError(
-                f"Image {name} is in colour, but {self.standard} grey: its colour would be lost. Train on colour with "
+                f"Image {name} is in colour, but {standard} grey: its colour would be lost. Train on colour with "
                 "`--channels 3`, or store all images in one mode."
             )
         if self.found and stored.levels > self.levels:  # where the levels are given, files may have room for more
@@ -187,8 +190,10 @@ def _rows(data: Any, column: str, indices: list[int]) -> Any:
 
 def _resize_and_crop(k: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Scale to cover `size`, then cut out the centre; levels stay levels."""
+    if k.shape[2] > 1:  # Pillow has no colour of more than 8 bits
+        return np.concatenate([_resize_and_crop(channel, size) for channel in np.split(k, k.shape[2], axis=2)], axis=2)
     height, width = size
-    image = PIL.Image.fromarray(np.ascontiguousarray(k[..., 0] if k.shape[2] == 1 else k))
+    image = PIL.Image.fromarray(np.ascontiguousarray(k[..., 0]))
     scale = max(height / image.height, width / image.width)
     scaled = image.resize(
         (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
@@ -240,12 +245,12 @@ def layout_of(
     encoded = _rows(encoded_images(data, [column]), column, looked_at)
     first = decode_image(encoded[0], 0)
     size = (resolution, resolution) if resolution is not None else (first.k.shape[0], first.k.shape[1])
-    found = levels is None
+    found, asked = levels is None, channels is not None
     if levels is None or channels is None:
         images = [first, *(decode_image(own, i) for own, i in zip(encoded[1:], looked_at[1:]))]
         channels = channels or (1 if all(own.grey for own in images) else 3)
         levels = levels or _common_levels([own.levels for own in images], encoded)
-    return Layout(channels, size, levels, found)
+    return Layout(channels, size, levels, found, asked)
 
 
 def _common_levels(levels: list[int], encoded: list[Any]) -> int:

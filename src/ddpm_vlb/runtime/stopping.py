@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from accelerate.utils import get_int_from_env
 REPEATS = 2.0  # seconds within which a launcher may pass on what the terminal has sent already
 PAUSE = 0.5
 PATIENCE = 5.0
+GO_ON = ("evaluate", "optimize-timesteps")  # commands that keep what is finished at any moment
 MENDABLE = (ValueError, OSError, FloatingPointError)  # bad values, the system's faults, a network's NaN
 
 
@@ -145,6 +147,12 @@ def refused(command: str, kinds: tuple[type[Exception], ...] = MENDABLE) -> Iter
             # What is wrong for all is told by the main process, at whose end the launcher ends this one.
             time.sleep(PATIENCE)
         raise SystemExit(f"ddpm-vlb {command}: {' '.join(str(error).split())}") from error
+    except KeyboardInterrupt:
+        if command not in GO_ON:
+            raise
+        if process_index() == 0:
+            print(f"ddpm-vlb {command}: stopped. What is finished is kept: the same command goes on.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def process_index() -> int:

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
@@ -36,6 +37,10 @@ def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
     folder = Path(args.model)
     if not folder.is_dir() and (args.model.count("/") != 1 or args.model.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"--model {args.model}: there is no such folder, and it is no Hub name (user/name).")
+    if folder.is_dir() and args.revision is not None:
+        raise ValueError(
+            f"--revision {args.revision} has no effect: --model {args.model} is a folder, not on the Hub."
+        )
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"--model {args.model}: the folder holds no pipeline (no model_index.json).")
     try:
@@ -60,7 +65,7 @@ def _reach_hub(args: argparse.Namespace) -> None:
     """Ask for a model that is not in the cache once: the client waits a minute for a Hub that cannot be reached."""
     if try_to_load_from_cache(args.model, "model_index.json", args.cache_dir, args.revision) is None:
         with contextlib.suppress(HfHubHTTPError):  # the Hub's own answer comes again, and with retries
-            HfApi().model_info(args.model, revision=args.revision)
+            HfApi().model_info(args.model, revision=args.revision, timeout=HF_HUB_ETAG_TIMEOUT)
 
 
 def _check_network(pipeline: DDPMVLBPipeline, name: str) -> None:

@@ -118,10 +118,11 @@ def load_scoring_data(
     columns = [image_column] if network.classes is None else [image_column, _label_column(label_column, scored)]
     if len(set(columns)) < len(columns):
         raise ValueError(f"`--image_column` and `--label_column` are both {image_column!r}.")
-    to_score = _as_images(scored, columns, network, resolution)
+    channels = (recorded or {}).get("channels")
+    to_score = _as_images(scored, columns, network, resolution, channels)
     # Of the pilot's split only the images that it takes, spread over it.
     other = other.select(pilot_positions(len(other), to_score[0].numel()))
-    images = [to_score, _as_images(other, columns, network, resolution)]
+    images = [to_score, _as_images(other, columns, network, resolution, channels)]
     if network.classes is not None:
         for part in images:
             _check_labels(part.data[columns[1]], columns[1], network.classes)
@@ -208,8 +209,9 @@ def _check_labels(labels: list[Any], column: str, classes: int) -> None:
 
 
 def _as_images(
-    data: datasets.Dataset, columns: list[str], network: NetworkShape, resolution: int | None
+    data: datasets.Dataset, columns: list[str], network: NetworkShape, resolution: int | None, trained: int | None
 ) -> "Arrays | Images":
+    """The columns as the network takes them; `trained` channels are what training took these images for."""
     if holds_arrays(data, columns[0]):
         if network.size is None:
             raise ValueError(f"Column {columns[0]!r} holds arrays, but the model's config has no `sample_size`.")
@@ -224,7 +226,7 @@ def _as_images(
     first = decode_image(encoded_images(data, columns)[0][columns[0]], 0)
     # Grey files among those in colour have equal channels there, as in training; so have grey images in colour files.
     layout = layout_of(data, columns[0], resolution, network.levels or first.levels, None)
-    if network.channels not in (layout.channels, first.k.shape[2]):
+    if network.channels not in (layout.channels, first.k.shape[2], trained):
         kind = "grey (1 channel)" if layout.channels == 1 else "in colour (3 channels)"
         raise ValueError(f"The images are {kind}, but the model takes {network.channels} channel(s).")
     size = network.size or (first.k.shape[0], first.k.shape[1])

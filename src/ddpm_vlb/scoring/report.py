@@ -111,7 +111,7 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
     what = "the pilot's" if metrics["pilot_calls"] else "for the error bar"
     images = f"{metrics['num_images']} images of {data_name(metrics['data'])} ({levels})"
     if metrics["estimator"] == "full" != metrics["options"]["estimator"]:
-        print(f"Every step was taken once, not drawn: there are no more than --calls_per_image, {steps}.")
+        print(f"Every step was taken once, not drawn: --calls_per_image is enough for all {steps}.")
     print(f"{images}, {steps} steps{f' ({path})' if path else ''}, {calls} (+ {extra} {what}).")
     if not metrics["data"]["levels"]:
         print("Continuous data: a density, which depends on the scale of the data and is no code length of images.")

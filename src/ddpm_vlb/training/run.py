@@ -44,7 +44,8 @@ TimestepSampler = UniformTimesteps | ImportanceTimesteps | LossSecondMomentTimes
 
 def build_scheduler(args: argparse.Namespace, levels: int) -> DDPMVLBScheduler:
     """The chain to train; its first noise matches the bin width of data with few levels."""
-    beta_start = args.ddpm_beta_start or max(1e-4, beta_start_for_levels(levels, beta_end=args.ddpm_beta_end))
+    few = min(args.ddpm_beta_end, max(1e-4, beta_start_for_levels(levels, beta_end=args.ddpm_beta_end)))
+    beta_start = args.ddpm_beta_start or few
     return DDPMVLBScheduler(
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,

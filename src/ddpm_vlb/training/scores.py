@@ -77,6 +77,7 @@ class Scoring:
         self.run, self.network, self.images = run, network, images
         self.calls, self.what = calls_per_image, what
         self.processes = both_clippings(run.reverse)
+        self.weights = fingerprint_of(network)
 
     def model(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The network, under the run's mixed precision."""
@@ -127,7 +128,7 @@ class Scoring:
     def key(self, positions: Sequence[int]) -> str:
         """A hash over all that the scores of the images at these positions depend on, the same on all processes."""
         content = {
-            "weights": fingerprint_of(self.network),
+            "weights": self.weights,
             "data": self.run.data.record,
             "images": [list(positions), self.calls, self.run.args.seed],
             "precision": self.run.accelerator.mixed_precision,
@@ -165,10 +166,11 @@ class FinalScores:
         self.images = selected(run.data.test, positions)
         calls = run.args.calls_per_image or USUAL_CALLS
         self.run, self.scoring = run, Scoring(run, network, self.images, calls, "test images")
-        key = self.scoring.key(positions)
-        self.store = PartialScores(run.folder / f"partial-{key[:16]}", run.accelerator.print, key)
+        key, weights = self.scoring.key(positions), self.scoring.weights[:8]
+        self.own = f"scores-{weights}-*"
+        self.store = PartialScores(run.folder / f"scores-{weights}-{key[:8]}", run.accelerator.print, key)
         if run.accelerator.is_main_process:
-            for other in set(run.folder.glob("partial-*")) - {self.store.folder}:  # of an earlier network
+            for other in set(run.folder.glob("scores-*-*")) - set(run.folder.glob(self.own)):  # of an earlier network
                 shutil.rmtree(other, ignore_errors=True)
 
     def estimate(self) -> VLBEstimate:
@@ -177,7 +179,7 @@ class FinalScores:
         self._tell(
             f"Scoring {count} of {len(self.run.data.test)} test images with {scoring.calls} network calls each, "
             "after a pilot of some 1000",
-            PILOT_CALLS + count * scoring.calls,
+            self.calls_ahead(),
             "; --num_test_images scores fewer, 0 none",
         )
         pilot = shared(self.run.accelerator, self._pilot)
@@ -191,6 +193,12 @@ class FinalScores:
         self._tell(f"{noise}: {more} calls more for each", more * count)
         further = scoring.sweep(pilot, self.store, 1, more)
         return estimate_from_scores(tuple(VLBScores.combine(own) for own in zip(scores, further)))
+
+    def calls_ahead(self) -> int:
+        """Network calls of the pilot and of the first sweep that are not kept from an earlier start."""
+        kept = sum(len(scores[0].positions) for sweep, scores in self.store.load().values() if sweep == 0)
+        pilot = 0 if (self.store.folder / "pilot.npz").exists() else PILOT_CALLS
+        return pilot + max(0, len(self.scoring.images) - kept) * self.scoring.calls
 
     def _pilot(self) -> Pilot:
         saved = self.store.load_pilot()
@@ -206,4 +214,5 @@ class FinalScores:
 
     def forget(self) -> None:
         """Remove the parts; on the main process, once the numbers are written."""
-        shutil.rmtree(self.store.folder, ignore_errors=True)
+        for own in self.run.folder.glob(self.own):
+            shutil.rmtree(own, ignore_errors=True)
