@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SOURCE = Path(ddpm_vlb.__file__).parent
 # Each module imports only from those before it.
 ORDER = (
+    "bin_mass",
     "distributions",
     "schedules",
     "forward_process",
@@ -58,7 +59,8 @@ ORDER = (
 MATHEMATICS = ORDER[: ORDER.index("described_chains")]
 # Narrower than the order: what some modules may import of this package at all.
 SIBLINGS = {
-    "distributions": set(),
+    "bin_mass": set(),
+    "distributions": {"bin_mass"},
     "schedules": set(),
     "gaussian_model": set(),
     "timestep_samplers": {"gaussian_model"},

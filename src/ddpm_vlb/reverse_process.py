@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from .distributions import DiagonalGaussian, ordinary_tensors, promote_half
-from .forward_process import Diffused, ForwardProcess, Posterior, gather, posterior_coefficients
+from .forward_process import (
+    Diffused,
+    ForwardProcess,
+    Posterior,
+    gather,
+    posterior_coefficients,
+    timesteps_beside,
+)
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 """What the mean half of a network's output can be."""
@@ -274,6 +281,7 @@ class ReverseProcess:
                     row = self._table[t].to(torch.promote_types(x_t.dtype, torch.float32))
                     self._rows[key] = self._with_dimensions(Coefficients(*row.unbind()), t, x_t)
             return self._rows[key]
+        t = timesteps_beside(self._table, t, len(self.forward))
         return self._with_dimensions(Coefficients(*gather(self._table, t, x_t).unbind(t.ndim)), t, x_t)
 
     def _with_dimensions(self, c: Coefficients, t: Tensor | int, x_t: Tensor) -> Coefficients:
