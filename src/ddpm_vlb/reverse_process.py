@@ -25,14 +25,7 @@ import torch
 from torch import Tensor
 
 from .distributions import DiagonalGaussian, ordinary_tensors, promote_half
-from .forward_process import (
-    Diffused,
-    ForwardProcess,
-    Posterior,
-    gather,
-    posterior_coefficients,
-    timesteps_beside,
-)
+from .forward_process import Diffused, ForwardProcess, Posterior, gather, posterior_coefficients
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 """What the mean half of a network's output can be."""
@@ -281,7 +274,6 @@ class ReverseProcess:
                     row = self._table[t].to(torch.promote_types(x_t.dtype, torch.float32))
                     self._rows[key] = self._with_dimensions(Coefficients(*row.unbind()), t, x_t)
             return self._rows[key]
-        t = timesteps_beside(self._table, t, len(self.forward))
         return self._with_dimensions(Coefficients(*gather(self._table, t, x_t).unbind(t.ndim)), t, x_t)
 
     def _with_dimensions(self, c: Coefficients, t: Tensor | int, x_t: Tensor) -> Coefficients:
@@ -293,7 +285,8 @@ class ReverseProcess:
                 f"The variances of this process are for data of shape {tuple(self._log_variance.shape[1:])}, but got "
                 f"{tuple(x_t.shape[1:])}."
             )
-        log_variance = self._log_variance[t].to(c.posterior_log_variance.dtype)
+        steps = t if isinstance(t, int) else t.to(self._log_variance.device)
+        log_variance = self._log_variance[steps].to(c.posterior_log_variance.dtype)
         return c._replace(log_variance_offset=log_variance, ratio_offset=log_variance - c.posterior_log_variance)
 
     def split(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
