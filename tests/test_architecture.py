@@ -25,6 +25,7 @@ SOURCE = Path(ddpm_vlb.__file__).parent
 ORDER = (
     "transfers",
     "counter_noise",
+    "bin_mass",
     "distributions",
     "schedules",
     "forward_process",
@@ -60,7 +61,8 @@ ORDER = (
 MATHEMATICS = ORDER[: ORDER.index("described_chains")]
 # Narrower than the order: what some modules may import of this package at all.
 SIBLINGS = {
-    "distributions": set(),
+    "bin_mass": set(),
+    "distributions": {"bin_mass"},
     "schedules": set(),
     "gaussian_model": set(),
     "timestep_samplers": {"gaussian_model"},

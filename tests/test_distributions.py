@@ -292,3 +292,47 @@ def test_gradients_by_finite_differences():
         return p.log_prob(x), p.discretized_log_prob(x, 6), p.kl(DiagonalGaussian(o, 0.5 * v)), p.sample(x)
 
     assert torch.autograd.gradcheck(every, (mean, log_variance, other))
+
+
+BINS = torch.linspace(-1, 1, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("log_variance", [-400.0, -150.0, 150.0, 400.0])
+def test_bins_under_absurd_variances(log_variance, dtype):
+    """A mean in its bin: a point has all the mass there, and endless width has density times bin, with its slope."""
+    x = BINS.to(dtype)
+    mean = (x + 0.01).requires_grad_()
+    v = torch.full_like(x, log_variance, requires_grad=True)
+    log_mass = DiagonalGaussian(mean, v).discretized_log_prob(x, len(x))
+    log_mass.sum().backward()
+    inner = slice(1, -1)
+    wide = -0.5 * log_variance + math.log(0.4 / math.sqrt(2 * math.pi)) if log_variance > 0 else 0.0
+    expected, slope = torch.full_like(x, wide)[inner], -0.5 if log_variance > 0 else 0.0
+    torch.testing.assert_close(log_mass.detach()[inner], expected, rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(v.grad[inner], torch.full_like(x, slope)[inner], rtol=1e-6, atol=1e-30)
+    outer = torch.stack([log_mass.detach(), mean.grad, v.grad])[:, [0, -1]]
+    torch.testing.assert_close(outer[0], torch.full_like(outer[0], -math.log(2) if log_variance > 0 else 0.0))
+    assert float(outer[1:].abs().max()) < 1e-20 and float(mean.grad.abs().max()) < 1e-20
+
+
+def test_gradients_of_each_bin_by_vmap():
+    """`torch.func` gives each row the gradient that it has in the batch: per-sample gradients."""
+    mean = (BINS + torch.linspace(-0.7, 0.7, 5, dtype=torch.float64)[:, None]).requires_grad_()
+    v = torch.linspace(-8, 2, 5, dtype=torch.float64)[:, None].expand_as(mean).clone().requires_grad_()
+
+    def total(mean, v):
+        return DiagonalGaussian(mean, v).discretized_log_prob(BINS, 6).sum()
+
+    expected = torch.autograd.grad(total(mean, v), (mean, v))
+    for actual, whole in zip(torch.func.vmap(torch.func.grad(total, (0, 1)))(mean, v), expected, strict=True):
+        torch.testing.assert_close(actual, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_derivative_of_the_mass_is_refused():
+    """Its slopes are closed forms without slopes of their own: zeros in their place would go unnoticed."""
+    mean = (BINS + 0.1).requires_grad_()
+    log_mass = DiagonalGaussian(mean, torch.zeros_like(BINS)).discretized_log_prob(BINS, 6)
+    (slope,) = torch.autograd.grad(log_mass.sum(), mean, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only.*create_graph"):
+        (slope.sum() + mean.sum()).backward()

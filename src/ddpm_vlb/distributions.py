@@ -18,16 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOG_2PI = math.log(2 * math.pi)
-_TINY = 1e-30  # keeps the logarithm of an unused branch finite
+from .bin_mass import log_bin_mass
 
-# Gauss-Legendre rules on [-1, 1], folded onto their positive nodes; (node, weight) with weights that sum to 1.
-_LEGENDRE_4 = ((0.3399810435848563, 0.6521451548625461), (0.8611363115940526, 0.3478548451374538))
-_LEGENDRE_6 = (
-    (0.2386191860831969, 0.4679139345726910),
-    (0.6612093864662645, 0.3607615730481386),
-    (0.9324695142031521, 0.1713244923791704),
-)
+LOG_2PI = math.log(2 * math.pi)
 
 
 @contextmanager
@@ -58,7 +51,6 @@ class _GaussianKL(torch.autograd.Function):
         near, w = u.abs() < 0.1, -u
         far = torch.expm1(w).add_(u)
         slope = torch.exp(w).mul_(d)
-        w = torch.where(near, w, 0.0)
         last = 10 if u.dtype == torch.float64 else 6
         series = w * (1 / math.factorial(last))
         for n in range(last - 1, 2, -1):
@@ -100,26 +92,6 @@ def _exact_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     a, b, s = a.detach(), b.detach(), difference.detach()
     v = s - a
     return difference, (a - (s - v)) - (b + v)
-
-
-def _log_square(half_bin: float) -> float:
-    """The constant of a narrow bin's log mass: log((2 h)^2 / 2 pi)."""
-    return 2 * math.log(2 * half_bin) - LOG_2PI
-
-
-def _round_to_24_bits(a: float) -> float:
-    """The part of `a` that float32 holds exactly (Veltkamp's splitting)."""
-    c = a * (2**29 + 1)
-    return c - (c - a)
-
-
-def _log_mean_density_ratio(zd: Tensor, dd: Tensor) -> Tensor:
-    """log of a narrow bin's mean density over the density at its centre, by quadrature (two CDFs would cancel)."""
-    rule = _LEGENDRE_6 if zd.dtype == torch.float64 else _LEGENDRE_4
-    mean = torch.zeros_like(zd)
-    for node, weight in rule:
-        mean = torch.addcmul(mean, torch.exp((-0.5 * node**2) * dd), torch.cosh(node * zd), value=weight)
-    return torch.log(mean)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,33 +159,5 @@ class DiagonalGaussian:
                 f"`levels` must be an integer of at least 2, the number of values that the data can take, but got "
                 f"{levels!r}. For data without levels use `log_prob`, the density."
             )
-        half_bin = 1.0 / (levels - 1)
         difference, rounding = _exact_difference(x, self.mean)
-        inv_sigma = torch.exp(-0.5 * self.log_variance)
-        first, last = x < half_bin - 1, x > 1 - half_bin
-        edge = first | last
-        # How far the bin's centre lies outwards of the mean; for an open bin, how far its one edge does.
-        sign = torch.where(first | (~edge & (difference < 0)), -1.0, 1.0).to(difference.dtype)
-        outward = sign * difference
-        # Near an edge this is a small difference of large numbers, to be divided by a sigma that may be tiny.
-        high = _round_to_24_bits(half_bin)
-        to_edge = (outward - high) + (sign * rounding - (half_bin - high))
-        d, z = half_bin * inv_sigma, outward * inv_sigma
-        zd = torch.relu(z * d)
-        narrow = ~edge & (d < 0.5) & (zd < 1)
-        scale = math.sqrt(0.5) * inv_sigma
-        near, far = to_edge * scale, torch.relu((outward + half_bin) * scale)
-        inner = (~edge).to(zd.dtype)
-
-        # The clamps bind only where another branch is taken: an unused inf would make its gradient NaN.
-        ratio = _log_mean_density_ratio(zd.clamp(max=1), d.square().clamp(max=0.25))
-        by_density = ratio - 0.5 * (z.square() + self.log_variance - _log_square(half_bin))
-
-        t = torch.relu(near)
-        beyond = torch.exp(-2 * zd) * torch.special.erfcx(far) * inner
-        by_tail = torch.log((torch.special.erfcx(t) - beyond).clamp(min=_TINY)) - t.square() - math.log(2)
-
-        # Not relu, whose gradient is 0 at 0: a mean on the very edge of a bin belongs to this branch.
-        outside = torch.special.erfc((-near).clamp(min=0)) + torch.special.erfc(far) * inner
-        by_body = torch.log1p(-0.5 * outside.clamp(max=1.9))
-        return torch.where(narrow, by_density, torch.where(near > 0, by_tail, by_body))
+        return log_bin_mass(x, difference, self.log_variance, 1.0 / (levels - 1), rounding)

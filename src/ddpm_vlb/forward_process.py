@@ -47,7 +47,7 @@ def gather(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
 
     Args:
         table: one coefficient for each step, (T,), or several, (T, K).
-        t: chain indices, (B,) or a single one, of an integer dtype.
+        t: chain indices, (B,) or a single one, of an integer dtype, on any device.
         x: the tensor (B, C, *) that the coefficients are for; gives their dtype (half becomes float32).
 
     Raises:
@@ -57,7 +57,7 @@ def gather(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     if t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"`t` must be an integer tensor of chain indices (torch.int64), but got {t.dtype}.")
     check_timesteps(t, len(table))
-    values = table[t].to(torch.promote_types(x.dtype, torch.float32))
+    values = table[t.to(table.device)].to(torch.promote_types(x.dtype, torch.float32))
     return values.reshape(values.shape + (1,) * (x.ndim - t.ndim))
 
 
@@ -76,6 +76,23 @@ def check_timesteps(t: Tensor, num_steps: int) -> None:
     low, high = int(t.min()), int(t.max())
     if low < 0 or high >= num_steps:
         raise IndexError(f"`t` must lie in 0 .. {num_steps - 1}, but it reaches from {low} to {high}.")
+
+
+def timesteps_beside(x: Tensor, t: Tensor, num_steps: int) -> Tensor:
+    """`t` on the device of `x`, as diffusers' `add_noise` moves it; checked before, where that costs nothing.
+
+    Args:
+        x: data or a table.
+        t: chain indices.
+        num_steps: T, the length of the chain.
+
+    Raises:
+        IndexError: as `check_timesteps`.
+    """
+    if t.device == x.device:
+        return t
+    check_timesteps(t, num_steps)
+    return t.to(x.device)
 
 
 def check_floating(x_0: Tensor, noise: Tensor) -> None:
@@ -328,7 +345,7 @@ class ForwardProcess:
         Args:
             x_0: data (B, C, *), images scaled to [-1, 1], not [0, 1] or 0 .. 255; half precision is promoted to
                 float32, in which the first steps' noise survives.
-            t: chain indices (B,), 0 .. T - 1, of an integer dtype.
+            t: chain indices (B,), 0 .. T - 1, of an integer dtype; moved to the device of `x_0`.
             noise: epsilon ~ N(0, I), the shape of `x_0`.
 
         Raises:
@@ -344,6 +361,7 @@ class ForwardProcess:
                 f"{tuple(x_0.shape)}, {tuple(noise.shape)} and {tuple(t.shape)}."
             )
         check_floating(x_0, noise)
+        t = timesteps_beside(x_0, t, len(self))
         x_0, noise = promote_half(x_0), promote_half(noise)
         signal = gather(self.sqrt_alphas_cumprod, t, x_0)
         sigma = gather(self.sqrt_one_minus_alphas_cumprod, t, x_0)

@@ -19,9 +19,10 @@ import weakref
 import torch
 from torch import Tensor
 
+from .bin_mass import log_bin_mass
 from .checks import check_trained
 from .distributions import DiagonalGaussian, gaussian_kl, promote_half
-from .forward_process import Diffused, gather
+from .forward_process import Diffused, gather, timesteps_beside
 from .reverse_process import Coefficients, ReverseProcess
 
 # Processes whose first batch was looked at: on a GPU a look at each would have to be waited for.
@@ -103,7 +104,8 @@ def simple_loss(
             "alone: `simple_loss(dataclasses.replace(reverse, variance_type='fixed_small'), output[:, :C], diffused)`."
         )
     mean_output, _ = reverse.split(model_output, diffused.x_t)
-    error = reverse.target(_promoted(reverse, diffused, decoded=False)) - mean_output
+    diffused = _promoted(reverse, diffused, decoded=False)
+    error = reverse.target(diffused) - mean_output
     return _mean_square(error) * _min_snr_weight(reverse, diffused.t, error, snr_gamma)
 
 
@@ -175,7 +177,7 @@ def _check_trains_its_variance(reverse: ReverseProcess) -> None:
 
 
 def _promoted(reverse: ReverseProcess, diffused: Diffused, decoded: bool = True) -> Diffused:
-    """In float32 or better; the first batch of a process is looked at."""
+    """In float32 or better, on one device; the first batch of a process is looked at."""
     x_0, x_t, t, noise = diffused
     if not x_0.shape == x_t.shape == noise.shape or t.shape != x_t.shape[:1]:
         raise ValueError(
@@ -185,6 +187,7 @@ def _promoted(reverse: ReverseProcess, diffused: Diffused, decoded: bool = True)
     if not torch.compiler.is_compiling() and reverse not in _LOOKED[decoded]:
         check_trained(x_0, reverse.levels, decoded)
         _LOOKED[decoded].add(reverse)
+    t = timesteps_beside(x_t, t, len(reverse.forward))
     return Diffused(promote_half(x_0), promote_half(x_t), t, promote_half(noise))
 
 
@@ -207,7 +210,7 @@ def _scaled_term(reverse: ReverseProcess, error: Tensor, variance_output: Tensor
     """T times the unclipped term, in bits/dim, from the error of the mean output."""
     c = reverse.coefficients(diffused.t, diffused.x_t)
     nats = _term(reverse, error, False, variance_output, diffused, c)
-    return len(reverse.forward) * nats_to_bits_per_dim(nats, diffused.x_0[0].numel())
+    return nats * (len(reverse.forward) / (diffused.x_0[0].numel() * math.log(2)))
 
 
 def _term(
@@ -221,34 +224,52 @@ def _term(
     """L_{t-1} or L_0 in nats (equations 3 and 4) from the error of x_0_hat, or of the mean output."""
     if reverse.eta == 0:
         raise ValueError("`eta=0` draws no noise: its steps are points, which have no bound. Score `eta` above 0.")
-    first = diffused.t == 0
+    at_first = (diffused.t == 0).to(error.dtype).reshape(c.posterior_log_variance.shape)
     # The first step's rows take the decoder instead; their KL is kept at 0, lest an overflow make its gradient NaN.
-    keep = (~first).to(error.dtype).reshape(c.posterior_log_variance.shape)
+    keep = 1 - at_first
     ratio = keep * c.ratio_offset
     if variance_output is not None:
         ratio = torch.addcmul(ratio, variance_output, keep * c.variance_slope)
     scale = keep * c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance)
     scale = scale if of_x_0 else scale * c.output_to_x_0
     kl = gaussian_kl(scale * error, ratio).flatten(1).sum(1)
-    if torch.compiler.is_compiling():  # a graph of fixed shapes: the decoder of the whole batch, masked
-        return torch.where(first, _decoder_nats(reverse, diffused.x_0, error, of_x_0, variance_output, c), kl)
-    rows = first.nonzero()[:, 0]
+    if torch.compiler.is_compiling() or error.device.type != "cpu":  # finding the rows would be waited for
+        log_prob = _masked_log_prob(reverse, diffused.x_0, error, of_x_0, variance_output, c, at_first)
+        return torch.addcmul(kl, at_first.flatten(), log_prob, value=-1)
+    rows = (diffused.t == 0).nonzero()[:, 0]
     if len(rows) == 0:
         return kl
+    c = reverse.coefficients(0, error)
+    gap = error[rows] if of_x_0 else c.output_to_x_0 * error[rows]
     variance_rows = None if variance_output is None else variance_output[rows]
-    at_first = reverse.coefficients(0, error)
-    decoder = _decoder_nats(reverse, diffused.x_0[rows], error[rows], of_x_0, variance_rows, at_first)
-    return kl.index_put((rows,), decoder)
+    return kl.index_put((rows,), -_decoder_log_prob(reverse, diffused.x_0[rows], gap, variance_rows, c))
 
 
-def _decoder_nats(
-    reverse: ReverseProcess, x_0: Tensor, error: Tensor, of_x_0: bool, variance_output: Tensor | None, c: Coefficients
+def _masked_log_prob(
+    reverse: ReverseProcess,
+    x_0: Tensor,
+    error: Tensor,
+    of_x_0: bool,
+    variance_output: Tensor | None,
+    c: Coefficients,
+    at_first: Tensor,
 ) -> Tensor:
-    """L_0 = -log p(x_0 | x_1); at the first step the mean of p is x_0_hat."""
+    """The decoder where `at_first` is 1; elsewhere that of N(x_0, I), whose gradient by the output is 0."""
+    gap = (at_first if of_x_0 else at_first * c.output_to_x_0) * error
+    offset, slope = at_first * c.log_variance_offset, at_first * c.variance_slope
+    c = c._replace(log_variance_offset=offset, variance_slope=slope)
+    return _decoder_log_prob(reverse, x_0, gap, variance_output, c)
+
+
+def _decoder_log_prob(
+    reverse: ReverseProcess, x_0: Tensor, gap: Tensor, variance_output: Tensor | None, c: Coefficients
+) -> Tensor:
+    """log p(x_0 | x_1) = -L_0; at the first step the mean of p is x_0_hat = x_0 - gap."""
     log_variance = c.log_variance_offset
     if variance_output is not None:
         log_variance = torch.addcmul(log_variance, variance_output, c.variance_slope)
-    gap = error if of_x_0 else c.output_to_x_0 * error
-    p = DiagonalGaussian(x_0 - gap, log_variance.expand_as(gap))
-    log_prob = p.log_prob(x_0) if reverse.levels is None else p.discretized_log_prob(x_0, reverse.levels)
-    return -log_prob.flatten(1).sum(1)
+    if reverse.levels is None:
+        log_prob = DiagonalGaussian(x_0 - gap, log_variance).log_prob(x_0)
+    else:
+        log_prob = log_bin_mass(x_0, gap, log_variance, 1 / (reverse.levels - 1))
+    return log_prob.flatten(1).sum(1)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 logger = logging.get_logger(DiffusionPipeline.__module__)
 # What a repository carries so that diffusers runs our pipeline where the package is not installed; a name from each.
 _CODE = {
+    "bin_mass": "log_bin_mass",
     "distributions": "DiagonalGaussian",
     "schedules": "make_betas",
     "forward_process": "ForwardProcess",

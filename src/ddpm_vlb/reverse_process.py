@@ -285,7 +285,8 @@ class ReverseProcess:
                 f"The variances of this process are for data of shape {tuple(self._log_variance.shape[1:])}, but got "
                 f"{tuple(x_t.shape[1:])}."
             )
-        log_variance = self._log_variance[t].to(c.posterior_log_variance.dtype)
+        steps = t if isinstance(t, int) else t.to(self._log_variance.device)
+        log_variance = self._log_variance[steps].to(c.posterior_log_variance.dtype)
         return c._replace(log_variance_offset=log_variance, ratio_offset=log_variance - c.posterior_log_variance)
 
     def split(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
