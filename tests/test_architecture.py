@@ -25,6 +25,7 @@ SOURCE = Path(ddpm_vlb.__file__).parent
 ORDER = (
     "distributions",
     "schedules",
+    "devices",
     "forward_process",
     "reverse_process",
     "checks",
@@ -60,8 +61,9 @@ MATHEMATICS = ORDER[: ORDER.index("described_chains")]
 SIBLINGS = {
     "distributions": set(),
     "schedules": set(),
+    "devices": set(),
     "gaussian_model": set(),
-    "timestep_samplers": {"gaussian_model"},
+    "timestep_samplers": {"devices", "gaussian_model"},
     "scores": set(),
     "respacing": {"forward_process"},
     "optimal_paths": {"forward_process"},
