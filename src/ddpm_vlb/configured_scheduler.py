@@ -127,6 +127,8 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         """Diffusers' pipelines replace a scheduler's configuration by assigning it."""
         if self._internal_dict is not self._settled:
             self._settle(self._chains_.changed)
+        if torch.compiler.is_compiling():  # of tensors that are traced nothing is known
+            return
         marks = {name: (_mark(table), made) for name, (table, made) in self._tables.items()}
         # A copy of a scheduler has other tensors, which count their own writes.
         changed = [name for name, (now, made) in marks.items() if now[0] == made[0] and now[1] != made[1]]
