@@ -3,6 +3,8 @@
 A wait that comes back, an `.item()` or a copy that blocks, fails the budget of its path by name.
 """
 
+import copy
+
 import pytest
 import torch
 from networks import one_block_unet, pipeline
@@ -14,7 +16,9 @@ from ddpm_vlb import (
     ImportanceTimesteps,
     LossSecondMomentTimesteps,
     LowDiscrepancyTimesteps,
+    ReverseProcess,
     UniformTimesteps,
+    simple_loss,
 )
 from ddpm_vlb.devices import send
 
@@ -84,6 +88,45 @@ def test_losses_and_probabilities_of_the_device():
         probabilities = ImportanceTimesteps(put(1.0 + torch.arange(T))).probabilities
     assert torch.equal(here.probabilities, there.probabilities)
     assert torch.equal(probabilities, ImportanceTimesteps(1.0 + torch.arange(T)).probabilities)
+
+
+# --- README's training loop
+
+LOSSES = {simple_loss: "fixed_small"}
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_training_waits_for_nothing_after_the_first_batch(loss):
+    """Drawing, noising, the loss and its gradients, with the first step of the chain in each batch.
+
+    The first batch of a process is looked at, once.
+    """
+    scheduler = DDPMVLBScheduler(T, variance_type=LOSSES[loss])
+    timesteps = ImportanceTimesteps(torch.tensor([20.0, *[1.0] * (T - 1)]))
+    images = torch.randint(256, SHAPE, generator=torch.Generator().manual_seed(6)) * (2 / 255) - 1
+    here = torch.nn.Conv2d(3, 3 if loss is simple_loss else 6, 3, padding=1)
+    there = put(copy.deepcopy(here))
+
+    def train(network: torch.nn.Module, images: torch.Tensor, reverse: ReverseProcess, seed: int) -> None:
+        torch.manual_seed(seed)
+        t, weights = timesteps.sample(B, device=images.device)
+        diffused = reverse.forward.diffuse(images, t, torch.randn_like(images))
+        (weights * loss(reverse, network(diffused.x_t), diffused)).mean().backward()
+
+    reverse = scheduler.reverse_process()
+    for seed in range(3):
+        train(here, images, reverse, seed)
+    images = put(images)
+    with PretendDevice() as device:
+        reverse = scheduler.reverse_process(DEVICE)
+        assert device.waits == []
+        train(there, images, reverse, 0)
+        device.waits.clear()
+        for seed in (1, 2):
+            train(there, images, reverse, seed)
+    assert device.waits == []
+    for own, expected in zip(there.parameters(), here.parameters(), strict=True):
+        torch.testing.assert_close(values(own.grad), expected.grad, rtol=1e-5, atol=1e-7)
 
 
 # --- a step
