@@ -74,7 +74,7 @@ SIBLINGS = {
     "card_results": {"sample_shapes"},
     "model_card": {"card_results", "sample_shapes"},
     "repositories": set(),
-    "guidance": set(),
+    "guidance": {"devices"},
     "finite_samples": set(),
     "swapped_schedulers": {"scheduling_ddpm_vlb"},
 }

@@ -21,6 +21,7 @@ from ddpm_vlb import (
     simple_loss,
 )
 from ddpm_vlb.devices import send
+from ddpm_vlb.guidance import Guidance
 
 T, B = 40, 4
 SHAPE = (B, 3, 4, 4)
@@ -210,32 +211,39 @@ def test_noising_waits_for_nothing(method):
 
 @pytest.mark.parametrize("generator", [None, torch.Generator, PretendGenerator], ids=["none", "cpu", "device"])
 def test_the_pipeline_waits_for_no_step(generator):
-    """As often for six steps as for three: for the list of steps, and for the check of all of them at the end."""
+    """As often for four steps as for two: for the list of steps, and for the check of all of them at the end."""
     pipe = pipeline(one_block_unet())
     made = torch.Generator if generator is None else generator
     options = {"output_type": "latent"}
-    expected = pipe(2, num_inference_steps=3, generator=torch.Generator().manual_seed(4), **options).images
+    expected = pipe(2, num_inference_steps=2, generator=torch.Generator().manual_seed(4), **options).images
     put(pipe.unet)
     waits = []
-    for steps in (3, 6):
+    for steps in (2, 4):
         seeded = None if generator is None else made().manual_seed(4)
         with PretendDevice() as device:
             images = pipe(2, num_inference_steps=steps, generator=seeded, **options).images
         waits.append(device.waits)
-        if steps == 3 and generator is not None:
+        if steps == 2 and generator is not None:
             torch.testing.assert_close(values(images), expected)
     assert len(waits[0]) == len(waits[1]) <= 2, waits
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_labels_are_checked_without_a_wait(scale):
+    """Labels of the CPU are looked at there, and sent."""
+    with PretendDevice() as device:
+        guidance = Guidance.of(3, [0, 1, 0], scale, None, 3, DEVICE)
+    assert device.waits == [] and values(guidance.labels).tolist() == [0, 1, 0]
 
 
 # --- compiled
 
 
-@pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small"])
-def test_one_graph_serves_all_steps(variance_type):
+def test_one_graph_serves_all_steps():
     """A compiled step is one graph, made once, with the eager step's values; it follows a change of the chain."""
     torch.compiler.reset()
-    scheduler = DDPMVLBScheduler(T, variance_type=variance_type)
-    sample, output = randn(*SHAPE), randn(B, 6 if variance_type == "learned_range" else 3, 4, 4, seed=1)
+    scheduler = DDPMVLBScheduler(T, variance_type="learned_range")
+    sample, output = randn(*SHAPE), randn(B, 6, 4, 4, seed=1)
     counter = CompileCounter()
     compiled = torch.compile(
         lambda t: scheduler.step(output, t, sample, return_dict=False), fullgraph=True, backend=counter
