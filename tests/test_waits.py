@@ -18,7 +18,9 @@ from ddpm_vlb import (
     LowDiscrepancyTimesteps,
     ReverseProcess,
     UniformTimesteps,
+    hybrid_loss,
     simple_loss,
+    vlb_loss,
 )
 from ddpm_vlb.devices import send
 from ddpm_vlb.guidance import Guidance
@@ -93,7 +95,7 @@ def test_losses_and_probabilities_of_the_device():
 
 # --- README's training loop
 
-LOSSES = {simple_loss: "fixed_small"}
+LOSSES = {simple_loss: "fixed_small", vlb_loss: "learned_range", hybrid_loss: "learned_range"}
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
