@@ -23,11 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SOURCE = Path(ddpm_vlb.__file__).parent
 # Each module imports only from those before it.
 ORDER = (
-    "transfers",
     "counter_noise",
     "bin_mass",
     "distributions",
     "schedules",
+    "devices",
     "forward_process",
     "reverse_process",
     "checks",
@@ -64,8 +64,9 @@ SIBLINGS = {
     "bin_mass": set(),
     "distributions": {"bin_mass"},
     "schedules": set(),
+    "devices": set(),
     "gaussian_model": set(),
-    "timestep_samplers": {"gaussian_model"},
+    "timestep_samplers": {"devices", "gaussian_model"},
     "scores": set(),
     "respacing": {"forward_process"},
     "optimal_paths": {"forward_process"},
@@ -76,7 +77,7 @@ SIBLINGS = {
     "card_results": {"sample_shapes"},
     "model_card": {"card_results", "sample_shapes"},
     "repositories": set(),
-    "guidance": set(),
+    "guidance": {"devices"},
     "finite_samples": set(),
     "swapped_schedulers": {"scheduling_ddpm_vlb"},
 }

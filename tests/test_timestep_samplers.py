@@ -226,6 +226,20 @@ def test_second_moment_takes_losses_with_gradient_and_in_half():
     np.testing.assert_allclose(sampler.probabilities, 0.999 * np.array([0.75, 0.25]) + 0.0005, rtol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_second_moment_takes_a_batch_as_its_losses_one_by_one(size):
+    """Steps that come more often in a batch than the history is long keep their last losses, in the ring's places."""
+    at_once, one_by_one = (LossSecondMomentTimesteps(5, history_per_term=size) for _ in range(2))
+    for seed in range(4):
+        t = torch.randint(5, (37,), generator=seeded(seed))
+        losses = torch.rand(37, generator=seeded(seed + 10)).masked_fill(t.roll(1) == 2, torch.nan)
+        at_once.update(t, losses)
+        for pair in zip(t[:, None], losses[:, None], strict=True):
+            one_by_one.update(*pair)
+    for name, value in one_by_one.state_dict().items():
+        assert torch.equal(at_once.state_dict()[name], value), name
+
+
 def test_second_moment_state_survives_a_checkpoint():
     """A state through torch.save (weights only) gives the same probabilities, draws and later history."""
     sampler = warmed_up()

@@ -16,6 +16,7 @@ from .respacing import ALL_SPACINGS, SquaredErrors, StoredPath, spaced_timesteps
 from .reverse_process import ReverseProcess
 from .schedules import check_betas, make_betas, rescale_betas_zero_snr
 
+_Place = tuple[torch.device, torch.dtype]
 # The configuration's names for the arguments of a ReverseProcess.
 _OF_REVERSE = (
     "prediction_type",
@@ -45,7 +46,7 @@ class Chains:
     training: ReverseProcess
     store: FewStepStore
     variance: str
-    _forwards: dict[torch.device, ForwardProcess] = field(init=False, repr=False, default_factory=dict)
+    _forwards: dict[_Place, ForwardProcess] = field(init=False, repr=False, default_factory=dict)
 
     @classmethod
     @ordinary_tensors()
@@ -104,16 +105,16 @@ class Chains:
         """All steps that can be visited."""
         return StoredPath(tuple(self.training.forward.timesteps.flip(0).tolist()), self.variance)
 
-    def forward_on(self, device: torch.device) -> ForwardProcess:
-        """q of the training chain on a device, in the best precision there.
+    def forward_for(self, x_0: Tensor) -> ForwardProcess:
+        """q of the training chain on the data's device, in its precision, float32 at least.
 
         Args:
-            device: which.
+            x_0: data.
         """
-        if device not in self._forwards:
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._forwards[device] = self.forward.to(device, dtype)
-        return self._forwards[device]
+        key = x_0.device, torch.promote_types(x_0.dtype, torch.float32)
+        if key not in self._forwards:
+            self._forwards[key] = self.forward.to(*key)
+        return self._forwards[key]
 
     def with_file(self, root: str, subfolder: str | None, where: dict[str, Any]) -> "Chains":
         """With the errors of each pixel that lie beside the configuration; arguments and errors as of the store."""

@@ -75,10 +75,14 @@ def check_trained(x_0: Tensor, levels: int | None, on_levels: bool) -> None:
     """
     if levels is not None and x_0.numel():
         x_0 = x_0.detach()
-        # `diffuse` has promoted what was half: it is what a narrower type holds exactly.
-        narrow = (own for own in (torch.bfloat16, torch.float16) if bool((x_0 == x_0.to(own)).all()))
-        eps = torch.finfo(next(narrow, x_0.dtype)).eps
-        _check_levels(x_0, levels, max(_tolerance(levels), eps), on_levels)
+        exact = on_levels and any(_is_rounded(x_0, levels, dtype) for dtype in (torch.bfloat16, torch.float16))
+        _check_levels(x_0, levels, _tolerance(levels), on_levels and not exact)
+
+
+def _is_rounded(x_0: Tensor, levels: int, dtype: torch.dtype) -> bool:
+    """Whether all values are levels as a narrower type holds them, `diffuse` having made float32 of it again."""
+    nearest = ((x_0.cpu().double() + 1) * ((levels - 1) / 2)).round() * (2 / (levels - 1)) - 1
+    return bool((nearest.to(dtype) == x_0.cpu()).all())
 
 
 def _tolerance(levels: int) -> float:

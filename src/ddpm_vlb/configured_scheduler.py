@@ -128,6 +128,8 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         """Diffusers' pipelines replace a scheduler's configuration by assigning it."""
         if self._internal_dict is not self._settled:
             self._settle(self._chains_.changed)
+        if torch.compiler.is_compiling():  # of tensors that are traced nothing is known
+            return
         if _mark(self._timesteps)[0] == self._steps_mark[0] and _mark(self._timesteps) != self._steps_mark:
             raise ValueError(
                 "`timesteps` was written into, which changes no chain: choose the steps, "

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .checks import Conditioning, Model, check_conditioning, check_data, check_model, check_same_chain
+from .devices import read_later, send
 from .evaluation import image_generator, launch_terms, one_behind, rows_of, values_in_a_call
 from .losses import prior_kl
 from .pilot import ControlVariate, Pilot, PreparedImages, fit_pilot, max_pilot_images
@@ -34,7 +35,6 @@ from .scores import (
     merge_scores,
 )
 from .timestep_samplers import ImportanceTimesteps
-from .transfers import read_later, to_device
 
 ESTIMATORS = ("importance", "full")
 """Of `VLBEstimator`: by importance sampling of t, or the loop over all steps."""
@@ -169,7 +169,7 @@ class VLBEstimator:
         if control is not None:
             images = control, control.prepare(x_0)
             known = control.total(images[1])
-        prior = read_later(prior_kl(self.reverse, to_device(x_0, self.reverse.forward.betas.device)))
+        prior = read_later(prior_kl(self.reverse, send(x_0, self.reverse.forward.betas.device)))
         terms, deviation, expected = self._stream(x_0, draws, where, conditioning, images)
         scores = []
         for i in range(1 + len(self.also)):

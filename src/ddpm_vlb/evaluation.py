@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .checks import Conditioning, Model, check_conditioning, check_data, check_model
+from .devices import read_later, send
 from .losses import nats_to_bits_per_dim, prior_kl, vlb_term
 from .reverse_process import ReverseProcess
-from .transfers import read_later, to_device
 
 CPU_VALUES, DEVICE_VALUES = 2**16, 2**20  # in a network call: what keeps a cache warm, and a device busy
 
@@ -108,8 +108,8 @@ def launch_terms(
     """
     forward = reverses[0].forward
     device = forward.betas.device
-    diffused = forward.diffuse(*(to_device(own, device) for own in (x_0, t, noise)))
-    told = {name: to_device(rows, device) for name, rows in (conditioning or {}).items()}
+    diffused = forward.diffuse(*(send(own, device) for own in (x_0, t, noise)))
+    told = {name: send(rows, device) for name, rows in (conditioning or {}).items()}
     output = model_output(model, diffused.x_t, forward.timesteps[diffused.t], told)
     terms = torch.stack([vlb_term(reverse, output, diffused) for reverse in reverses])
     # The output is looked at too: clipping would make an infinite one look harmless.

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .devices import send
 from .distributions import DiagonalGaussian, ordinary_tensors, promote_half
 from .schedules import check_betas
 
@@ -149,7 +150,7 @@ class ForwardProcess:
 
     Args:
         timesteps: what the network is told at each step, int64. Differs from the chain index after `respace`.
-        log_alphas_cumprod: log alphabar_t, float64 and on the CPU always: the root from which the tables are made.
+        log_alphas_cumprod: log alphabar_t, always float64 on the CPU: the root from which every other table is made.
         betas: beta_{t|t-1} of this chain.
         alphas_cumprod: alphabar_t.
         sqrt_alphas_cumprod: sqrt(alphabar_t), the mean coefficient of equation 1.
@@ -248,12 +249,12 @@ class ForwardProcess:
         tables = {}
         for field in fields(self):
             table = getattr(self, field.name)
-            if field.name == "log_alphas_cumprod":  # float64, which devices are slow at, or have none
+            if field.name == "log_alphas_cumprod":  # float64, which MPS has not and a GPU is slow at
                 tables[field.name] = table
-            elif table.is_floating_point():
-                tables[field.name] = table.to(dtype=dtype).to(device=device)
-            else:
-                tables[field.name] = table.to(device=device)
+                continue
+            if table.is_floating_point():
+                table = table.to(dtype=dtype)
+            tables[field.name] = table if device is None else send(table, device)
         return ForwardProcess(**tables)
 
     @ordinary_tensors()
@@ -278,7 +279,7 @@ class ForwardProcess:
             raise ValueError(
                 f"`indices` must be strictly ascending within 0 .. {len(self) - 1}, but got {chosen.tolist()[:20]}."
             )
-        log_abar = self.log_alphas_cumprod.cpu()[chosen]
+        log_abar = self.log_alphas_cumprod[chosen]
         betas = -torch.expm1(log_abar - torch.cat([log_abar.new_zeros(1), log_abar[:-1]]))
         respaced = ForwardProcess._from_root(self.timesteps.cpu()[chosen], log_abar, betas)
         return respaced.to(self.betas.device, self.betas.dtype)
@@ -369,7 +370,7 @@ class ForwardProcess:
         return Diffused(x_0, x_t, t, noise)
 
     def _log_abar(self, t: Tensor) -> Tensor:
-        """log alphabar at code steps t >= -1, float64 wherever the root lives."""
+        """log alphabar at code steps t >= -1, float64 on the CPU; it waits for a `t` of a GPU."""
         root = self.log_alphas_cumprod
         return torch.cat([root.new_zeros(1), root])[t.to(root.device) + 1]
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .devices import send
+
 
 def batch_count(batch_size: Any) -> int:
     """A number of images, as Python has it.
@@ -109,7 +111,7 @@ class Guidance:
             return cls()
         if classes is None:
             raise ValueError("`class_labels` were given, but this network is unconditional. Leave them out.")
-        labels = torch.as_tensor(class_labels, device=device).reshape(-1)
+        labels = torch.as_tensor(class_labels, device="cpu").reshape(-1)
         if labels.is_floating_point() or len(labels) not in (1, batch_size):
             raise ValueError(
                 f"`class_labels` must be one integer, or one for each of the `batch_size={batch_size}` images, "
@@ -121,15 +123,15 @@ class Guidance:
                 f"`class_labels` and `null_class_label` must lie in 0 .. {classes - 1}, but got {labels.tolist()[:8]} "
                 f"and {null}."
             )
-        labels = labels.long().expand(batch_size)
+        on_device = send(labels.long(), device).expand(batch_size)
         if scale == 1.0:
-            return cls(labels)
+            return cls(on_device)
         if bool((labels == null).any()):
             raise ValueError(
                 f"`class_labels` holds {null}, which stands for no class under guidance: there is nothing to guide "
                 "to. Pass the label that the network was trained to take for no class as `null_class_label`."
             )
-        return cls(labels, torch.full_like(labels, null), scale)
+        return cls(on_device, torch.full_like(on_device, null), scale)
 
     def output(self, call: Callable[[Tensor, Tensor | None], Tensor], sample: Tensor) -> Tensor:
         """The network's output, guided, in float32.

@@ -17,7 +17,6 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet1DModel, UNet2DM
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from .swapped_schedulers import (
     takes_variance,
     warn_of_another_chain,
 )
+from .walk import draw
 
 logger = logging.get_logger(DiffusionPipeline.__module__)
 _PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder", "card")
@@ -252,7 +252,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` must be one or a list of {batch_size}, but it holds {len(generator)}.")
         # The chain runs in float32 whatever the network's precision: in half the last steps' noise would be lost.
-        image = randn_tensor((batch_size, *sample), generator=generator, device=device, dtype=torch.float32)
+        image = draw((batch_size, *sample), generator, device, torch.float32)
         scheduler = self.scheduler
         set_timesteps(scheduler, num_inference_steps, timesteps, timestep_spacing, eta, device)
         image = image * scheduler.init_noise_sigma
@@ -260,7 +260,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
         steps = scheduler.timesteps
         warn_of_another_chain(scheduler)
         self._num_timesteps, finite = len(steps), FiniteSamples()
-        for i, timestep in enumerate(self.progress_bar(steps.tolist())):
+        numbers = steps.tolist()
+        for i, timestep in enumerate(self.progress_bar(numbers)):
             # Only a scheduler with fractional timesteps (Euler, LMS) needs its own tensor back.
             t = timestep if isinstance(timestep, int) else steps[i]
             output = self._predict(image, t, guidance)
@@ -268,13 +269,13 @@ class DDPMVLBPipeline(DiffusionPipeline):
             if output.shape[1] == 2 * len(image[0]) and not takes_variance(scheduler):
                 output = output[:, : len(image[0])]
             if "prev_timestep" in options:
-                options["prev_timestep"] = int(steps[i + 1]) if i + 1 < len(steps) else None
+                options["prev_timestep"] = int(numbers[i + 1]) if i + 1 < len(steps) else None
             with mean_half_whole(scheduler):
                 image = scheduler.step(output, t, image, **options, return_dict=False)[0]
             if callback_on_step_end is not None:
                 tensors = {name: image for name in callback_on_step_end_tensor_inputs}
                 image = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", image)
-        finite.check(image, steps.tolist(), type(self.unet).__name__, not_finite(scheduler, len(steps)))
+        finite.check(image, numbers, type(self.unet).__name__, not_finite(scheduler, len(steps)))
         images = given_out(image, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -312,7 +313,10 @@ class DDPMVLBPipeline(DiffusionPipeline):
         return guidance.output(lambda x, labels: self._call_unet(x, timestep, labels), sample)
 
     def _call_unet(self, sample: Tensor, timestep: Any, labels: Tensor | None) -> Tensor:
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        if isinstance(timestep, int):  # filled in there: to send a number would wait for the device
+            timesteps = torch.full((len(sample),), timestep, device=sample.device)
+        else:
+            timesteps = timestep.to(sample.device).expand(len(sample))
         if labels is None:
             return self.unet(sample, timesteps).sample
         return self.unet(sample, timesteps, class_labels=labels).sample

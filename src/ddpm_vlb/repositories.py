@@ -26,6 +26,7 @@ _CODE = {
     "configurations": "read_config",
     "few_step_store": "FewStepStore",
     "chains": "Chains",
+    "devices": "send",
     "walk": "Walk",
     "configured_scheduler": "ConfiguredScheduler",
     "scheduling_ddpm_vlb": "DDPMVLBScheduler",

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .devices import send
 from .distributions import DiagonalGaussian, ordinary_tensors, promote_half
 from .forward_process import Diffused, ForwardProcess, Posterior, gather, posterior_coefficients
 
@@ -350,9 +351,21 @@ class ReverseProcess:
             ValueError: the output has the wrong number of channels for `variance_type`.
             TypeError: `t` is not of an integer dtype.
         """
+        return self.predict(model_output, x_t, self.coefficients(t, x_t))
+
+    def predict(self, model_output: Tensor, x_t: Tensor, c: Coefficients) -> Prediction:
+        """The same from the coefficients of the steps.
+
+        Args:
+            model_output: (B, C, *), or (B, 2 C, *) with a learned variance.
+            x_t: the network's input (B, C, *).
+            c: as of `coefficients`.
+
+        Raises:
+            ValueError: the output has the wrong number of channels for `variance_type`.
+        """
         mean_output, variance_output = self.split(model_output, x_t)
         x_t = promote_half(x_t)
-        c = self.coefficients(t, x_t)
         x_0 = self.predict_x_0(mean_output, x_t, c)
         mean = torch.addcmul(c.x_t_to_mean * x_t, x_0, c.x_0_to_mean)
         if variance_output is None:
@@ -379,4 +392,4 @@ class ReverseProcess:
 
 def _cast(value: Tensor, like: Tensor) -> Tensor:
     """The value in the other's precision, cast before it is moved: MPS has no float64."""
-    return value.to(like.dtype).to(like.device)
+    return send(value.to(like.dtype), like.device)

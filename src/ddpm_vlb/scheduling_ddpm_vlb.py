@@ -20,6 +20,7 @@ from torch import Tensor
 from .chains import Chains
 from .configurations import MODEL_DEFINING, read_config, taken_over
 from .configured_scheduler import ConfiguredScheduler
+from .devices import send
 from .distributions import promote_half
 from .few_step_store import storable, to_config
 from .forward_process import check_floating, check_timesteps, gather
@@ -266,7 +267,8 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         """Make a path the chain that `step` walks."""
         if not self._walk.is_of(self._chains, path, eta):
             self._walk_ = Walk(self._chains, path, eta)
-        self._show(torch.tensor(path.timesteps, dtype=torch.int64, device=device))
+        timesteps = torch.tensor(path.timesteps, dtype=torch.int64, device="cpu" if device is not None else None)
+        self._show(timesteps if device is None else send(timesteps, device))
 
     def set_timesteps(
         self,
@@ -333,12 +335,14 @@ class DDPMVLBScheduler(ConfiguredScheduler):
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """Draw x_{t-1} from p(x_{t-1} | x_t); without noise at the chain's last step.
 
-        NaN and infinity are not looked for, which would wait for the device: `DDPMVLBPipeline` tells of them.
+        NaN and infinity are not looked for, which would wait for the device: `DDPMVLBPipeline` tells of them. To
+        compile it, call it once before, and pass `timestep` as a tensor: one graph then serves all steps.
 
         Args:
             model_output: the network's output (B, C, *) or (B, 2 C, *); a variance half that the variance type does
                 not use is left aside.
-            timestep: a timestep of the current chain, or one for each sample (B,).
+            timestep: a timestep of the current chain, or one for each sample (B,). In a tensor on a GPU, or while
+                compiling, one outside the chain cannot be refused without a wait: its sample is NaN.
             sample: x_t, (B, C, *).
             generator: source of the noise, or a list with one for each sample.
             return_dict: return a `DDPMSchedulerOutput`, or a tuple.
@@ -367,10 +371,10 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         Raises:
             TypeError, IndexError, ValueError: as `ForwardProcess.diffuse`.
         """
-        timesteps = timesteps.to(original_samples.device).reshape(-1)
+        timesteps = send(timesteps.reshape(-1), original_samples.device)
         batch = max(len(original_samples), len(noise), len(timesteps))
         x_0, noise = (x.expand(batch, *x.shape[1:]) for x in (original_samples, noise))
-        forward = self._chains.forward_on(original_samples.device)
+        forward = self._chains.forward_for(original_samples)
         return forward.diffuse(x_0, timesteps.expand(batch), noise).x_t.to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -385,8 +389,8 @@ class DDPMVLBScheduler(ConfiguredScheduler):
             TypeError: timesteps that are no integers, or data that is none but integers.
         """
         check_floating(sample, noise)
-        forward = self._chains.forward_on(sample.device)
-        timesteps = timesteps.to(sample.device).reshape(-1)
+        forward = self._chains.forward_for(sample)
+        timesteps = send(timesteps.reshape(-1), sample.device)
         check_timesteps(timesteps, len(self))
         x_0, epsilon = promote_half(sample), promote_half(noise)
         signal = gather(forward.sqrt_alphas_cumprod, timesteps, x_0)

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from .checks import Conditioning, Model, check_conditioning, check_data, check_model
+from .devices import read_later, send
 from .evaluation import image_generator, model_output, one_behind, rows_of, values_in_a_call
 from .forward_process import Diffused, ForwardProcess
 from .optimal_paths import Chebyshev, priced
 from .respacing import SquaredErrors
 from .reverse_process import ReverseProcess
-from .transfers import read_later, to_device
 
 RANGE_NODES = 24
 MIN_IMAGES = 32
@@ -219,13 +219,11 @@ def collect_statistics(
                 epsilon = torch.stack([torch.randn(x_0.shape[1:], generator=generators[i]) for i in image.tolist()])
             else:
                 epsilon = noise[knot, image]
-            t, told = to_device(knots[knot], device), rows_of(conditioning, image)
-            diffused = reverse.forward.diffuse(
-                to_device(x_0[image], device), t, to_device(epsilon.to(x_0.dtype), device)
-            )
-            told = {name: to_device(rows, device) for name, rows in told.items()}
+            t, told = send(knots[knot], device), rows_of(conditioning, image)
+            diffused = reverse.forward.diffuse(send(x_0[image], device), t, send(epsilon.to(x_0.dtype), device))
+            told = {name: send(rows, device) for name, rows in told.items()}
             output = model_output(model, diffused.x_t, reverse.forward.timesteps[t], told)
-            yield read_later(_of_pairs(reverse, output, diffused, to_device(dims[image], device), nodes))
+            yield read_later(_of_pairs(reverse, output, diffused, send(dims[image], device), nodes))
 
     squared = torch.zeros((2, number, *x_0.shape[1:]), dtype=torch.float64)
     of_dims = dims.shape[1] * (3 if reverse.learns_variance else 2)

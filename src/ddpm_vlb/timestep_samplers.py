@@ -19,13 +19,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .devices import send
 from .gaussian_model import gaussian_model_terms
 
 
 def _systematic(probabilities: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     """n indices drawn by systematic sampling, in random order: each has the distribution `probabilities`."""
-    device = generator.device if generator is not None else "cpu"
-    offset = torch.rand(1, generator=generator, device=device, dtype=torch.float64).cpu()
+    device = generator.device if generator is not None else torch.device("cpu")
+    dtype = torch.float64 if device.type == "cpu" else torch.float32  # MPS has no other
+    offset = torch.rand(1, generator=generator, device=device, dtype=dtype).cpu().double()
     order = torch.randperm(n, generator=generator, device=device).cpu()
     points = (torch.arange(n, dtype=torch.float64) + offset) / n
     cdf = torch.cumsum(probabilities, 0)
@@ -83,7 +85,7 @@ class UniformTimesteps:
         _check_draw(batch_size, self.world_size, generator)
         source = generator.device if generator is not None else "cpu"
         t = torch.randint(self.num_timesteps, (batch_size * self.world_size,), generator=generator, device=source)
-        t = t[self.rank * batch_size : (self.rank + 1) * batch_size].to(device or "cpu")
+        t = send(t[self.rank * batch_size : (self.rank + 1) * batch_size], device or "cpu")
         return t, torch.ones(batch_size, device=t.device)
 
 
@@ -102,7 +104,7 @@ class ImportanceTimesteps:
     """
 
     def __init__(self, probabilities: Sequence[float] | Tensor, rank: int = 0, world_size: int = 1):
-        p = torch.as_tensor(probabilities, dtype=torch.float64, device="cpu").detach().clone()
+        p = torch.as_tensor(probabilities, device="cpu").detach().to(torch.float64, copy=True)
         if p.ndim != 1 or len(p) == 0 or not bool((p.isfinite() & (p > 0)).all()):
             raise ValueError(
                 "`probabilities` must be a list of positive finite numbers, one for each step of the chain: a step "
@@ -158,7 +160,7 @@ class ImportanceTimesteps:
         t = _systematic(self.probabilities, batch_size * self.world_size, generator)
         t = t[self.rank * batch_size : (self.rank + 1) * batch_size]
         weights = (1 / (self.num_timesteps * self.probabilities[t])).float()
-        return t.to(device or "cpu"), weights.to(device or "cpu")
+        return send(t, device or "cpu"), send(weights, device or "cpu")
 
 
 class LowDiscrepancyTimesteps(ImportanceTimesteps):
@@ -258,12 +260,16 @@ class LossSecondMomentTimesteps:
         """
         if t.shape != losses.shape:
             raise ValueError(f"`t` and `losses` must have one shape, but got {tuple(t.shape)}, {tuple(losses.shape)}.")
-        losses = losses.detach().double().cpu()
-        size = self._history.shape[1]
-        for i, loss, finite in zip(t.tolist(), losses.tolist(), losses.isfinite().tolist()):
-            if finite:
-                self._history[i, self._counts[i] % size] = loss
-                self._counts[i] += 1
+        t, losses = t.cpu().long(), losses.detach().cpu().double()
+        finite = losses.isfinite()
+        t, order = t[finite].sort(stable=True)
+        losses = losses[finite][order]
+        new, size = torch.bincount(t, minlength=self.num_timesteps), self._history.shape[1]
+        place = torch.arange(len(t)) - (new.cumsum(0) - new)[t]  # among the new losses of its step
+        slot = (self._counts[t] + place) % size
+        kept = place >= new[t] - size  # those before are overwritten by a later one of the same batch
+        self._history[t[kept], slot[kept]] = losses[kept]
+        self._counts += new
 
     def state_dict(self) -> dict[str, Tensor]:
         """The history, for a checkpoint."""

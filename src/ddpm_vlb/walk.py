@@ -1,17 +1,27 @@
 """The chain that `DDPMVLBScheduler.step` walks: a step of it, and where a timestep lies in it."""
 
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .chains import Chains
+from .devices import send
 from .distributions import ordinary_tensors, promote_half
 from .respacing import StoredPath
 from .reverse_process import VARIANCE_TYPES, ReverseProcess
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class _Tables(NamedTuple):
+    """On a sample's device: p, and at each timestep + 1, from -1 to T, its index in p and NaN outside the chain."""
+
+    process: ReverseProcess
+    indices: Tensor
+    outside: Tensor
 
 
 class Walk:
@@ -34,7 +44,7 @@ class Walk:
         self._chains = chains
         self._asked = path, chains.is_stored(path), eta
         self._index = {timestep: i for i, timestep in enumerate(self.process.forward.timesteps.tolist())}
-        self._tables: dict[tuple[torch.device, torch.dtype], tuple[ReverseProcess, Tensor]] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], _Tables] = {}
 
     def is_of(self, chains: Chains, path: StoredPath, eta: float) -> bool:
         """Whether it is the walk that these arguments would make.
@@ -69,29 +79,31 @@ class Walk:
             )
         return index
 
-    def indices(self, timestep: Tensor, sample: Tensor) -> Tensor:
-        """The chain index of each sample's timestep, (B,).
+    def places(self, timestep: Tensor, sample: Tensor) -> Tensor:
+        """Where each sample's timestep stands in the tables, (B,), or (1,) for one of the whole batch.
 
         Args:
-            timestep: one of the chain's for each sample, (B,).
+            timestep: one of the chain's for each sample, (B,), or a single one.
             sample: x_t, (B, C, *).
 
         Raises:
             TypeError: no integers.
-            ValueError: another shape, or a timestep outside the chain.
+            ValueError: another shape, or, where that can be seen without a wait, a timestep outside the chain.
         """
         if timestep.dtype not in _INTEGERS:
             raise TypeError(f"`timestep` must be an integer tensor, but got {timestep.dtype}.")
-        timestep, total = timestep.to(sample.device).long(), len(self._chains)
-        index = self._on(sample)[1][timestep.clamp(0, total - 1)]
-        inside = (timestep >= 0) & (timestep < total) & (index >= 0)
-        if timestep.shape != sample.shape[:1] or not bool(inside.all()):
+        right = timestep.numel() == 1 or timestep.shape == sample.shape[:1]
+        # A 0-dim index would be compiled for each value anew.
+        places = timestep.reshape(-1).long().clamp(-1, len(self._chains)) + 1
+        if right and (torch.compiler.is_compiling() or timestep.device.type != "cpu"):
+            return places.to(sample.device)
+        if not right or bool(self._on(timestep, torch.float32).outside[places].isnan().any()):
             raise ValueError(
                 f"A tensor `timestep` must hold one timestep of the current chain of {len(self._index)} steps for "
                 f"each of the {len(sample)} samples, but got {timestep.tolist()[:8]}. Take them from "
                 "`scheduler.timesteps`."
             )
-        return index
+        return send(places, sample.device)
 
     def step(
         self,
@@ -101,16 +113,23 @@ class Walk:
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x_{t-1} and x_0_hat; arguments and errors as of `DDPMVLBScheduler.step`."""
-        process = self._on(sample)[0]
+        tables = self._on(sample, sample.dtype)
+        process = tables.process
         if not process.learns_variance and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
-        if isinstance(timestep, Tensor) and timestep.numel() > 1:
-            index = self.indices(timestep, sample)
-            p, x_0 = process(model_output, sample, index)
-            noise = _draw(model_output, sample, generator)
-            # Selected, not multiplied by zero: no noise on the last step, whatever its variance.
-            last = (index == 0).reshape(-1, *[1] * (sample.ndim - 1))
-            previous = torch.where(last, p.mean, p.sample(noise))
+        if _by_table(timestep):
+            places = self.places(timestep if isinstance(timestep, Tensor) else torch.full((1,), timestep), sample)
+            index, outside = tables.indices[places], tables.outside[places]
+            along = -1, *[1] * (sample.ndim - 1)
+            c = process.coefficients(index, sample)
+            # What cannot be refused without a wait must not look like a sample.
+            c = c._replace(x_t_to_x_0=c.x_t_to_x_0 + outside.reshape(along))
+            p, x_0 = process.predict(model_output, sample, c)
+            previous = p.mean
+            if process.eta > 0:
+                # Selected, not multiplied by zero: no noise on the last step, whatever its variance.
+                noisy = p.sample(_draw(model_output, sample, generator))
+                previous = torch.where((index == 0).reshape(along), previous, noisy)
         else:
             step = self.index(timestep)
             p, x_0 = process(model_output, sample, step)
@@ -149,16 +168,50 @@ class Walk:
         values = {"fixed_small": small, "fixed_small_log": small.sqrt(), "fixed_large": large}
         return values.get(name, large.log()).float()
 
-    @ordinary_tensors()
-    def _on(self, sample: Tensor) -> tuple[ReverseProcess, Tensor]:
-        """The tables for a sample, and timestep -> index."""
-        key = sample.device, sample.dtype
+    def _on(self, like: Tensor, dtype: torch.dtype) -> _Tables:
+        """The tables on a tensor's device, for samples of a dtype."""
+        key = like.device, dtype
         if key not in self._tables:
-            lookup = torch.full((len(self._chains),), -1)
-            lookup[self.process.forward.timesteps] = torch.arange(len(self.process.forward))
-            dtype = torch.promote_types(sample.dtype, torch.float32)
-            self._tables[key] = self.process.to(sample.device, dtype), lookup.to(sample.device)
+            if torch.compiler.is_compiling():
+                raise RuntimeError("Call `step` once before it is compiled: it makes its tables then.")
+            self._tables[key] = self._made(*key)
         return self._tables[key]
+
+    @ordinary_tensors()
+    def _made(self, device: torch.device, dtype: torch.dtype) -> _Tables:
+        dtype = torch.promote_types(dtype, torch.float32)
+        where = self.process.forward.timesteps.cpu() + 1
+        index = torch.zeros(len(self._chains) + 2, dtype=torch.int64)
+        index[where] = torch.arange(len(where))
+        outside = torch.full(index.shape, torch.nan, dtype=dtype)
+        outside[where] = 0
+        return _Tables(self.process.to(device, dtype), send(index, device), send(outside, device))
+
+
+def _by_table(timestep: int | Tensor) -> bool:
+    """Whether the index of a timestep comes from a table: its value must not be asked for, or there are several."""
+    if torch.compiler.is_compiling():
+        return True
+    return isinstance(timestep, Tensor) and (timestep.numel() != 1 or timestep.device.type != "cpu")
+
+
+def draw(
+    shape: torch.Size | tuple[int, ...],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What `randn_tensor` draws, without a wait for what generators of the CPU draw for a GPU.
+
+    Args:
+        shape: (B, C, *).
+        generator: source of the noise, or a list with one for each sample.
+        device: where the noise shall live.
+        dtype: its dtype.
+    """
+    first = generator[0] if isinstance(generator, list) and generator else generator
+    where = first.device if isinstance(first, torch.Generator) and first.device.type == "cpu" else device
+    return send(randn_tensor(shape, generator=generator, device=where, dtype=dtype), device)
 
 
 def _draw(model_output: Tensor, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
@@ -166,5 +219,5 @@ def _draw(model_output: Tensor, sample: Tensor, generator: torch.Generator | lis
     if generator is None:  # the same draws as randn_tensor's, without its checks
         noise = torch.randn_like(sample, dtype=model_output.dtype, memory_format=torch.contiguous_format)
     else:
-        noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
+        noise = draw(sample.shape, generator, sample.device, model_output.dtype)
     return promote_half(noise)

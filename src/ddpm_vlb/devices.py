@@ -1,4 +1,4 @@
-"""Copies between the host and the device that nobody waits for."""
+"""Getting a tensor to a device without making the host wait for it."""
 
 from collections.abc import Callable
 
@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, while the host goes on.
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device; from the CPU to a GPU without a wait, through pinned memory where it is CUDA's.
 
     Args:
-        tensor: on any device.
-        device: where it shall be.
+        x: any tensor.
+        device: where it shall go; on the way back to the CPU the values are waited for.
     """
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # pageable memory would be waited for
-    # MPS reads what it was not told to wait for too late.
-    return tensor.to(device, non_blocking=device.type != "mps")
+    device = torch.device(device)
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    # MPS may read the memory of a copy that does not block after it was given back.
+    return x.to(device, non_blocking=device.type not in ("cpu", "mps"))
 
 
 def read_later(tensor: Tensor) -> Callable[[], Tensor]:
