@@ -74,7 +74,8 @@ def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:
     diffused = run.reverse.forward.diffuse(x_0, t, run.noise.draw(x_0, run.progress.step, rows))
     if run.has_dropout:  # which draws from the global generator
         torch.manual_seed(seed_of(run.args.seed, run.progress.step, "dropout", rows.start))
-    output = run.unet(diffused.x_t.to(run.input_dtype), run.reverse.forward.timesteps[t]).sample
+    x_t = diffused.x_t.to(run.input_dtype, memory_format=run.memory_format)
+    output = run.unet(x_t, run.reverse.forward.timesteps[t]).sample
     terms = loss_terms(run, output, diffused)
     run.accelerator.backward((weights * weighted_sum(run, terms)).mean())
     return terms.detach()

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,13 @@ def build_loader(
     args: argparse.Namespace, train: Images, batches: GlobalBatches, device: torch.device
 ) -> torch.utils.data.DataLoader:
     """This process's micro batches; not prepared by Accelerate, which would shard them anew."""
+    workers = args.dataloader_num_workers
+    if workers is None:
+        workers = 0 if device.type == "cpu" else min(4, os.cpu_count() or 1)
     return torch.utils.data.DataLoader(
         train,
         batch_sampler=batches,
-        num_workers=args.dataloader_num_workers,
+        num_workers=workers,
         collate_fn=torch.stack,
         pin_memory=device.type == "cuda",
         worker_init_fn=own_process_group,
@@ -241,6 +245,7 @@ class Run:
         self.of_the_mean = dataclasses.replace(self.reverse, variance_type="fixed_small")
         self.sampler = build_sampler(args, self.reverse, data.train, accelerator)
         self.network_config = unet.config
+        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())
         self.batches = GlobalBatches(
             len(data.train),
