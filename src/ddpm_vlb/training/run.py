@@ -265,6 +265,10 @@ class Run:
         )
         self.unet, self.optimizer, self.lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
         self.input_dtype = next(self.unet.parameters()).dtype  # half under DeepSpeed, which keeps masters of its own
+        by_host = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.skips_on_device = bool(optimizer.defaults["fused"]) and not by_host
+        # The next step's t depend on the losses of this one.
+        self.reads_at_once = not self.skips_on_device or isinstance(self.sampler, LossSecondMomentTimesteps)
         self.ema = build_average(args, self.unet, accelerator) if args.use_ema else None
         self.progress = Progress()
         self.term_weights = term_weights(args)
