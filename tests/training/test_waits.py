@@ -9,6 +9,7 @@ import torch
 from pretend_device import DEVICE, PretendDevice, put, values
 from processes import fresh_accelerate  # noqa: F401
 from reliability_support import check_same
+from torch._dynamo.testing import CompileCounter
 from training_support import only_train, tiny
 
 from ddpm_vlb.commands import train
@@ -92,3 +93,20 @@ def test_reading_late_changes_nothing(tmp_path, few, monkeypatch):
     for every in (1, 5):
         only_train(tmp_path / str(every), f"--max_train_steps 5 --checkpointing_steps {every} --logger none", *few)
     check_same(tmp_path / "1" / "checkpoint-5", tmp_path / "5" / "checkpoint-5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb"])
+def test_the_loss_is_compiled_with_the_network(tmp_path, few, monkeypatch, objective):
+    """Under --compile both are one graph, the same for every step."""
+    run = only_train(tmp_path, f"--max_train_steps 1 --objective {objective} --logger none", *few)
+    counter = CompileCounter()
+    monkeypatch.setattr("ddpm_vlb.training.loop._compile", lambda f: torch.compile(f, backend=counter, fullgraph=True))
+    images = next(run.data.train.batches(8))
+    drawn = recipe.draw(run)
+    expected = recipe.train_batch(run, images, 0, drawn)
+    run.args.compile = True
+    torch.testing.assert_close(recipe.train_batch(run, images, 0, drawn), expected)
+    run.progress.step += 1
+    recipe.train_batch(run, images, 0, recipe.draw(run))
+    assert counter.frame_count == 1

@@ -112,7 +112,7 @@ def build_parser() -> Parser:
     training.add_argument("--ema_power", type=positive_float, default=0.75, help="EMA warm-up: power.")
     training.add_argument("--ema_max_decay", type=fraction, default=0.9999, help="EMA: largest decay.")
     training.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: accelerate's setting.")
-    training.add_argument("--compile", action=SWITCH, default=False, help="Compile the network with torch.compile.")
+    training.add_argument("--compile", action=SWITCH, default=False, help="torch.compile the network and its loss.")
     training.add_argument(
         "--allow_tf32", action=SWITCH, default=False, help="Matrix products of float32 in TF32, on an NVIDIA GPU."
     )

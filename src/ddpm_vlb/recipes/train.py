@@ -22,6 +22,7 @@ from ddpm_vlb.training.loop import (
     Sent,
     Statistics,
     batches,
+    compiled,
     gradient_norm,
     next_batch,
     skip,
@@ -67,6 +68,11 @@ def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
     return torch.stack(values, dim=1)
 
 
+def call(run: Run, x_t: Tensor, diffused: Diffused) -> Tensor:
+    """The network's call and the terms of its loss, (B, terms): one graph under --compile."""
+    return loss_terms(run, run.unet(x_t, run.reverse.forward.timesteps[diffused.t]).sample, diffused)
+
+
 def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:
     """Forward and backward of one micro batch; returns the values of the loss's terms, (B, terms)."""
     device, rows = run.accelerator.device, run.batches.rows(micro_step)
@@ -77,9 +83,8 @@ def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:
     diffused = run.reverse.forward.diffuse(x_0, t, run.noise.draw(x_0, run.progress.step, rows))
     if run.has_dropout:  # which draws from the global generator
         torch.manual_seed(seed_of(run.args.seed, run.progress.step, "dropout", rows.start))
-    x_t = diffused.x_t.to(run.input_dtype, memory_format=run.memory_format)
-    output = run.unet(x_t, run.reverse.forward.timesteps[t]).sample
-    terms = loss_terms(run, output, diffused)
+    order = torch.channels_last if run.args.channels_last else torch.preserve_format
+    terms = compiled(run, call)(run, diffused.x_t.to(run.input_dtype, memory_format=order), diffused)
     run.accelerator.backward((weights * weighted_sum(run, terms)).mean())
     return terms.detach()
 

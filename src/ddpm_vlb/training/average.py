@@ -17,6 +17,11 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether processes share the weights or the optimizer's state."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 class ShardedEMAModel(EMAModel):
     """Diffusers' average, of parameters that may be sharded; its saved state is whole either way."""
 

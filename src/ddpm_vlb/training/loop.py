@@ -3,9 +3,10 @@
 A step is launched without a wait for the device; the host reads its values while the device computes the next one.
 """
 
+import functools
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import DistributedType
@@ -13,10 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_vlb.runtime.stopping import end
-from ddpm_vlb.training.average import full
+from ddpm_vlb.training.average import full, is_sharded
 from ddpm_vlb.training.run import Run
 
 QUARTILES = 4
+Function = TypeVar("Function", bound=Callable[..., Any])
+_compile: Any = functools.cache(torch.compile)
 
 
 def weighted_sum(run: Run, terms: Tensor) -> Tensor:
@@ -92,6 +95,11 @@ def take_if_finite(run: Run, sent: Sent) -> None:
     run.optimizer.step()
     hook.remove()
     vars(run.optimizer.optimizer).pop("found_inf", None)
+
+
+def compiled(run: Run, function: Function) -> Function:
+    """A function of the run under --compile, if its network is not sharded: such a one is compiled by itself."""
+    return _compile(function) if run.args.compile and not is_sharded(run.accelerator) else function
 
 
 def gradient_norm(run: Run) -> Tensor:

@@ -31,8 +31,8 @@ from ddpm_vlb.runtime.publisher import Publisher
 from ddpm_vlb.runtime.reporting import versions
 from ddpm_vlb.runtime.staging import PATHS
 from ddpm_vlb.runtime.stopping import Stop, own_process_group
-from ddpm_vlb.training.average import build_average, full
-from ddpm_vlb.training.checkpoints import Checkpoints
+from ddpm_vlb.training.average import build_average, full, is_sharded
+from ddpm_vlb.training.checkpoints import Checkpoints, Progress
 from ddpm_vlb.training.global_batches import GlobalBatches, Noise
 
 # Options that say what the network's output means.
@@ -200,22 +200,6 @@ def term_weights(args: argparse.Namespace) -> dict[str, float]:
     return {args.objective: 1.0}
 
 
-class Progress:
-    """The optimizer steps done, the seconds spent on them, and the skipped ones; kept in checkpoints."""
-
-    def __init__(self) -> None:
-        self.step, self.seconds = 0, 0.0
-        self.skipped = self.skipped_in_a_row = 0
-
-    def state_dict(self) -> dict[str, float]:
-        """For a checkpoint."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """From a checkpoint."""
-        vars(self).update(state_dict)
-
-
 class Run:
     """What the parts of a training run share, and what a recipe finds on `run`.
 
@@ -245,7 +229,6 @@ class Run:
         self.of_the_mean = dataclasses.replace(self.reverse, variance_type="fixed_small")
         self.sampler = build_sampler(args, self.reverse, data.train, accelerator)
         self.network_config = unet.config
-        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())
         self.batches = GlobalBatches(
             len(data.train),
@@ -265,8 +248,7 @@ class Run:
         )
         self.unet, self.optimizer, self.lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
         self.input_dtype = next(self.unet.parameters()).dtype  # half under DeepSpeed, which keeps masters of its own
-        by_host = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        self.skips_on_device = bool(optimizer.defaults["fused"]) and not by_host
+        self.skips_on_device = bool(optimizer.defaults["fused"]) and not is_sharded(accelerator)
         # The next step's t depend on the losses of this one.
         self.reads_at_once = not self.skips_on_device or isinstance(self.sampler, LossSecondMomentTimesteps)
         self.ema = build_average(args, self.unet, accelerator) if args.use_ema else None
@@ -296,7 +278,7 @@ class Run:
             },
         }
         kind = accelerator.distributed_type
-        fixed["sharding by"] = kind.value if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else "nothing"
+        fixed["sharding by"] = kind.value if is_sharded(accelerator) else "nothing"
         if kind == DistributedType.DEEPSPEED:  # its optimizer's shards fit no other number
             fixed["--num_processes"] = accelerator.num_processes
         said_elsewhere = {"train_batch_size", "gradient_accumulation_steps"}
