@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 from processes import ROOT, environment, fresh_accelerate, reset_accelerate  # noqa: F401
 
@@ -31,6 +32,30 @@ def test_an_environment_that_says_otherwise_is_refused(monkeypatch, tmp_path, na
     monkeypatch.setenv(f"ACCELERATE_{name}", value)
     with pytest.raises(ValueError, match=pattern):
         make_accelerator(parse_args(["--cpu", "--logger", "none", *options.split()]), tmp_path)
+
+
+@pytest.mark.parametrize("allow, precision", [(False, "highest"), (True, "high")])
+def test_a_gpu_chooses_its_convolutions_and_takes_tf32_if_it_may(monkeypatch, allow, precision):
+    """And a CPU, which has no TF32, says so."""
+    told = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
+    launching.tune(torch.device("cpu"), False)
+    assert not torch.backends.cudnn.benchmark and told == []
+    launching.tune(torch.device("cuda"), allow)
+    assert torch.backends.cudnn.benchmark and told == [precision]
+
+
+def test_tf32_is_refused_without_a_gpu_for_it(tmp_path):
+    """It would be an option without effect."""
+    with pytest.raises(ValueError, match="--allow_tf32 needs an NVIDIA GPU, but the device is cpu: drop it"):
+        make_accelerator(parse_args(["--cpu", "--logger", "none", "--allow_tf32"]), tmp_path)
+
+
+def test_gradients_are_summed_where_they_are(tmp_path):
+    """Several processes' gradients are views of the buckets that they are summed in: no copy there and back."""
+    accelerator = make_accelerator(parse_args(["--cpu", "--logger", "none"]), tmp_path)
+    assert accelerator.ddp_handler.gradient_as_bucket_view
 
 
 AGREEMENTS = [

@@ -11,6 +11,7 @@ from training_support import only_train, same_weights, tiny, weights
 from ddpm_vlb.commands import train
 from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.training.global_batches import GlobalBatches
+from ddpm_vlb.training.loop import Shared
 
 
 def test_every_batch_has_noise_of_its_own(tmp_path, few, monkeypatch):
@@ -88,15 +89,15 @@ def test_what_the_tracker_is_told(weights):
     run = SimpleNamespace(
         term_weights=weights,
         reverse=SimpleNamespace(forward=forward),
-        lr_scheduler=SimpleNamespace(get_last_lr=lambda: [0.5]),
-        progress=SimpleNamespace(skipped=2),
+        progress=SimpleNamespace(skipped=2, step=0),
     )
     statistics = recipe.Statistics(run)
     t = torch.tensor([[0, 0, 1, 2], [7, 6, 3, 0]])  # none in the third quartile
     draws, values = torch.rand(2, 4, generator=numbers), torch.rand(2, 4, len(weights), generator=numbers).double()
     for i in range(2):
         drawn = recipe.Drawn(t[i], draws[i], t[i] > 9)
-        statistics.add(drawn, recipe.Shared(values[i], 3.0 + i, False), seconds=2.0, waited=0.5)
+        sent = SimpleNamespace(drawn=drawn, step=i + 1, lr=0.5 + i, seconds=2.0, waited=0.5)
+        statistics.add(sent, Shared(values[i], 3.0 + i, False))
     told = statistics.take()
     flat, w, v = t.flatten(), draws.flatten().double(), values.reshape(8, -1)
     columns = {f"loss_{name}": v[:, i] for i, name in enumerate(weights)}
@@ -107,7 +108,7 @@ def test_what_the_tracker_is_told(weights):
     if "vlb" in weights:
         expected["loss_decoder"] = float((w * columns["loss_vlb"])[flat == 0].sum() / 8)
         expected["loss_kl"] = float((w * columns["loss_vlb"])[flat > 0].sum() / 8)
-    expected |= {"grad_norm": 4.0, "lr": 0.5, "images_per_second": 2.0, "data_wait_fraction": 0.25, "skipped_steps": 2}
+    expected |= {"grad_norm": 4.0, "lr": 1.5, "images_per_second": 2.0, "data_wait_fraction": 0.25, "skipped_steps": 2}
     assert told == pytest.approx(expected)
     assert statistics.values == [] and statistics.seconds == 0
 
@@ -139,11 +140,11 @@ def test_a_loss_that_is_not_finite_is_skipped_with_a_gradient_scaler(tmp_path, f
         bad = torch.inf if run.progress.step == 2 else 0.0
         return loss_terms(run, output, diffused) + bad
 
-    def watched(run, drawn, shared):
+    def watched(run, sent, statistics):
         before = [value.detach().clone() for value in (*run.unet.parameters(), *run.ema.shadow_params)]
-        update(run, drawn, shared)
+        update(run, sent, statistics)
         after = (*run.unet.parameters(), *run.ema.shadow_params)
-        assert math.isfinite(shared.norm)
+        assert math.isfinite(sent.read().norm)
         moved.append(any(not torch.equal(a, b) for a, b in zip(before, after)))
 
     monkeypatch.setattr(train, "make_accelerator", scaled)

@@ -16,7 +16,7 @@ from ddpm_vlb.recipes import train as recipe
 def test_only_the_network_is_in_half_precision(tmp_path, few, monkeypatch, objective):
     """Under bf16 its convolutions are; x_0, x_t, noise, weights, losses, gradients and the average are in float32."""
     seen = {}
-    train_batch, share = recipe.train_batch, recipe.share
+    train_batch, gradient_norm = recipe.train_batch, recipe.gradient_norm
 
     def watched_batch(run, x_0, micro_step, drawn):
         hook = run.unet.conv_in.register_forward_hook(
@@ -27,11 +27,11 @@ def test_only_the_network_is_in_half_precision(tmp_path, few, monkeypatch, objec
         seen.update(values=values.dtype, draws=drawn.weights.dtype)
         return values
 
-    def watched_share(run, parts, norm):
+    def watched_norm(run):
         named = run.unet.named_parameters()
         seen.update({f"gradient {name}": p.grad.dtype for name, p in named if p.grad is not None})
         seen.update({f"average {i}": p.dtype for i, p in enumerate(run.ema.shadow_params)})
-        return share(run, parts, norm)
+        return gradient_norm(run)
 
     def watched_loss(name):
         loss = getattr(recipe, name)
@@ -46,7 +46,7 @@ def test_only_the_network_is_in_half_precision(tmp_path, few, monkeypatch, objec
         monkeypatch.setattr(recipe, name, watched)
 
     monkeypatch.setattr(recipe, "train_batch", watched_batch)
-    monkeypatch.setattr(recipe, "share", watched_share)
+    monkeypatch.setattr(recipe, "gradient_norm", watched_norm)
     for name in ("vlb_loss", "simple_loss"):
         watched_loss(name)
     only_train(tmp_path, f"--max_train_steps 2 --mixed_precision bf16 --objective {objective}", *few)

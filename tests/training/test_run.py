@@ -1,6 +1,7 @@
 """What is trained: the network, its average, and what a run in this process has of a checkpoint."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ from training_support import (
 )
 
 from ddpm_vlb import DDPMVLBPipeline
+from ddpm_vlb.commands.train_options import parse_args
+from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.training import run as training_run
+from ddpm_vlb.training.global_batches import GlobalBatches
 
 
 def is_channels_last(tensor):
@@ -54,6 +58,35 @@ def test_channels_last(tmp_path, few):
     own = run.averaged_network().state_dict()
     saved = DDPMVLBPipeline.from_pretrained(tmp_path / "last").unet.state_dict()
     assert all(value.is_contiguous() and torch.equal(value, own[name]) for name, value in saved.items())
+
+
+def test_the_input_has_the_network_s_memory_format(tmp_path, few):
+    """Images in colour, which the digits are not: x_t comes as the network holds its weights, and is not converted."""
+    run, strides = only_train(tmp_path, "--max_train_steps 1 --channels_last", *few), []
+
+    def network(x_t, timesteps):
+        strides.append(x_t.is_contiguous(memory_format=torch.channels_last))
+        return SimpleNamespace(sample=torch.cat([x_t, x_t], dim=1).requires_grad_())
+
+    run.unet = network
+    recipe.train_batch(run, torch.zeros(8, 3, 8, 8), 0, recipe.draw(run))
+    assert strides == [True]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_read_ahead_of_a_gpu(monkeypatch):
+    """Up to four of them, unless their number is given; none beside a CPU, whose cores the network needs."""
+    for given, device, cores, expected in [
+        ([], "cuda", 16, 4),
+        ([], "cuda", 2, 2),
+        ([], "cpu", 16, 0),
+        (["--dataloader_num_workers", "1"], "cuda", 16, 1),
+        (["--dataloader_num_workers", "0"], "cuda", 16, 0),
+    ]:
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        batches = GlobalBatches(8, 2, 1, 0, 1, seed=0)
+        loader = training_run.build_loader(parse_args(given), torch.zeros(8), batches, torch.device(device))
+        assert (loader.num_workers, loader.pin_memory) == (expected, device == "cuda")
 
 
 def test_a_network_from_its_config(tmp_path):

@@ -126,8 +126,11 @@ def watch(seen):
     """Note of each step whether the loss was finite, and whether weights, averages and history moved, by name."""
     last = {}
 
-    def watched(run, drawn, shared, original=recipe.update):
-        original(run, drawn, shared)
+    def watched(run, statistics, original=recipe.settle):
+        sent = statistics.pending
+        original(run, statistics)
+        if sent is None:
+            return
         groups = {
             "weights": list(run.unet.parameters()),
             "average": run.ema.shadow_params,
@@ -136,10 +139,10 @@ def watch(seen):
         now = {name: [full(value.detach()).clone() for value in values] for name, values in groups.items()}
         same = {name: all(map(torch.equal, last.get(name, values), values)) for name, values in now.items()}
         last.update(now)
-        assert now["history"] and math.isfinite(shared.norm) != run.optimizer.step_was_skipped
+        assert now["history"] and math.isfinite(sent.read().norm) != run.optimizer.step_was_skipped
         seen.append("".join(name[0] for name in now if not same[name]) or "-")
 
-    recipe.update = watched
+    recipe.settle = watched
 
 
 def refuse_files(name, rank):

@@ -54,7 +54,9 @@ def build_parser() -> Parser:
     data.add_argument("--channels", type=int, choices=(1, 3), help="Grey or colour; default: as 64 of the images are.")
     data.add_argument("--random_flip", action=SWITCH, default=False, help="Mirror half of the training images.")
     data.add_argument("--cache_dir", help="Where `datasets` keeps its files.")
-    data.add_argument("--dataloader_num_workers", type=not_negative_int, default=0, help="Worker processes.")
+    data.add_argument(
+        "--dataloader_num_workers", type=not_negative_int, help="Worker processes; default: 4 at most with a GPU."
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model_config_name_or_path", help="A UNet2DModel config in place of the size flags.")
@@ -110,7 +112,10 @@ def build_parser() -> Parser:
     training.add_argument("--ema_power", type=positive_float, default=0.75, help="EMA warm-up: power.")
     training.add_argument("--ema_max_decay", type=fraction, default=0.9999, help="EMA: largest decay.")
     training.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: accelerate's setting.")
-    training.add_argument("--compile", action=SWITCH, default=False, help="Compile the network with torch.compile.")
+    training.add_argument("--compile", action=SWITCH, default=False, help="torch.compile the network and its loss.")
+    training.add_argument(
+        "--allow_tf32", action=SWITCH, default=False, help="Matrix products of float32 in TF32, on an NVIDIA GPU."
+    )
     training.add_argument("--channels_last", action=SWITCH, default=False, help="Memory format of the network.")
     training.add_argument(
         "--max_skipped_steps",

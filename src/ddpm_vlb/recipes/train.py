@@ -19,13 +19,14 @@ from ddpm_vlb import Diffused, LossSecondMomentTimesteps, simple_loss, vlb_loss
 from ddpm_vlb.training.global_batches import seed_of
 from ddpm_vlb.training.loop import (
     Drawn,
-    Shared,
+    Sent,
     Statistics,
     batches,
+    compiled,
     gradient_norm,
     next_batch,
-    share,
     skip,
+    take_if_finite,
     weighted_sum,
 )
 from ddpm_vlb.training.run import Run
@@ -44,7 +45,10 @@ def draw(run: Run) -> Drawn:
     generator = torch.Generator().manual_seed(seed_of(run.args.seed, run.progress.step))
     t, weights = run.sampler.sample(count, generator=generator)
     mirrored = torch.rand(count, generator=generator) < (0.5 if run.args.random_flip else 0)
-    return Drawn(t, weights, mirrored)
+    drawn = t, weights, mirrored
+    if run.accelerator.device.type == "cuda":  # where a copy from other memory makes the host wait
+        drawn = t.pin_memory(), weights.pin_memory(), mirrored.pin_memory()
+    return Drawn(*drawn)
 
 
 def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
@@ -64,6 +68,11 @@ def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
     return torch.stack(values, dim=1)
 
 
+def call(run: Run, x_t: Tensor, diffused: Diffused) -> Tensor:
+    """The network's call and the terms of its loss, (B, terms): one graph under --compile."""
+    return loss_terms(run, run.unet(x_t, run.reverse.forward.timesteps[diffused.t]).sample, diffused)
+
+
 def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:
     """Forward and backward of one micro batch; returns the values of the loss's terms, (B, terms)."""
     device, rows = run.accelerator.device, run.batches.rows(micro_step)
@@ -74,32 +83,52 @@ def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:
     diffused = run.reverse.forward.diffuse(x_0, t, run.noise.draw(x_0, run.progress.step, rows))
     if run.has_dropout:  # which draws from the global generator
         torch.manual_seed(seed_of(run.args.seed, run.progress.step, "dropout", rows.start))
-    output = run.unet(diffused.x_t.to(run.input_dtype), run.reverse.forward.timesteps[t]).sample
-    terms = loss_terms(run, output, diffused)
+    order = torch.channels_last if run.args.channels_last else torch.preserve_format
+    terms = compiled(run, call)(run, diffused.x_t.to(run.input_dtype, memory_format=order), diffused)
     run.accelerator.backward((weights * weighted_sum(run, terms)).mean())
     return terms.detach()
 
 
-def update(run: Run, drawn: Drawn, shared: Shared) -> None:
-    """Take the step and move the average, or skip it where it is not finite."""
-    if shared.finite:
+def update(run: Run, sent: Sent, statistics: Statistics) -> None:
+    """Take the step and move the average; where it is not finite, both stay as they are."""
+    on_device = run.skips_on_device
+    if on_device:
+        take_if_finite(run, sent)
+    elif sent.read().finite:
         run.optimizer.step()
     elif run.accelerator.scaler is not None:
         run.accelerator.scaler.update()  # it has seen in the clipping whether its scale is too large
     run.optimizer.zero_grad()
     run.lr_scheduler.step()
-    if not shared.finite:
-        return skip(run, drawn, shared)
-    run.progress.skipped_in_a_row = 0
-    if isinstance(run.sampler, LossSecondMomentTimesteps):
-        run.sampler.update(drawn.t, weighted_sum(run, shared.values))
-    if run.ema is not None:
+    settle(run, statistics)  # while the device is busy; the average's decay follows the number of steps taken
+    if run.ema is None:
+        return
+    if on_device:
+        run.ema.follow(run.unet.parameters(), sent.taken)
+    elif sent.read().finite:
         run.ema.step(run.unet.parameters())
-    run.checkpoints.proven()
 
 
-def step(run: Run, source: Iterator[Tensor], statistics: Statistics) -> Shared:
-    """One optimizer step: the micro batches, the update, and what the tracker is told of it later.
+def settle(run: Run, statistics: Statistics) -> None:
+    """Read the step that was launched last, if it is not read yet, and draw the conclusions."""
+    sent, statistics.pending = statistics.pending, None
+    if sent is None:
+        return
+    shared = sent.read()
+    if shared.finite:
+        run.progress.skipped_in_a_row = 0
+        if isinstance(run.sampler, LossSecondMomentTimesteps):
+            run.sampler.update(sent.drawn.t, weighted_sum(run, shared.values))
+        run.checkpoints.proven()
+    else:
+        if run.ema is not None and run.skips_on_device:
+            run.ema.not_taken()
+        skip(run, sent, shared)
+    statistics.add(sent, shared)
+
+
+def step(run: Run, source: Iterator[Tensor], statistics: Statistics) -> None:
+    """One optimizer step: the micro batches and the update; it is read with the next one, or now where that must be.
 
     Args:
         run: the run.
@@ -114,13 +143,28 @@ def step(run: Run, source: Iterator[Tensor], statistics: Statistics) -> Shared:
         waited += time.perf_counter() - asked
         with run.accelerator.accumulate(run.unet):
             parts.append(train_batch(run, x_0, micro_step, drawn))
-    shared = share(run, parts, gradient_norm(run))
-    update(run, drawn, shared)
-    seconds = time.perf_counter() - started
+    sent = Sent(run, drawn, parts, gradient_norm(run))
+    update(run, sent, statistics)
+    now = run.reads_at_once or saves(run, sent.step) or validates(run, sent.step)
+    if now:
+        sent.read()
+    sent.seconds, sent.waited = time.perf_counter() - started, waited
     run.progress.step += 1
-    run.progress.seconds += seconds
-    statistics.add(drawn, shared, seconds, waited)
-    return shared
+    run.progress.seconds += sent.seconds
+    statistics.pending = sent
+    if now:
+        settle(run, statistics)
+
+
+def saves(run: Run, step: int) -> bool:
+    """Whether a checkpoint follows a step."""
+    every = run.args.checkpointing_steps
+    return step == run.max_steps or bool(every and step % every == 0)
+
+
+def validates(run: Run, step: int) -> bool:
+    """Whether a validation follows a step."""
+    return step % run.args.validation_steps == 0 and step != run.max_steps
 
 
 def train(run: Run, validate: Callable[[Run], object]) -> bool:
@@ -130,24 +174,26 @@ def train(run: Run, validate: Callable[[Run], object]) -> bool:
         run: the run.
         validate: called every --validation_steps.
     """
-    args, accelerator, progress = run.args, run.accelerator, run.progress
-    source, statistics, every = batches(run), Statistics(run), run.args.checkpointing_steps
+    accelerator, progress = run.accelerator, run.progress
+    source, statistics = batches(run), Statistics(run)
     with tqdm(
         total=run.max_steps, initial=progress.step, desc="Training", disable=not accelerator.is_local_main_process
     ) as bar:
         while progress.step < run.max_steps:
-            shared = step(run, source, statistics)
+            step(run, source, statistics)
             bar.update()
-            last = progress.step == run.max_steps
-            if progress.step % LOGGING_STEPS == 0 or last or shared.stop:
+            stop = statistics.stop or (accelerator.num_processes == 1 and run.stop.asked())
+            if stop:
+                settle(run, statistics)
+            if statistics.images and (statistics.step % LOGGING_STEPS == 0 or progress.step == run.max_steps or stop):
                 numbers = statistics.take()
                 bar.set_postfix({name: f"{numbers[name]:.3g}" for name in ("loss", "lr") if name in numbers})
-                accelerator.log(numbers, step=progress.step)
-            if shared.stop or last or (every and progress.step % every == 0):
+                accelerator.log(numbers, step=statistics.step)
+            if stop or saves(run, progress.step):
                 run.checkpoints.save(progress.step)
-            if shared.stop:
+            if stop:
                 return False
-            if progress.step % args.validation_steps == 0 and not last:
+            if validates(run, progress.step):
                 validate(run)
     return True
 

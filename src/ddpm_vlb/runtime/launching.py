@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -101,11 +103,15 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / args.logging_dir)),
         dynamo_backend="inductor" if args.compile else None,
         step_scheduler_with_optimizer=False,  # else it steps once for each process
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=args.ddp_timeout))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=args.ddp_timeout)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else each gradient is copied there and back
+        ],
     )
     check_precision(accelerator)
     check_sharding(accelerator)
     check_asked(accelerator, args)
+    tune(accelerator.device, args.allow_tf32)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # What Accelerate would take from a prepared data loader, and the engine does by itself.
         accelerator.state.deepspeed_plugin.deepspeed_config.update(
@@ -129,6 +135,23 @@ def patient_accelerator(args: argparse.Namespace) -> Accelerator:
         check_precision(accelerator)
     check_asked(accelerator, args)
     return accelerator
+
+
+def tune(device: torch.device, allow_tf32: bool) -> None:
+    """Let an NVIDIA GPU choose its convolutions by trial, as all batches have one shape, and use TF32 if it may.
+
+    Args:
+        device: of the run.
+        allow_tf32: of --allow_tf32.
+
+    Raises:
+        ValueError: TF32 on another device.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
+    elif allow_tf32:
+        raise ValueError(f"--allow_tf32 needs an NVIDIA GPU, but the device is {device}: drop it.")
 
 
 def check_precision(accelerator: Accelerator) -> None:

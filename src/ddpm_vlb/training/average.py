@@ -1,6 +1,7 @@
 """The average of the weights, which may be sharded over processes."""
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,11 +17,34 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether processes share the weights or the optimizer's state."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 class ShardedEMAModel(EMAModel):
     """Diffusers' average, of parameters that may be sharded; its saved state is whole either way."""
 
     shadow_params: list[Tensor]
     _whole: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def follow(self, parameters: Iterable[Tensor], taken: Tensor) -> None:
+        """`step`, of which the device makes nothing where it skips the optimizer's; `not_taken` tells of that later.
+
+        Args:
+            parameters: of the network.
+            taken: 1, or 0 of a step that was skipped; on the device.
+        """
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        gaps = torch._foreach_sub(self.shadow_params, list(parameters))
+        torch._foreach_mul_(gaps, taken * (1 - self.cur_decay_value))
+        torch._foreach_sub_(self.shadow_params, gaps)
+
+    def not_taken(self) -> None:
+        """The decay does not count the last step."""
+        self.optimization_step -= 1
 
     def gather(self) -> None:
         """Make the whole average for the next `state_dict`; all processes must call it."""

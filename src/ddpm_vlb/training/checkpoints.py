@@ -31,6 +31,22 @@ _BEGUN = ".begun"
 _LEFT = (f".{_PREFIX}*", ".pipeline-*", ".superseded-*.removed", ".diverged-*.removed")
 
 
+class Progress:
+    """The optimizer steps done, the seconds spent on them, and the skipped ones; kept in checkpoints."""
+
+    def __init__(self) -> None:
+        self.step, self.seconds = 0, 0.0
+        self.skipped = self.skipped_in_a_row = 0
+
+    def state_dict(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """From a checkpoint."""
+        vars(self).update(state_dict)
+
+
 class Checkpoints:
     """The checkpoints of a run, in its output folder.
 

@@ -1,8 +1,12 @@
-"""Parts of the training loop: what processes share of a step, what is logged of it, and when it is not finite."""
+"""Parts of the training loop: what processes share of a step, what is logged of it, and when it is not finite.
 
+A step is launched without a wait for the device; the host reads its values while the device computes the next one.
+"""
+
+import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import DistributedType
@@ -10,10 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_vlb.runtime.stopping import end
-from ddpm_vlb.training.average import full
+from ddpm_vlb.training.average import full, is_sharded
 from ddpm_vlb.training.run import Run
 
 QUARTILES = 4
+Function = TypeVar("Function", bound=Callable[..., Any])
+_compile: Any = functools.cache(torch.compile)
 
 
 def weighted_sum(run: Run, terms: Tensor) -> Tensor:
@@ -31,7 +37,7 @@ class Drawn(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all processes know of a step: the terms' values (G, terms), the gradient's norm, and who wants to stop."""
+    """What the host reads of a step: the terms' values (G, terms), the gradient's norm, and whether to stop."""
 
     values: Tensor
     norm: float
@@ -43,13 +49,57 @@ class Shared(NamedTuple):
         return math.isfinite(self.norm) and bool(self.values.isfinite().all())
 
 
-def share(run: Run, parts: list[Tensor], norm: Tensor) -> Shared:
-    """Gather a step's values in the order of its global batch; the one point of a step that waits for the device."""
-    values = torch.cat(parts)
-    own = torch.stack([full(norm).detach().to(values), torch.tensor(float(run.stop.asked())).to(values)])
-    gathered = run.accelerator.gather(torch.cat([values.flatten(), own])[None]).cpu().double()
-    in_order = run.batches.in_order(gathered[:, :-2].unflatten(1, values.shape))
-    return Shared(in_order, float(gathered[:, -2].max()), bool(gathered[:, -1].any()))
+class Sent:
+    """A step's values on their way to the host: nothing waits for them before `read`.
+
+    Args:
+        run: the run.
+        drawn: what the step has drawn.
+        parts: values of the loss's terms in each micro batch of this process, (B, terms).
+        norm: of the gradient.
+    """
+
+    def __init__(self, run: Run, drawn: Drawn, parts: list[Tensor], norm: Tensor):
+        self.drawn, self.step = drawn, run.progress.step + 1
+        self.lr, self.seconds, self.waited = run.lr_scheduler.get_last_lr()[0], 0.0, 0.0
+        values = torch.cat(parts)
+        own = torch.stack([full(norm).detach().to(values), values.new_full((), float(run.stop.asked()))])
+        gathered = run.accelerator.gather(torch.cat([values.flatten(), own])[None])
+        self.taken = gathered[:, :-1].isfinite().all().to(values)  # 1 or 0, on the device, alike on all processes
+        self._in_order, self._shape = run.batches.in_order, values.shape
+        self._shared: Shared | None = None
+        self._arrived = torch.cuda.Event() if gathered.device.type == "cuda" else None
+        self._gathered = gathered.to("cpu", non_blocking=run.skips_on_device)  # CUDA's into pinned memory then
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> Shared:
+        """What has come; waits for the device until it has."""
+        if self._shared is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            gathered = self._gathered.double()
+            values = self._in_order(gathered[:, :-2].unflatten(1, self._shape))
+            self._shared = Shared(values, float(gathered[:, -2].max()), bool(gathered[:, -1].any()))
+        return self._shared
+
+
+def take_if_finite(run: Run, sent: Sent) -> None:
+    """The optimizer's step; where the loss or its gradient is not finite, the device leaves everything as it is."""
+
+    def combine(optimizer: Any, *args: Any) -> None:
+        found = getattr(optimizer, "found_inf", None)  # a gradient scaler's
+        optimizer.found_inf = 1 - sent.taken if found is None else torch.maximum(found, 1 - sent.taken)
+
+    hook = run.optimizer.optimizer.register_step_pre_hook(combine)
+    run.optimizer.step()
+    hook.remove()
+    vars(run.optimizer.optimizer).pop("found_inf", None)
+
+
+def compiled(run: Run, function: Function) -> Function:
+    """A function of the run under --compile, if its network is not sharded: such a one is compiled by itself."""
+    return _compile(function) if run.args.compile and not is_sharded(run.accelerator) else function
 
 
 def gradient_norm(run: Run) -> Tensor:
@@ -62,13 +112,13 @@ def gradient_norm(run: Run) -> Tensor:
     return torch.as_tensor(math.inf if run.optimizer.step_was_skipped else norm)
 
 
-def skip(run: Run, drawn: Drawn, shared: Shared) -> None:
+def skip(run: Run, sent: Sent, shared: Shared) -> None:
     """Tell which step was not taken and why; ends the run after --max_skipped_steps in a row."""
     progress, accelerator = run.progress, run.accelerator
     progress.skipped += 1
     progress.skipped_in_a_row += 1
-    first = progress.step - progress.skipped_in_a_row + 1
-    said = f"Step {progress.step + 1} is not finite: {offenders(run, drawn, shared)}."
+    first = sent.step - progress.skipped_in_a_row
+    said = f"Step {sent.step} is not finite: {offenders(run, sent.drawn, shared)}."
     # DeepSpeed has by now taken the step, or skipped it for its gradient.
     taken = accelerator.distributed_type == DistributedType.DEEPSPEED and not run.optimizer.step_was_skipped
     limit = 1 if taken else run.args.max_skipped_steps
@@ -101,10 +151,16 @@ def offenders(run: Run, drawn: Drawn, shared: Shared) -> str:
 
 
 class Statistics:
-    """What the tracker is told: means of the loss and its terms since the last time, also by quartile of t; speed."""
+    """What the tracker is told: means of the loss and its terms since the last time, also by quartile of t; speed.
+
+    `pending` is the step that was launched last, until it is read; `step` the last one that was; `stop`, whether the
+    processes agreed in it to stop.
+    """
 
     def __init__(self, run: Run):
         self.run = run
+        self.pending: Sent | None = None
+        self.step, self.stop = run.progress.step, False
         self.clear()
 
     def clear(self) -> None:
@@ -114,13 +170,14 @@ class Statistics:
         self.images = 0
         self.seconds = self.waited = 0.0
 
-    def add(self, drawn: Drawn, shared: Shared, seconds: float, waited: float) -> None:
-        """Take in a step, and how long it took and waited for data."""
-        self.images += len(drawn.t)
+    def add(self, sent: Sent, shared: Shared) -> None:
+        """Take in a step that was read, and how long it took and waited for data."""
+        self.images += len(sent.drawn.t)
         if shared.finite:
             self.values.append(shared.values)
-            self.drawn.append(drawn)
-        self.seconds, self.waited, self.norm = self.seconds + seconds, self.waited + waited, shared.norm
+            self.drawn.append(sent.drawn)
+        self.seconds, self.waited = self.seconds + sent.seconds, self.waited + sent.waited
+        self.step, self.stop, self.norm, self.lr = sent.step, shared.stop, shared.norm, sent.lr
 
     def take(self) -> dict[str, float]:
         """The numbers since the last time, those that are finite; of the losses, those of steps that were taken."""
@@ -128,7 +185,7 @@ class Statistics:
         numbers = self._losses() if self.values else {}
         numbers |= {
             "grad_norm": self.norm,
-            "lr": run.lr_scheduler.get_last_lr()[0],
+            "lr": self.lr,
             "images_per_second": self.images / self.seconds,
             "data_wait_fraction": self.waited / self.seconds,
             "skipped_steps": run.progress.skipped,

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from ddpm_vlb.runtime.publisher import Publisher
 from ddpm_vlb.runtime.reporting import versions
 from ddpm_vlb.runtime.staging import PATHS
 from ddpm_vlb.runtime.stopping import Stop, own_process_group
-from ddpm_vlb.training.average import build_average, full
-from ddpm_vlb.training.checkpoints import Checkpoints
+from ddpm_vlb.training.average import build_average, full, is_sharded
+from ddpm_vlb.training.checkpoints import Checkpoints, Progress
 from ddpm_vlb.training.global_batches import GlobalBatches, Noise
 
 # Options that say what the network's output means.
@@ -166,10 +167,13 @@ def build_loader(
     args: argparse.Namespace, train: Images, batches: GlobalBatches, device: torch.device
 ) -> torch.utils.data.DataLoader:
     """This process's micro batches; not prepared by Accelerate, which would shard them anew."""
+    workers = args.dataloader_num_workers
+    if workers is None:
+        workers = 0 if device.type == "cpu" else min(4, os.cpu_count() or 1)
     return torch.utils.data.DataLoader(
         train,
         batch_sampler=batches,
-        num_workers=args.dataloader_num_workers,
+        num_workers=workers,
         collate_fn=torch.stack,
         pin_memory=device.type == "cuda",
         worker_init_fn=own_process_group,
@@ -195,22 +199,6 @@ def term_weights(args: argparse.Namespace) -> dict[str, float]:
     if args.objective == "hybrid":
         return {"simple": 1.0, "vlb": args.vlb_weight}
     return {args.objective: 1.0}
-
-
-class Progress:
-    """The optimizer steps done, the seconds spent on them, and the skipped ones; kept in checkpoints."""
-
-    def __init__(self) -> None:
-        self.step, self.seconds = 0, 0.0
-        self.skipped = self.skipped_in_a_row = 0
-
-    def state_dict(self) -> dict[str, float]:
-        """For a checkpoint."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """From a checkpoint."""
-        vars(self).update(state_dict)
 
 
 class Run:
@@ -261,6 +249,9 @@ class Run:
         )
         self.unet, self.optimizer, self.lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
         self.input_dtype = next(self.unet.parameters()).dtype  # half under DeepSpeed, which keeps masters of its own
+        self.skips_on_device = bool(optimizer.defaults["fused"]) and not is_sharded(accelerator)
+        # The next step's t depend on the losses of this one.
+        self.reads_at_once = not self.skips_on_device or isinstance(self.sampler, LossSecondMomentTimesteps)
         self.ema = build_average(args, self.unet, accelerator) if args.use_ema else None
         self.progress = Progress()
         self.term_weights = term_weights(args)
@@ -288,7 +279,7 @@ class Run:
             },
         }
         kind = accelerator.distributed_type
-        fixed["sharding by"] = kind.value if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else "nothing"
+        fixed["sharding by"] = kind.value if is_sharded(accelerator) else "nothing"
         if kind == DistributedType.DEEPSPEED:  # its optimizer's shards fit no other number
             fixed["--num_processes"] = accelerator.num_processes
         said_elsewhere = {"train_batch_size", "gradient_accumulation_steps"}
