@@ -75,7 +75,7 @@ class Settings:
     @property
     def batch(self) -> int:
         """Images of a training step."""
-        return 8 if self.smoke else 128
+        return 2 if self.smoke else 128
 
     @property
     def network(self) -> dict[str, Any]:
