@@ -4,8 +4,10 @@ import itertools
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import pretend_device
 import pytest
 import torch
 
@@ -14,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
 import gpu_checks
 import gpu_speed
+
+CHECKS = gpu_checks.losses, gpu_checks.steps
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,26 @@ def test_time_in_which_a_device_works_is_that_of_a_union():
     spans = [("kernel", 0, 4), ("gpu_memcpy", 2, 4), ("kernel", 3, 1), ("gpu_memset", 10, 5), ("cpu_op", 100, 50)]
     events = [{"ph": "X", "cat": cat, "ts": start, "dur": length} for cat, start, length in spans]
     assert gpu_speed.union_seconds([*events, {"ph": "M"}]) == pytest.approx(11e-6)
+
+
+@pytest.mark.parametrize("check", [gpu_checks.samplers, *(partial(f, torch.float32) for f in CHECKS)])
+def test_the_checks_are_made_on_the_device(check):
+    """On a pretend one too, where tensors of two devices in one operation are refused; its values are the CPU's."""
+    expected = check(torch.device("cpu"))
+    with pretend_device.PretendDevice():
+        found = check(pretend_device.DEVICE)
+        for what, (value, limit) in found.items():
+            assert value.device == pretend_device.DEVICE
+            assert gpu_checks.worst(value, expected[what][0]) <= limit
+
+
+def test_no_step_waits_where_it_must_not(monkeypatch):
+    """Waits are forbidden from each step's begin to its end, and a pretend device sees none in between."""
+    seen = []
+    monkeypatch.setattr(gpu_speed.Settings, "device", pretend_device.DEVICE)
+    with pretend_device.PretendDevice() as device:
+        monkeypatch.setattr(gpu_checks, "told", lambda settings, mode: seen.append((mode, list(device.waits))))
+        for kind in ("int", "one", "batch"):
+            gpu_checks.step_loop(gpu_speed.Settings(True, Path(), None, 0.0), kind)
+    assert [mode for mode, _ in seen] == ["error", "default"] * 12
+    assert all(before == after for (_, before), (_, after) in zip(seen[::2], seen[1::2]))
