@@ -1,0 +1,130 @@
+"""The benchmark that a person with a GPU runs: all of it runs, tiny, on the CPU, and tells what is wrong."""
+
+import itertools
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pretend_device
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu
+import gpu_checks
+import gpu_speed
+
+CHECKS = gpu_checks.losses, gpu_checks.steps
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    """A folder as the Hub's, of small digits."""
+    import datasets
+    import PIL.Image
+    from sklearn.datasets import load_digits
+
+    folder, images = tmp_path_factory.mktemp("mnist"), (load_digits().images[:40] * 15).astype("uint8")
+    columns = datasets.Features({"image": datasets.Image()})
+    for split, part in (("train", images[:30]), ("test", images[30:])):
+        data = datasets.Dataset.from_dict({"image": list(map(PIL.Image.fromarray, part))}, features=columns)
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def test_smoke(mnist, capsys):
+    """Every section runs on the CPU, or says in a line that it needs CUDA, and all is well."""
+    assert gpu.main(["--smoke", "--mnist", str(mnist), "--mnist_seconds", "0"]) == 0
+    said = capsys.readouterr().out
+    assert [line[3:] for line in said.splitlines() if line.startswith("## ")] == list(gpu.ABOUT)
+    assert "failed" not in said and said.count("| yes |") > 30
+    assert sum(line.startswith("skipped: the regions ran") for line in said.splitlines()) == 1
+    *plain, compiled = (variant.name for variant in gpu_speed.VARIANTS)
+    assert all(f"\n| {name} | " in said for name in plain) and f"{compiled}: skipped: " in said
+    assert "| test bits/dim | +- noise | +- images | test images |" in said
+
+
+def raises(settings):
+    raise ValueError("no such thing")
+
+
+def sleeps(settings):
+    time.sleep(60)
+
+
+def dies(settings):
+    print("the last words")
+    os._exit(3)
+
+
+def test_a_section_that_fails_is_told_and_the_others_go_on(monkeypatch, capsys):
+    """An exception, a process that hangs and one that dies; the exit code says so."""
+    faults = {
+        "Correctness": raises,
+        "Waits": sleeps,
+        "Scoring": dies,
+        "MNIST": lambda settings: {"rows": [{"a": 1.5}]},
+    }
+    told = [
+        gpu.Section(heading, "", function, 0.5 if function is sleeps else 30) for heading, function in faults.items()
+    ]
+    monkeypatch.setattr(gpu, "sections", lambda settings: told)
+    assert gpu.main(["--smoke"]) == 1
+    said = capsys.readouterr().out
+    assert "failed: ValueError: no such thing" in said and "failed: it took more than its 0.5 s." in said
+    assert "failed: its process ended without a result. the last words" in said and "| 1.5 |" in said
+
+
+def test_a_value_beyond_its_limit_is_found(monkeypatch):
+    """One part in 10^5 more than the CPU's is beyond the limit of a loss, and the whole is not well."""
+    factor = itertools.cycle([1.0, 1.00001])
+    monkeypatch.setattr(gpu_checks, "samplers", lambda device: {})
+    monkeypatch.setattr(gpu_checks, "steps", lambda dtype, device: {})
+    monkeypatch.setattr(gpu_checks, "estimates", lambda settings, dtype: {"ok": True})
+    monkeypatch.setattr(
+        gpu_checks, "losses", lambda dtype, device: {"a loss": (torch.ones(3) * next(factor), gpu_checks.LOSS)}
+    )
+    result = gpu_checks.correctness(gpu_speed.Settings(True, Path(), None, 0.0))
+    assert [row["ok"] for row in result["rows"]] == [False] * 3 + [True] * 3
+    assert [row["error"] for row in result["rows"][:3]] == pytest.approx([1e-5] * 3, rel=0.02)
+    assert not gpu.all_well([result]) and gpu.all_well([{"rows": result["rows"][3:]}])
+
+
+def test_an_error_is_relative_to_its_image():
+    """Each row by its own largest value; NaN on the device is infinitely wrong."""
+    cpu = torch.tensor([[1.0, 100.0], [0.01, 0.02]])
+    assert gpu_checks.worst(cpu + 0.01, cpu) == pytest.approx(0.5, rel=1e-4)
+    assert gpu_checks.worst(torch.tensor([[1.0, torch.nan]]), cpu[:1]) == float("inf")
+
+
+def test_time_in_which_a_device_works_is_that_of_a_union():
+    """Kernels that overlap count once, and what is no work of the device does not."""
+    spans = [("kernel", 0, 4), ("gpu_memcpy", 2, 4), ("kernel", 3, 1), ("gpu_memset", 10, 5), ("cpu_op", 100, 50)]
+    events = [{"ph": "X", "cat": cat, "ts": start, "dur": length} for cat, start, length in spans]
+    assert gpu_speed.union_seconds([*events, {"ph": "M"}]) == pytest.approx(11e-6)
+
+
+@pytest.mark.parametrize("check", [gpu_checks.samplers, *(partial(f, torch.float32) for f in CHECKS)])
+def test_the_checks_are_made_on_the_device(check):
+    """On a pretend one too, where tensors of two devices in one operation are refused; its values are the CPU's."""
+    expected = check(torch.device("cpu"))
+    with pretend_device.PretendDevice():
+        found = check(pretend_device.DEVICE)
+        for what, (value, limit) in found.items():
+            assert value.device == pretend_device.DEVICE
+            assert gpu_checks.worst(value, expected[what][0]) <= limit
+
+
+def test_no_step_waits_where_it_must_not(monkeypatch):
+    """Waits are forbidden from each step's begin to its end, and a pretend device sees none in between."""
+    seen = []
+    monkeypatch.setattr(gpu_speed.Settings, "device", pretend_device.DEVICE)
+    with pretend_device.PretendDevice() as device:
+        monkeypatch.setattr(gpu_checks, "told", lambda settings, mode: seen.append((mode, list(device.waits))))
+        for kind in ("int", "one", "batch"):
+            gpu_checks.step_loop(gpu_speed.Settings(True, Path(), None, 0.0), kind)
+    assert [mode for mode, _ in seen] == ["error", "default"] * 12
+    assert all(before == after for (_, before), (_, after) in zip(seen[::2], seen[1::2]))
