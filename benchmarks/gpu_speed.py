@@ -408,7 +408,7 @@ def mnist(settings: Settings) -> dict[str, Any]:
     told += f"--max_train_steps {10**7} --checkpointing_steps 0 --ddpm_num_inference_steps 25".split()
     if settings.smoke:
         told += "--cpu --block_out_channels 8 --norm_num_groups 4 --train_batch_size 8 --validation_steps 1".split()
-        told += "--num_test_images 4 --calls_per_image 2 --eval_batch_size 1".split()
+        told += "--num_test_images 4 --calls_per_image 4 --eval_batch_size 1".split()
     else:
         told += "--block_out_channels 64 128 128 --layers_per_block 2 --learning_rate 5e-4".split()
         told += "--train_batch_size 128 --validation_steps 50 --eval_batch_size 16".split()

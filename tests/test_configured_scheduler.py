@@ -211,6 +211,29 @@ def test_a_table_that_is_written_into_is_noticed(name):
         a_step(scheduler, 500)
 
 
+def test_assigned_timesteps_are_walked():
+    """As in stock, which looks for the next one among them: the chain is that of `set_timesteps(timesteps=...)`."""
+    mine, stock, chosen = DDPMVLBScheduler(), DDPMScheduler(), DDPMVLBScheduler()
+    for scheduler in (mine, stock):
+        scheduler.set_timesteps(100)
+        scheduler.timesteps = scheduler.timesteps[::10]
+    chosen.set_timesteps(timesteps=mine.timesteps.tolist())
+    t = int(mine.timesteps[3])
+    assert int(mine.previous_timestep(t)) == int(stock.previous_timestep(t)) == int(mine.timesteps[4])
+    x, output = torch.linspace(-2, 2, 64).reshape(1, 1, 8, 8), torch.linspace(1, -1, 64).reshape(1, 1, 8, 8)
+    mine, chosen = (own.step(output, t, x, torch.Generator().manual_seed(0)).prev_sample for own in (mine, chosen))
+    assert torch.equal(mine, chosen)
+
+
+def test_timesteps_that_are_written_into_are_refused():
+    """They would be shown, and nothing else."""
+    scheduler = DDPMVLBScheduler()
+    scheduler.set_timesteps(10)
+    scheduler.timesteps[3] = 650
+    with pytest.raises(ValueError, match=r"`timesteps` was written into.*set_timesteps\(timesteps=steps\)"):
+        scheduler.step(torch.zeros(1, 1, 2, 2), 900, torch.zeros(1, 1, 2, 2))
+
+
 def test_trained_betas_cannot_be_written_into():
     """The configuration holds them as a value, saved as the list that stock saves."""
     scheduler = DDPMVLBScheduler(trained_betas=[0.1, 0.2])

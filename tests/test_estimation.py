@@ -131,6 +131,16 @@ def test_without_a_pilot_one_is_fitted():
     assert torch.equal(default.per_image, by_hand.per_image) and default.noise_se == by_hand.noise_se
 
 
+@pytest.mark.parametrize("count, calls, enough", [(1, 2, 6), (1, 5, 6), (2, 3, 4), (4, 2, 3)])
+def test_calls_that_give_no_error_are_refused(count, calls, enough):
+    """With few degrees of freedom the error is far too small too often; the number that serves is named, and taken."""
+    reverse, model = setting(17)
+    x_0 = images(count, levels=17)
+    with pytest.raises(ValueError, match=f"`calls_per_image` {calls} .* error of {count} image.*at least {enough}"):
+        estimate_vlb(model, reverse, [x_0], calls_per_image=calls)
+    assert estimate_vlb(model, reverse, [x_0], calls_per_image=enough).noise_se > 0
+
+
 def test_a_pilot_of_the_scored_images_leaves_the_estimate_unbiased():
     """Over 60 seeds, each with a pilot of its own, the mean is the exact bound within 4 standard errors."""
     reverse, model = setting()

@@ -354,7 +354,9 @@ def test_noise_of_the_wrong_shape_is_refused():
 class Labels(torch.nn.Identity):
     """As a DiT's, which forgets a share of the labels in training."""
 
-    dropout_prob = 0.1
+    def __init__(self):
+        super().__init__()
+        self.dropout_prob = 0.1
 
 
 LAYERS = {

@@ -1,5 +1,6 @@
 """The terms of the bound and the training losses against the formulas in numpy, and what training relies on."""
 
+import dataclasses
 import math
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import reference
 import torch
 
 from ddpm_vlb import (
+    DDPMVLBScheduler,
     Diffused,
     ForwardProcess,
     ReverseProcess,
@@ -205,6 +207,24 @@ def test_half_precision_outputs(dtype, autocast):
         assert gradient(lambda o, loss=loss: loss(p, o, diffused), output).dtype == dtype
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         assert prior_kl(p, diffused.x_0.to(dtype)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", [vlb_loss, hybrid_loss])
+def test_half_precision_images_are_taken(dtype, loss):
+    """`diffuse` makes float32 of levels that half precision has moved; they are levels still, other values are not."""
+    p = DDPMVLBScheduler(variance_type="learned_range").reverse_process()
+    x_0 = (torch.arange(256).reshape(4, 1, 8, 8) / 127.5 - 1).to(dtype)
+    for shift, taken in ((0, True), (0.3 / 127.5, False)):
+        p = dataclasses.replace(p)  # whose first batch is looked at
+        diffused = p.forward.diffuse(
+            (x_0.float() + shift).clamp(-1, 1), torch.tensor([0, 1, 500, 999]), randn(4, 1, 8, 8)
+        )
+        if taken:
+            assert loss(p, torch.zeros(4, 2, 8, 8), diffused).isfinite().all()
+        else:
+            with pytest.raises(ValueError, match="must lie on the 256 levels"):
+                loss(p, torch.zeros(4, 2, 8, 8), diffused)
 
 
 def test_half_precision_batch():

@@ -195,5 +195,5 @@ def evaluate_vlb(
 
     terms = torch.cat([own[0] for own in one_behind(calls())]).reshape(steps, batch).T
     terms = terms.to(torch.promote_types(x_0.dtype, torch.float32)).to(x_0.device)
-    prior = prior_kl(reverse, x_0.to(device)).to(x_0.device)
+    prior = prior_kl(reverse, send(x_0, device)).to(x_0.device)
     return VLBTerms(prior, terms, nats_to_bits_per_dim(prior + terms.sum(1), x_0[0].numel()))

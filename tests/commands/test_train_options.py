@@ -12,6 +12,7 @@ from training_support import Reached, until_training
 
 from ddpm_vlb.commands import train
 from ddpm_vlb.commands.train_options import build_parser, parse_args
+from ddpm_vlb.training.run import build_scheduler
 
 SHARED_WITH_DIFFUSERS = """
     dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir cache_dir resolution
@@ -174,6 +175,22 @@ def test_options_without_effect_are_refused(capsys, case):
     if default is not None:
         given = map(str, default) if isinstance(default, list) else [str(default)]
         parse_args([option.split()[0], *given, *other.split()])
+
+
+@pytest.mark.parametrize("options", ["--ddpm_beta_start 0.05", "--ddpm_beta_start 0.02 --ddpm_beta_end 0.01"])
+def test_noise_that_falls_is_refused(capsys, options):
+    """No schedule that is trained on goes down."""
+    with pytest.raises(SystemExit):
+        parse_args(options.split())
+    assert re.search("--ddpm_beta_start .* is above --ddpm_beta_end", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("end", [5e-5, 1e-3, 0.02])
+@pytest.mark.parametrize("levels", [2, 17, 256, 65536])
+def test_the_recipe_s_schedule_never_falls(end, levels):
+    """Whatever its end is."""
+    betas = build_scheduler(parse_args(["--ddpm_beta_end", str(end)]), levels).betas
+    assert (betas.diff() >= 0).all()
 
 
 @pytest.mark.parametrize("option", ["objective", "variance_type", "prediction_type", "lr_scheduler", "logger"])

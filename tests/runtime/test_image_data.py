@@ -356,6 +356,21 @@ def test_levels_that_come_later_are_refused_with_the_option(tmp_path, load):
     assert data.test.raw(data.test[0]).tobytes() == dark and data.train[0].max() == 1
 
 
+def test_colour_is_resized_whatever_the_levels(tmp_path, load):
+    """Pillow resizes no colour of more than 8 bits; each channel is resized by itself."""
+    folder = write_folder(tmp_path / "set", 12, mode="RGB")
+    small = load(train_data_dir=folder, resolution=4).train[0]
+    wide = load(train_data_dir=folder, resolution=4, levels=65536).train[0]
+    torch.testing.assert_close(small, wide, rtol=0, atol=2.02 / 255)  # two roundings to a level
+
+
+def test_a_data_file_has_no_configuration(tmp_path, load):
+    """It would be named as the data, which it is not."""
+    (tmp_path / "rows.csv").write_text("image\na.png\n")
+    with pytest.raises(ValueError, match="`--dataset_config_name` 'own' has no effect: .* is a file"):
+        load(dataset_name=str(tmp_path / "rows.csv"), dataset_config_name="own")
+
+
 def test_images_of_fewer_levels_are_taken_where_they_fall_on_the_data_s(tmp_path, load):
     """Black and white among 256 levels; 17 levels lie between them, and the file is named."""
     folder = Path(write_folder(tmp_path / "set", 12, size=(4, 4)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet1DModel
 from hub_server import HubServer
+from huggingface_hub import HfApi
 from scoring_support import write_splits
 from sharing_support import client_of
 from torch import nn
@@ -65,6 +66,21 @@ def test_a_misspelt_folder_without_a_connection(monkeypatch, tmp_path):
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
     with pytest.raises(ValueError, match="^--model runs/digts .*: there is no such folder, and of the Hub"):
         load_pipeline(argparse.Namespace(model="runs/digts", revision=None, cache_dir=str(tmp_path)))
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch, tmp_path):
+    """As behind a firewall: the one question has an end."""
+    asked = {}
+    monkeypatch.setattr(HfApi, "model_info", lambda self, name, **options: asked.update(options) or 1 / 0)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        load_pipeline(argparse.Namespace(model="runs/digts", revision=None, cache_dir=str(tmp_path)))
+    assert 0 < asked["timeout"] <= 30
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    """The number would be recorded under a name that it is not of."""
+    with pytest.raises(ValueError, match="--revision v1 has no effect: --model .* is a folder"):
+        load_pipeline(argparse.Namespace(model=str(tmp_path), revision="v1", cache_dir=None))
 
 
 @pytest.mark.parametrize("channels", [1, 2])

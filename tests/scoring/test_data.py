@@ -194,6 +194,22 @@ def test_what_train_reads_is_scored(tmp_path, load, kind):
     assert torch.equal(everything(data, data.other), torch.cat(list(trained.train.batches(9))))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_grey_that_was_trained_as_colour_is_scored(tmp_path, load, mixed):
+    """Asked for with `channels`, or where only the training split has colour: the record says what was trained."""
+    for split, number in (("train", 12), ("test", 6)):
+        for i in range(number):
+            (tmp_path / "set" / split).mkdir(parents=True, exist_ok=True)
+            shape = (8, 8, 3) if mixed and split == "train" else (8, 8)
+            k = np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8)
+            PIL.Image.fromarray(k).save(tmp_path / "set" / split / f"{i:02}.png")
+    options = {"train_data_dir": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")}
+    trained = load_image_data(**options, channels=None if mixed else 3)
+    data = load(NetworkShape(3, (8, 8), 256, None), record=trained.record)
+    assert trained.channels == 3
+    assert torch.equal(everything(data, data.scored), torch.cat(list(trained.test.batches(9))))
+
+
 def test_grey_files_among_colour_are_scored_as_they_are_trained(tmp_path, load):
     """Whatever the first of a split is: a network of colour takes grey as equal channels."""
     for split, number in (("train", 12), ("test", 6)):

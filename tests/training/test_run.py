@@ -21,6 +21,7 @@ from ddpm_vlb import DDPMVLBPipeline
 from ddpm_vlb.commands.train_options import parse_args
 from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.training import run as training_run
+from ddpm_vlb.training import scores as training_scores
 from ddpm_vlb.training.global_batches import GlobalBatches
 
 
@@ -221,6 +222,19 @@ def test_the_importance_sampler_learns_its_probabilities(tmp_path, few):
     assert not torch.allclose(run.sampler.probabilities, torch.full((2,), 0.5, dtype=torch.float64))
     again = only_train(tmp_path, f"{options} --resume_from_checkpoint latest", *few)
     assert torch.equal(again.sampler.probabilities, run.sampler.probabilities)
+
+
+def test_the_validations_have_one_pilot(tmp_path, few, monkeypatch):
+    """Fitted at the first of them, and kept in checkpoints: a resumed run has it too."""
+    fitted = []
+    own = training_scores.Scoring.pilot
+    monkeypatch.setattr(training_scores.Scoring, "pilot", lambda self: fitted.append(self.what) or own(self))
+    options = "--max_train_steps 6 --validation_steps 2 --checkpointing_steps 3"
+    run = only_train(tmp_path, options, *few)
+    assert fitted == ["validation images"]
+    again = only_train(tmp_path, f"{options} --resume_from_checkpoint checkpoint-3", *few)
+    assert fitted == ["validation images"]
+    assert torch.equal(again.validation_pilot.pilot.probabilities, run.validation_pilot.pilot.probabilities)
 
 
 def test_latest_without_a_checkpoint_starts_anew(few_base, tmp_path, few, capsys):

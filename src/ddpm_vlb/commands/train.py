@@ -16,7 +16,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_vlb import DDPMVLBPipeline, VLBEstimate
+from ddpm_vlb import DDPMVLBPipeline, VLBEstimate, enough_replicates
 from ddpm_vlb.commands.train_options import build_parser, parse_args  # noqa: F401
 from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.runtime.files import MEASURED_FOLDERS, read_json, to_disk, write_json
@@ -38,7 +38,7 @@ from ddpm_vlb.scoring.checkpoint import fingerprint_of
 from ddpm_vlb.scoring.report import bound_lines, clips, entry, in_one_line
 from ddpm_vlb.scoring.sweep import Stopped
 from ddpm_vlb.training.run import Run
-from ddpm_vlb.training.scores import FinalScores, score_validation, to_score
+from ddpm_vlb.training.scores import USUAL_CALLS, FinalScores, score_validation, to_score
 
 Loop = Callable[[Run, Callable[[Run], object]], bool]
 SNAPSHOT_STEPS = 100
@@ -294,6 +294,9 @@ def load_data(args: argparse.Namespace) -> ImageData:
             args.channels,
         )
         _ = data.train_fingerprint  # now, while a fault of one process ends all
+        scored = to_score(len(data.test), args.num_test_images, args.calls_per_image)
+        if scored:  # refused before the training, not after it
+            enough_replicates(args.calls_per_image or USUAL_CALLS, len(scored))
     return data
 
 

@@ -25,8 +25,10 @@ from ddpm_vlb.training.loop import (
     compiled,
     gradient_norm,
     next_batch,
+    saves,
     skip,
     take_if_finite,
+    validates,
     weighted_sum,
 )
 from ddpm_vlb.training.run import Run
@@ -154,17 +156,6 @@ def step(run: Run, source: Iterator[Tensor], statistics: Statistics) -> None:
     statistics.pending = sent
     if now:
         settle(run, statistics)
-
-
-def saves(run: Run, step: int) -> bool:
-    """Whether a checkpoint follows a step."""
-    every = run.args.checkpointing_steps
-    return step == run.max_steps or bool(every and step % every == 0)
-
-
-def validates(run: Run, step: int) -> bool:
-    """Whether a validation follows a step."""
-    return step % run.args.validation_steps == 0 and step != run.max_steps
 
 
 def train(run: Run, validate: Callable[[Run], object]) -> bool:

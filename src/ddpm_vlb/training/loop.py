@@ -227,3 +227,14 @@ def batches(run: Run) -> Iterator[Tensor]:
     """This process's micro batches from the run's next step on."""
     run.batches.first_step = run.progress.step
     return iter(run.loader)
+
+
+def saves(run: Run, step: int) -> bool:
+    """Whether a checkpoint follows a step."""
+    every = run.args.checkpointing_steps
+    return step == run.max_steps or bool(every and step % every == 0)
+
+
+def validates(run: Run, step: int) -> bool:
+    """Whether a validation follows a step."""
+    return step % run.args.validation_steps == 0 and step != run.max_steps

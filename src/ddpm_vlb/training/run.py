@@ -34,6 +34,7 @@ from ddpm_vlb.runtime.stopping import Stop, own_process_group
 from ddpm_vlb.training.average import build_average, full, is_sharded
 from ddpm_vlb.training.checkpoints import Checkpoints, Progress
 from ddpm_vlb.training.global_batches import GlobalBatches, Noise
+from ddpm_vlb.training.kept_pilot import KeptPilot
 
 # Options that say what the network's output means.
 CHAIN = (
@@ -258,6 +259,8 @@ class Run:
         stateful: list[Any] = [self.progress] + ([] if self.ema is None else [self.ema])
         if isinstance(self.sampler, LossSecondMomentTimesteps):
             stateful.append(self.sampler)
+        self.validation_pilot = KeptPilot()
+        stateful.append(self.validation_pilot)
         accelerator.register_for_checkpointing(*stateful)
         prepare = None if self.ema is None else self.ema.gather
         self.checkpoints = Checkpoints(accelerator, folder, args.checkpoints_total_limit, *self._identity(), prepare)

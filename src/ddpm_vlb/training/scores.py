@@ -150,7 +150,10 @@ def score_validation(run: Run, network: torch.nn.Module) -> VLBEstimate:
     """
     images = selected(run.data.validation, range(min(64, len(run.data.validation))))
     scoring = Scoring(run, network, images, 16, "validation images")
-    return estimate_from_scores(scoring.sweep(shared(run.accelerator, scoring.pilot)))
+    kept = run.validation_pilot
+    if kept.pilot is None:  # of an earlier network it is as unbiased, and little less precise
+        kept.pilot = shared(run.accelerator, scoring.pilot)
+    return estimate_from_scores(scoring.sweep(kept.pilot))
 
 
 class FinalScores:

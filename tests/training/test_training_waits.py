@@ -58,7 +58,7 @@ def trained(run, steps):
     return known
 
 
-@pytest.mark.parametrize("objective", ["simple"])
+@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb"])
 def test_a_step_waits_for_nothing(tmp_path, few, monkeypatch, objective):
     """Nor does one that is not finite: the device skips it, the host hears of it one step later; all as on the CPU."""
     monkeypatch.setattr(recipe, "loss_terms", terms_of(recipe.loss_terms))
