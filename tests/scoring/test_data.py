@@ -190,6 +190,7 @@ def test_what_train_reads_is_scored(tmp_path, load, kind):
     cache = str(tmp_path / "cache")
     trained = load_image_data(dataset_name=str(file), image_column="picture", cache_dir=cache)
     data = load(GREY, record=trained.record)
+    assert data.name == f"{file}, images kept back from split 'train'"
     assert torch.equal(everything(data, data.scored), torch.cat(list(trained.test.batches(9))))
     assert torch.equal(everything(data, data.other), torch.cat(list(trained.train.batches(9))))
 

@@ -178,7 +178,9 @@ def finish(run: Run) -> dict[str, Any] | None:
     leave(accelerator)  # what follows would run into the other processes' time limit
     if not accelerator.is_main_process:
         return None
-    generated = sample(run, network, args.eval_batch_size, args.ddpm_num_inference_steps)
+    images, steps = args.eval_batch_size, args.ddpm_num_inference_steps
+    print(f"Sampling {images} images in {steps} steps: --eval_batch_size and --ddpm_num_inference_steps take fewer.")
+    generated = sample(run, network, images, steps)
     pictures(estimate, generated, data.test, folder)
     metrics = {"samples": {"num_inference_steps": args.ddpm_num_inference_steps, "seed": args.seed}, **run.record()}
     if scores is None or estimate is None:

@@ -248,7 +248,8 @@ def data_name(record: dict[str, Any]) -> str:
     what = name or (f"the folder {folder}" if folder else "scikit-learn's digits")
     config = record.get("dataset_config_name")
     split = record.get("split") or record.get("test_split")
-    part = f"split {split!r}" if split else f"images kept back from split {record['train_split']!r}"
+    whole = record.get("kept_back_from") or (None if split else record["train_split"])
+    part = f"images kept back from split {whole!r}" if whole else f"split {split!r}"
     return f"{what}{f' ({config})' if config else ''}, {part}"
 
 

@@ -106,7 +106,10 @@ def load_scoring_data(
         raise ValueError(f"`--label_column {label_column}` has no effect: no labels are taken here.")
     parts = load_digits_splits() if digits else load_splits(**named, cache_dir=cache_dir)
     parts = dict(parts) if isinstance(parts, datasets.DatasetDict) else {"train": parts}
+    kept_back_from = None
     if recorded is not None or (digits and split == "validation"):
+        if split in ("test", "validation") and split not in parts and source.get("test_split") is None:
+            kept_back_from = source.get("train_split", "train")
         chosen = [source.get("train_split", "train"), source.get("test_split")]
         made = make_splits(datasets.DatasetDict(parts), image_column, *chosen)
         parts = dict(zip(("train", "validation", "test"), made))
@@ -132,6 +135,7 @@ def load_scoring_data(
         "label_column": columns[1] if network.classes is not None else None,
         "resolution": resolution,
         "split": split,
+        "kept_back_from": kept_back_from,
         "levels": network.levels,
         "num_images": total,
         "fingerprint": _checked(images[0], columns[1:]) if check else None,
