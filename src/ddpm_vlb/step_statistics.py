@@ -244,13 +244,13 @@ def collect_statistics(
 
 
 def _of_pairs(reverse: ReverseProcess, output: Tensor, diffused: Diffused, dims: Tensor, nodes: Tensor) -> Tensor:
-    """What is needed of each pair in one tensor, (P, .): the output's size, squared errors, values at `dims`."""
+    """What is needed of each pair in one tensor, (P, .): the output's sum, squared errors, values at `dims`."""
     mean_output, v = reverse.split(output, diffused.x_t)
-    largest = torch.linalg.vector_norm(output.flatten(1), ord=math.inf, dim=1, keepdim=True)
+    whole = output.flatten(1).sum(1, keepdim=True, dtype=diffused.x_0.dtype)  # finite where all is
     x_0_hat = reverse.predict_x_0(mean_output, diffused.x_t, reverse.coefficients(diffused.t, diffused.x_t))
     square = (diffused.x_0 - x_0_hat).square()
     kept = [own.flatten(1).gather(1, dims) for own in (diffused.x_0, x_0_hat, v) if own is not None]
-    parts = [largest.to(square.dtype), square.flatten(1), *kept, _learned(reverse.variance_type, v, square, nodes)]
+    parts = [whole.to(square.dtype), square.flatten(1), *kept, _learned(reverse.variance_type, v, square, nodes)]
     return torch.cat(parts, dim=1)
 
 
@@ -261,8 +261,8 @@ def _some_of(total: int, number: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(total, generator=generator)[:number]
 
 
-def _check_finite(largest: Tensor, t: Tensor, places: Tensor) -> None:
-    bad = ~largest.isfinite()
+def _check_finite(whole: Tensor, t: Tensor, places: Tensor) -> None:
+    bad = ~whole.isfinite()
     if bool(bad.any()):
         pair = int(bad.nonzero()[0])
         raise FloatingPointError(
