@@ -123,7 +123,7 @@ def straight(tmp_path_factory, few):
 
 def test_two_killed_processes_go_on_exactly(tmp_path, few, straight):
     """SIGKILL to both amid step 13: weights, average, optimizer, schedule, history, progress at 15 and 20."""
-    assert len(names(straight / f"checkpoint-{STEPS}", "custom_checkpoint_*.pkl")) == 3
+    assert len(names(straight / f"checkpoint-{STEPS}", "custom_checkpoint_*.pkl")) == 4
     hook = functools.partial(within_step, HALT, halt)
     processes = started(tmp_path, OPTIONS, *few, hooks=([hook], [hook]))
     halted(tmp_path)
