@@ -396,7 +396,7 @@ def test_two_processes(tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     check_metrics(metrics, tmp_path)
     assert metrics["train"]["steps"] == 4
-    assert scalars(tmp_path)[0]["lr"].value == pytest.approx(5e-4)
+    assert scalars(tmp_path)[0]["lr"].value == pytest.approx(3.75e-4)  # of the fourth step itself
     assert {path.name for path in (tmp_path / "checkpoint-4").glob("random_states_*")} == {
         "random_states_0.pkl",
         "random_states_1.pkl",
