@@ -112,6 +112,31 @@ def test_another_evaluation_goes_beside_the_first(models, sets, tmp_path, capsys
     assert {path.name for path in model.glob("evaluation*")} == {"evaluation", own}
 
 
+def test_another_evaluation_goes_beside_a_folder_that_was_named(models, sets, tmp_path):
+    """Alike: what --output_dir holds stays."""
+    where = (
+        "--model",
+        models["small"],
+        *sets["grey"].options,
+        *FEW,
+        "--num_images",
+        2,
+        "--output_dir",
+        tmp_path / "own",
+    )
+    first, second = (run_evaluate(*where, "--seed", seed) for seed in (0, 1))
+    for name, metrics in (("own", first), (f"own-{second['key'][:8]}", second)):
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["key"] == metrics["key"]
+
+
+def test_options_of_a_pilot_are_refused_where_none_is_run(models, sets, tmp_path, capsys):
+    """Where few steps are walked in full of themselves, too."""
+    where = ("--model", models["small"], *sets["grey"].options, "--output_dir", tmp_path / "own")
+    with pytest.raises(SystemExit):
+        run_evaluate(*where, "--num_inference_steps", 5, "--pilot_calls", 500)
+    assert "--pilot_calls has no effect where all 5 steps are taken" in capsys.readouterr().err
+
+
 def test_a_stopped_evaluation_keeps_its_folder(models, sets, tmp_path):
     """Another one, before it goes on, does not take it over."""
     model = shutil.copytree(models["small"], tmp_path / "model")

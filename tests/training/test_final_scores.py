@@ -75,6 +75,16 @@ def test_noise_that_hides_the_images_is_worth_more_calls(tmp_path, monkeypatch, 
     assert final(tmp_path, calls_per_image=given).estimate().network_calls_per_image == calls
 
 
+def test_other_calls_leave_the_parts_of_this_network(tmp_path):
+    """What was scored of the same weights with other options stays until the end; another network's parts go."""
+    first = final(tmp_path, calls_per_image=8)
+    first.store.save_pilot(first.scoring.pilot())
+    (tmp_path / "scores-00000000-00000000").mkdir()
+    other = scores.FinalScores(first.run, first.scoring.network, range(4))
+    assert other.store.folder != first.store.folder
+    assert [path.name for path in tmp_path.glob("scores-*")] == [first.store.folder.name]
+
+
 def test_nothing_is_scored_where_none_is_asked_for(tmp_path, capsys):
     """A pipeline, samples and metrics.json without a score, of which a card can be made."""
     metrics = tiny(tmp_path, "--max_train_steps 1 --num_test_images 0", pictures=True)
