@@ -77,7 +77,6 @@ class Scoring:
         self.run, self.network, self.images = run, network, images
         self.calls, self.what = calls_per_image, what
         self.processes = both_clippings(run.reverse)
-        self.weights = fingerprint_of(network)
 
     def model(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The network, under the run's mixed precision."""
@@ -125,10 +124,10 @@ class Scoring:
             run.stop.asked,
         )
 
-    def key(self, positions: Sequence[int]) -> str:
+    def key(self, weights: str, positions: Sequence[int]) -> str:
         """A hash over all that the scores of the images at these positions depend on, the same on all processes."""
         content = {
-            "weights": self.weights,
+            "weights": weights,
             "data": self.run.data.record,
             "images": [list(positions), self.calls, self.run.args.seed],
             "precision": self.run.accelerator.mixed_precision,
@@ -169,9 +168,10 @@ class FinalScores:
         self.images = selected(run.data.test, positions)
         calls = run.args.calls_per_image or USUAL_CALLS
         self.run, self.scoring = run, Scoring(run, network, self.images, calls, "test images")
-        key, weights = self.scoring.key(positions), self.scoring.weights[:8]
-        self.own = f"scores-{weights}-*"
-        self.store = PartialScores(run.folder / f"scores-{weights}-{key[:8]}", run.accelerator.print, key)
+        weights = fingerprint_of(network)
+        key = self.scoring.key(weights, positions)
+        self.own = f"scores-{weights[:8]}-*"
+        self.store = PartialScores(run.folder / f"scores-{weights[:8]}-{key[:8]}", run.accelerator.print, key)
         if run.accelerator.is_main_process:
             for other in set(run.folder.glob("scores-*-*")) - set(run.folder.glob(self.own)):  # of an earlier network
                 shutil.rmtree(other, ignore_errors=True)
