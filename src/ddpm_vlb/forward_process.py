@@ -58,7 +58,7 @@ def gather(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     if t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"`t` must be an integer tensor of chain indices (torch.int64), but got {t.dtype}.")
     check_timesteps(t, len(table))
-    values = table[t.to(table.device)].to(torch.promote_types(x.dtype, torch.float32))
+    values = table[send(t, table.device)].to(torch.promote_types(x.dtype, torch.float32))
     return values.reshape(values.shape + (1,) * (x.ndim - t.ndim))
 
 
@@ -93,7 +93,7 @@ def timesteps_beside(x: Tensor, t: Tensor, num_steps: int) -> Tensor:
     if t.device == x.device:
         return t
     check_timesteps(t, num_steps)
-    return t.to(x.device)
+    return send(t, x.device)
 
 
 def check_floating(x_0: Tensor, noise: Tensor) -> None:
