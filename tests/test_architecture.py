@@ -31,6 +31,8 @@ ORDER = (
     "forward_process",
     "reverse_process",
     "checks",
+    "path_configurations",
+    "gaussian_paths",
     "losses",
     "gaussian_model",
     "timestep_samplers",
@@ -65,6 +67,7 @@ SIBLINGS = {
     "distributions": {"bin_mass"},
     "schedules": set(),
     "devices": set(),
+    "path_configurations": {"schedules"},
     "gaussian_model": set(),
     "timestep_samplers": {"devices", "gaussian_model"},
     "scores": set(),
@@ -190,10 +193,11 @@ def test_modules_are_documented(name):
 def test_mixins_are_the_only_bases():
     """Our classes inherit from nothing but diffusers' mixins and pipeline, NamedTuple, and two classes of our own.
 
-    An autograd.Function is no object with a hierarchy but torch's way to write a derivative down.
+    An autograd.Function is no object with a hierarchy but torch's way to write a derivative down, and a Module its way
+    to carry another one's weights.
     """
     allowed = {"SchedulerMixin", "ConfigMixin", "DiffusionPipeline", "NamedTuple", "ImportanceTimesteps"}
-    allowed |= {"torch.autograd.Function", "ConfiguredScheduler"}
+    allowed |= {"torch.autograd.Function", "ConfiguredScheduler", "nn.Module"}
     for name in MODULES:
         for node in ast.walk(ast.parse((SOURCE / f"{name}.py").read_text())):
             if isinstance(node, ast.ClassDef):

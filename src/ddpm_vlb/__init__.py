@@ -8,6 +8,7 @@ from .evaluation import VLBTerms, evaluate_vlb, image_generator, values_in_a_cal
 from .few_step_store import STORED_FILES
 from .forward_process import Diffused, ForwardProcess
 from .gaussian_model import GaussianModel, covariance_eigenvalues, gaussian_model_terms
+from .gaussian_paths import GaussianPath, PathNetwork, spaced_ratios
 from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vlb_loss, vlb_term
 from .model_card import model_card
 from .optimal_paths import optimal_paths
@@ -50,9 +51,11 @@ __all__ = [
     "Diffused",
     "ForwardProcess",
     "GaussianModel",
+    "GaussianPath",
     "ImportanceTimesteps",
     "LossSecondMomentTimesteps",
     "LowDiscrepancyTimesteps",
+    "PathNetwork",
     "Pilot",
     "Prediction",
     "ReverseProcess",
@@ -90,6 +93,7 @@ __all__ = [
     "prior_kl",
     "rescale_betas_zero_snr",
     "simple_loss",
+    "spaced_ratios",
     "spaced_timesteps",
     "spread_knots",
     "step_costs",

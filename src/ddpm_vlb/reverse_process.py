@@ -72,10 +72,9 @@ class ReverseProcess:
         forward: the process q to reverse; its tables give p's.
         prediction_type: what the mean output means, "epsilon", "sample" (x_0) or "v_prediction".
         variance_type: "fixed_small" (betatilde_t), "fixed_large" (beta_t; the first step takes the second's betatilde,
-            as fixed_small does), "learned" (the second half of the output
-            channels is log sigma^2) or "learned_range" (it is v, interpolating between the logarithms of the two
-            fixed ones; -1 is betatilde_t, 1 is beta_t). Stock's "fixed_small_log" and "fixed_large_log" mean the same
-            as the names without `_log`.
+            as fixed_small does), "learned" (the second half of the output channels is log sigma^2) or "learned_range"
+            (it is v, interpolating between the logarithms of the two fixed ones; -1 is betatilde_t, 1 is beta_t).
+            Stock's "fixed_small_log" and "fixed_large_log" mean the same as the names without `_log`.
         clip_sample: clamp x_0_hat to +- `clip_sample_range`. Training losses never clip.
         levels: number of levels of the data on [-1, 1] (256 for 8-bit images); None for continuous data, whose first
             step is then scored by its density.
@@ -253,7 +252,7 @@ class ReverseProcess:
             own = row.log_variance_offset if self._log_variance is None else self._log_variance[int(chosen[0])]
             first, slope = own.cpu().double() + decoder_shift, float(row.variance_slope)
         elif int(chosen[0]) > 0:
-            first, slope = None, 0.0
+            first, slope = _same_kind(first, self.forward, forward), 0.0
         return replace(self, forward=forward, x_0_mse=m, decoder_log_variance=first, decoder_slope=slope)
 
     def coefficients(self, t: Tensor | int, x_t: Tensor) -> Coefficients:
@@ -393,3 +392,9 @@ class ReverseProcess:
 def _cast(value: Tensor, like: Tensor) -> Tensor:
     """The value in the other's precision, cast before it is moved: MPS has no float64."""
     return send(value.to(like.dtype), like.device)
+
+
+def _same_kind(first: float | Tensor | None, old: ForwardProcess, new: ForwardProcess) -> float | None:
+    """The decoder's own log variance where a chain begins later: log r_1^2 alone has a counterpart there."""
+    was, log_r = (float(torch.expm1(-chain.log_alphas_cumprod[0]).log()) for chain in (old, new))
+    return log_r if isinstance(first, float) and math.isclose(first, was) and math.isfinite(log_r) else None
