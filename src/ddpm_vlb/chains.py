@@ -225,7 +225,8 @@ class Chains:
         if path is not None and (shift is not None or len(ascending) < len(process.forward)):
             process = process.respace(ascending, shift if variance == "network" else None)
         if variance != "network":
-            process = replace(process, x_0_mse=self.store.rows(variance, process.forward.timesteps))
+            rows = self.store.rows(variance, process.forward.timesteps)
+            process = replace(process, x_0_mse=rows, decoder_log_variance=None)
             if shift is not None:
                 process = process.respace(range(len(process.forward)), shift)
         return process if eta == 1 else replace(process, eta=eta)
