@@ -30,6 +30,7 @@ ORDER = (
     "devices",
     "forward_process",
     "reverse_process",
+    "step_log_probs",
     "checks",
     "path_configurations",
     "gaussian_paths",
@@ -58,6 +59,7 @@ ORDER = (
     "guidance",
     "finite_samples",
     "swapped_schedulers",
+    "recorded_trajectories",
     "pipeline_ddpm_vlb",
 )
 MATHEMATICS = ORDER[: ORDER.index("described_chains")]
@@ -83,6 +85,8 @@ SIBLINGS = {
     "guidance": {"devices"},
     "finite_samples": set(),
     "swapped_schedulers": {"scheduling_ddpm_vlb"},
+    "step_log_probs": {"distributions", "reverse_process"},
+    "recorded_trajectories": {"scheduling_ddpm_vlb", "step_log_probs"},
 }
 # The console command stands above all of this: test_wings.py.
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem not in ("__init__", "cli"))
@@ -191,13 +195,14 @@ def test_modules_are_documented(name):
 
 
 def test_mixins_are_the_only_bases():
-    """Our classes inherit from nothing but diffusers' mixins and pipeline, NamedTuple, and two classes of our own.
+    """Our classes inherit from nothing but diffusers' mixins, pipeline and outputs, NamedTuple, and two of our own.
 
     An autograd.Function is no object with a hierarchy but torch's way to write a derivative down, and a Module its way
     to carry another one's weights.
     """
     allowed = {"SchedulerMixin", "ConfigMixin", "DiffusionPipeline", "NamedTuple", "ImportanceTimesteps"}
     allowed |= {"torch.autograd.Function", "ConfiguredScheduler", "nn.Module"}
+    allowed |= {"DDPMSchedulerOutput", "ImagePipelineOutput"}
     for name in MODULES:
         for node in ast.walk(ast.parse((SOURCE / f"{name}.py").read_text())):
             if isinstance(node, ast.ClassDef):

@@ -14,12 +14,14 @@ from .model_card import model_card
 from .optimal_paths import optimal_paths
 from .pilot import ControlVariate, Pilot, fit_pilot, pilot_positions
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
+from .recorded_trajectories import DDPMVLBPipelineOutput
 from .repositories import CODE_FILES, forget_origin, write_code
 from .respacing import ALL_SPACINGS, TIMESTEP_SPACINGS, VARIANCES, SquaredErrors, StoredPath, spaced_timesteps
 from .reverse_process import PREDICTION_TYPES, VARIANCE_TYPES, Prediction, ReverseProcess
 from .schedules import BETA_SCHEDULES, beta_start_for_levels, make_betas, rescale_betas_zero_snr
 from .scheduling_ddpm_vlb import DDPMVLBScheduler
 from .scores import VLBEstimate, VLBScores, compacted, estimate_from_scores, merge_scores
+from .step_log_probs import Trajectory, step_kl, step_log_prob
 from .step_statistics import FEW_IMAGES, MIN_IMAGES, StepStatistics, collect_statistics, spread_knots
 from .timestep_samplers import (
     ImportanceTimesteps,
@@ -46,6 +48,7 @@ __all__ = [
     "VARIANCE_TYPES",
     "ControlVariate",
     "DDPMVLBPipeline",
+    "DDPMVLBPipelineOutput",
     "DDPMVLBScheduler",
     "DiagonalGaussian",
     "Diffused",
@@ -62,6 +65,7 @@ __all__ = [
     "SquaredErrors",
     "StepStatistics",
     "StoredPath",
+    "Trajectory",
     "UniformTimesteps",
     "VLBEstimate",
     "VLBEstimator",
@@ -97,6 +101,8 @@ __all__ = [
     "spaced_timesteps",
     "spread_knots",
     "step_costs",
+    "step_kl",
+    "step_log_prob",
     "values_in_a_call",
     "vlb_loss",
     "vlb_term",

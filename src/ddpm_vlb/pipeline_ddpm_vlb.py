@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet1DModel, UNet2DModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from huggingface_hub import HfApi, ModelCard
@@ -26,6 +26,7 @@ from .few_step_store import check_image_shape
 from .finite_samples import FiniteSamples
 from .guidance import Guidance, batch_count, check_no_embeddings, classes_of
 from .model_card import model_card
+from .recorded_trajectories import DDPMVLBPipelineOutput, Recorder
 from .repositories import forget_origin, load_part, local_folder, read_index, weights_of, write_card, write_code
 from .sample_shapes import check_output_type, given_out, needed_shape, sample_shape
 from .scheduling_ddpm_vlb import _INDEX_IS_OURS, DDPMVLBScheduler
@@ -218,7 +219,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         null_class_label: int | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
+        return_trajectory: bool = False,
+    ) -> DDPMVLBPipelineOutput | tuple[Any, ...]:
         """Sample images.
 
         Args:
@@ -234,16 +236,20 @@ class DDPMVLBPipeline(DiffusionPipeline):
             eta: of DDIM, from 0 (no noise) to 1 (DDPM); None is the scheduler's default, 1 for ours.
             output_type: "pil" (images only), "np" (B, *, C in [0, 1]), "pt" (B, C, * in [0, 1]) or "latent" (B, C, *:
                 x_0 as it is, not clamped, for a VAE to decode).
-            return_dict: return an `ImagePipelineOutput`, or a tuple.
+            return_dict: return a `DDPMVLBPipelineOutput`, which is an `ImagePipelineOutput`, or a tuple.
             callback_on_step_end: called as callback(pipeline, step, timestep, tensors) after each step; it may return
                 a dict with a new "latents".
             callback_on_step_end_tensor_inputs: names of the tensors to hand to it: "latents", which is x_t.
             null_class_label: the label that stands for no class under guidance; the network's last when None.
+            return_trajectory: give out the states and log-probabilities of all steps too, as a `Trajectory`, which
+                takes K + 1 times the memory. Under guidance they are those of the guided steps.
 
         Raises:
             ValueError: an unknown output type or callback tensor, a wrong number of generators, labels that the
                 network does not take or that do not match the batch, guidance without labels, a scheduler of no chain
-                of betas, steps that it refuses, or NaN or infinity, told after the last step with who made it.
+                of betas, steps that it refuses, a trajectory of steps without log-probability (`eta=0`, another
+                scheduler than ours, a callback that changes what was drawn), or NaN or infinity, told after the last
+                step with who made it.
         """
         device, batch_size, sample = self._execution_device, batch_count(batch_size), needed_shape(self.unet)
         self._check_inputs(callback_on_step_end_tensor_inputs, num_inference_steps, timesteps)
@@ -258,6 +264,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
         image = image * scheduler.init_noise_sigma
         options = step_options(scheduler, generator, eta)
         steps = scheduler.timesteps
+        recorder = Recorder(scheduler, image, guidance.scale) if return_trajectory else None
         warn_of_another_chain(scheduler)
         self._num_timesteps, finite = len(steps), FiniteSamples()
         numbers = steps.tolist()
@@ -272,13 +279,18 @@ class DDPMVLBPipeline(DiffusionPipeline):
                 options["prev_timestep"] = int(numbers[i + 1]) if i + 1 < len(steps) else None
             with mean_half_whole(scheduler):
                 image = scheduler.step(output, t, image, **options, return_dict=False)[0]
+            if recorder is not None:
+                recorder.note(output, image)
             if callback_on_step_end is not None:
                 tensors = {name: image for name in callback_on_step_end_tensor_inputs}
                 image = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", image)
+                if recorder is not None:
+                    recorder.check_kept(image)
         finite.check(image, numbers, type(self.unet).__name__, not_finite(scheduler, len(steps)))
         images = given_out(image, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        found = (images,) if recorder is None else (images, recorder.trajectory())
+        return DDPMVLBPipelineOutput(*found) if return_dict else found
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:

@@ -21,6 +21,7 @@ _CODE = {
     "schedules": "make_betas",
     "forward_process": "ForwardProcess",
     "reverse_process": "ReverseProcess",
+    "step_log_probs": "step_log_prob",
     "respacing": "spaced_timesteps",
     "described_chains": "check_described",
     "configurations": "read_config",
@@ -37,6 +38,7 @@ _CODE = {
     "guidance": "Guidance",
     "finite_samples": "FiniteSamples",
     "swapped_schedulers": "takes_variance",
+    "recorded_trajectories": "Recorder",
     "pipeline_ddpm_vlb": "DDPMVLBPipeline",
 }
 CODE_FILES = ("pipeline.py", *(f"{name}.py" for name in _CODE))

@@ -1,0 +1,166 @@
+r"""Log-probabilities of sampling steps, which policy gradients are made of.
+
+A sampler's step from x_t draws x_s, s = t - 1 on its chain; its last step, t = 0, draws nothing and gives the mean.
+
+1. log p(x_s | x_t) = sum over dimensions of log N(x_s; mu_t, sigma_t^2)
+2. KL(p(x_s | x_t) || p'(x_s | x_t)) = sum over dimensions of the KL of two Gaussians
+
+All in nats, summed (not averaged) over dimensions in float32 or better. Sources: Black et al. 2024 (DDPO), section 4
+(the steps as a policy); Fan et al. 2023 (DPOK), section 4.2 (the divergence of two policies, step by step).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .distributions import gaussian_kl, promote_half
+from .reverse_process import ReverseProcess
+
+# What says how x_0_hat is limited; all else that a step depends on is in the coefficients.
+_LIMITS = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+
+
+def step_log_prob(reverse: ReverseProcess, model_output: Tensor, x_t: Tensor, t: Tensor | int, x_s: Tensor) -> Tensor:
+    """log p(x_s | x_t) of a sampler's step, (B,), in nats summed over dimensions; differentiable in the output.
+
+    With the same output, states and batch it is bit for bit what `DDPMVLBPipeline` stored of the step.
+
+    Args:
+        reverse: p of the chain that was sampled, as short as it was.
+        model_output: the network's output at (x_t, forward.timesteps[t]), (B, C, *) or (B, 2 C, *).
+        x_t: the state before the step, (B, C, *).
+        t: chain indices (B,), or one for the whole batch, 1 .. T - 1. Looking at those on a GPU waits for it;
+            while compiling nothing is looked at.
+        x_s: the state after it, (B, C, *).
+
+    Raises:
+        ValueError: a step that draws nothing (t = 0, or eta = 0), or shapes that do not match.
+        TypeError: `t` is not of an integer dtype.
+        IndexError: `t` leaves the chain.
+
+    Source: equation 1 above; Black et al. 2024, section 4.3.
+    """
+    if x_s.shape != x_t.shape:
+        raise ValueError(
+            f"`x_s` must have the shape of `x_t`, {tuple(x_t.shape)}, but has {tuple(x_s.shape)}: pass the states "
+            "before and after the same steps."
+        )
+    p, _ = reverse(model_output, x_t, _drawing(reverse, x_t, t))
+    return p.log_prob(promote_half(x_s)).flatten(1).sum(1)
+
+
+def step_kl(
+    reverse: ReverseProcess, model_output: Tensor, reference_output: Tensor, x_t: Tensor, t: Tensor | int
+) -> Tensor:
+    """The exact KL(p || p_reference) of a step under two networks, (B,), in nats; differentiable in both outputs.
+
+    Args:
+        reverse: p of the chain that was sampled, as short as it was.
+        model_output: the network's output at (x_t, forward.timesteps[t]), (B, C, *) or (B, 2 C, *).
+        reference_output: the other's, likewise.
+        x_t: the state before the step, (B, C, *).
+        t: as in `step_log_prob`.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `step_log_prob`.
+
+    Source: equation 2 above; Fan et al. 2023, section 4.2.
+    """
+    t = _drawing(reverse, x_t, t)
+    c = reverse.coefficients(t, x_t)
+    (p, x_0), (reference, x_0_reference) = (
+        reverse.predict(output, x_t, c) for output in (model_output, reference_output)
+    )
+    # The means share the term in x_t, which subtracting them would cancel with digits lost.
+    gap = c.x_0_to_mean * (x_0 - x_0_reference) * torch.exp(-0.5 * p.log_variance)
+    return gaussian_kl(gap, reference.log_variance - p.log_variance).flatten(1).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """What a sampler went through, from noise to data, and how probable each of its steps was.
+
+    Args:
+        states: x_t before each of the K steps, and the sample after the last, (B, K + 1, C, *).
+        timesteps: what the network was told at each step, (K,), descending.
+        log_probs: `step_log_prob` of each step, (B, K), in nats summed over dimensions, float32; 0 at the last step,
+            which draws nothing.
+        reverse: p of the chain that was walked.
+        guidance_scale: of the outputs that the steps were drawn with; 1 is none.
+    """
+
+    states: Tensor
+    timesteps: Tensor
+    log_probs: Tensor
+    reverse: ReverseProcess
+    guidance_scale: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def t(self, k: int) -> int:
+        """The chain index of step k: K - 1 - k.
+
+        Args:
+            k: 0 .. K - 1, from the noise to the data.
+
+        Raises:
+            IndexError: another step.
+        """
+        if not 0 <= k < len(self):
+            raise IndexError(f"`k` must be a step of the trajectory, 0 .. {len(self) - 1}, but got {k}.")
+        return len(self) - 1 - k
+
+    def log_prob(self, reverse: ReverseProcess, model_output: Tensor, k: int, guidance_scale: float = 1.0) -> Tensor:
+        """`step_log_prob` of the stored step k under another output of a network, (B,).
+
+        Args:
+            reverse: p of the same chain.
+            model_output: the network's output at (states[:, k], timesteps[k]), guided as the trajectory's were.
+            k: 0 .. K - 2, from the noise to the data.
+            guidance_scale: what `model_output` was guided with.
+
+        Raises:
+            ValueError: another chain, another guidance, or as `step_log_prob`: so the last step, k = K - 1.
+            IndexError: no step of the trajectory.
+        """
+        if guidance_scale != self.guidance_scale:
+            raise ValueError(
+                f"This trajectory's log-probabilities are of steps with `guidance_scale={self.guidance_scale}`, but "
+                f"`model_output` is said to have {guidance_scale}: guide it in the same way, on the mean half."
+            )
+        if reverse is not self.reverse and not _same_steps(reverse, self.reverse, self.states[:, k]):
+            raise ValueError(
+                f"This trajectory walked another chain, of {len(self)} steps, than `reverse`, of "
+                f"{len(reverse.forward)}: pass `trajectory.reverse`, or the process of the same steps and variances."
+            )
+        return step_log_prob(reverse, model_output, self.states[:, k], self.t(k), self.states[:, k + 1])
+
+
+def _drawing(reverse: ReverseProcess, x_t: Tensor, t: Tensor | int) -> Tensor:
+    """One chain index for each row, none of which draws nothing."""
+    if reverse.eta == 0:
+        raise ValueError("`eta=0` draws no noise: its steps have no log-probability. Sample with `eta` above 0.")
+    t = torch.as_tensor(t, device=None if isinstance(t, Tensor) else "cpu")
+    if t.numel() != 1 and t.shape != x_t.shape[:1]:
+        raise ValueError(
+            f"`t` must hold one chain index, or one for each of the {len(x_t)} rows of `x_t`, but has the shape "
+            f"{tuple(t.shape)}."
+        )
+    if not torch.compiler.is_compiling() and bool((t == 0).any()):
+        raise ValueError(
+            "`t` holds 0, the chain's last step: it draws nothing, so that it has no log-probability. Leave it out."
+        )
+    return t.reshape(-1).expand(len(x_t))
+
+
+def _same_steps(one: ReverseProcess, other: ReverseProcess, like: Tensor) -> bool:
+    """Whether two processes draw the same from the same outputs, but for rounding."""
+    if any(getattr(one, name) != getattr(other, name) for name in _LIMITS):
+        return False
+    if not torch.equal(one.forward.timesteps.cpu(), other.forward.timesteps.cpu()):
+        return False
+    t = torch.arange(1, len(one.forward))
+    pairs = zip(*(process.coefficients(t, like) for process in (one, other)))
+    return all(torch.allclose(a.float(), b.to(a.device).float(), rtol=1e-5, atol=1e-5) for a, b in pairs)
