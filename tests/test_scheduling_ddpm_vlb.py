@@ -1,5 +1,7 @@
 """DDPMVLBScheduler: the steps that it visits, a step of each, and the reverse process behind them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from float64_steps import SHAPE, own_error_bound, randn, reference_step, seeded
 
-from ddpm_vlb import DDPMVLBScheduler, make_betas, rescale_betas_zero_snr
+from ddpm_vlb import DDPMVLBScheduler, make_betas, rescale_betas_zero_snr, step_log_prob
 
 # Stock's numpy round trips, none of our business.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -116,13 +118,62 @@ def test_list_of_generators_equals_single_runs():
 
 
 def test_return_dict():
-    """The output is stock's class, or with return_dict=False the tuple (prev_sample, pred_original_sample)."""
+    """The output is of stock's class, fields and all, or with return_dict=False the tuple of the two."""
     ours = DDPMVLBScheduler()
     sample, output = randn(0), randn(1)
     result = ours.step(output, 10, sample, generator=seeded(0))
-    assert type(result) is DDPMSchedulerOutput
+    assert isinstance(result, DDPMSchedulerOutput) and list(result) == list(DDPMSchedulerOutput(sample, sample))
     previous, x_0 = ours.step(output, 10, sample, generator=seeded(0), return_dict=False)
     assert torch.equal(previous, result.prev_sample) and torch.equal(x_0, result.pred_original_sample)
+
+
+AT_ONE_STEP = {"int": int, "0-dim": torch.tensor, "batched": lambda t: torch.full((3,), t)}
+
+
+@pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small"])
+@pytest.mark.parametrize("kind", AT_ONE_STEP)
+def test_the_output_tells_what_it_was_drawn_from(kind, variance_type):
+    """mean + sigma noise is the sample, in float32; its log-probability is bit for bit that of `step_log_prob`."""
+    ours = DDPMVLBScheduler(100, variance_type=variance_type)
+    ours.set_timesteps(5)
+    sample, output = randn(0), randn(1, (3, 4, 4, 5))
+    result = ours.step(output, AT_ONE_STEP[kind](60), sample, generator=seeded(2))
+    p, noise = result.distribution, torch.randn(SHAPE, generator=seeded(2))
+    assert p.mean.dtype == p.log_variance.dtype == torch.float32
+    torch.testing.assert_close(p.sample(noise), result.prev_sample, rtol=1e-6, atol=1e-6)
+    reverse = ours.reverse_process(num_inference_steps=5)
+    scored = step_log_prob(
+        reverse, output if reverse.learns_variance else output[:, :2], sample, 3, result.prev_sample
+    )
+    assert torch.equal(p.log_prob(result.prev_sample).flatten(1).sum(1), scored)
+
+
+@pytest.mark.parametrize("kind", AT_ONE_STEP)
+def test_there_is_no_distribution_where_nothing_is_drawn(kind):
+    """At the chain's last step, and with eta = 0 at any."""
+    ours = DDPMVLBScheduler(100)
+    ours.set_timesteps(timesteps=[80, 40, 7])
+    assert ours.step(randn(1), AT_ONE_STEP[kind](7), randn(0)).distribution is None
+    assert ours.step(randn(1), AT_ONE_STEP[kind](40), randn(0)).distribution is not None
+    ours.set_timesteps(timesteps=[80, 40, 7], eta=0.0)
+    assert ours.step(randn(1), AT_ONE_STEP[kind](40), randn(0)).distribution is None
+
+
+def test_samples_that_draw_and_do_not_have_no_one_distribution():
+    result = DDPMVLBScheduler(100).step(randn(1), torch.tensor([50, 0, 3]), randn(0))
+    with pytest.raises(ValueError, match=r"samples \[1\] are at the chain's last step"):
+        result.distribution  # noqa: B018
+
+
+def test_a_changed_chain_leaves_what_was_drawn():
+    """The output is that of the chain it was drawn on, copied or not."""
+    ours = DDPMVLBScheduler(100)
+    ours.set_timesteps(10)
+    result = ours.step(randn(1), 50, randn(0))
+    mean = result.distribution.mean
+    ours.set_timesteps(2)
+    for kept in (result, copy.deepcopy(result)):
+        assert torch.equal(kept.distribution.mean, mean)
 
 
 def test_last_step_draws_nothing():

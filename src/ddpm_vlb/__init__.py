@@ -30,6 +30,7 @@ from .timestep_samplers import (
     UniformTimesteps,
 )
 from .transition_costs import crossfitted_cost, step_costs
+from .walk import DDPMVLBSchedulerOutput
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "DDPMVLBPipeline",
     "DDPMVLBPipelineOutput",
     "DDPMVLBScheduler",
+    "DDPMVLBSchedulerOutput",
     "DiagonalGaussian",
     "Diffused",
     "ForwardProcess",

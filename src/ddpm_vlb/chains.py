@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributions import ordinary_tensors
+from .devices import send
+from .distributions import ordinary_tensors, promote_half
 from .few_step_store import FewStepStore
-from .forward_process import ForwardProcess
+from .forward_process import ForwardProcess, check_floating, check_timesteps, gather
 from .respacing import ALL_SPACINGS, SquaredErrors, StoredPath, spaced_timesteps
 from .reverse_process import ReverseProcess
 from .schedules import check_betas, make_betas, rescale_betas_zero_snr
@@ -115,6 +116,26 @@ class Chains:
         if key not in self._forwards:
             self._forwards[key] = self.forward.to(*key)
         return self._forwards[key]
+
+    def velocity(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v = sqrt(abar) noise - sqrt(1 - abar) x_0 at steps of the training chain, in the data's dtype.
+
+        Args:
+            x_0: data (B, C, *).
+            noise: epsilon, same shape.
+            t: training timesteps, 0 .. T - 1.
+
+        Raises:
+            TypeError: timesteps that are no integers, or data that is none but integers.
+            IndexError: timesteps outside the chain.
+        """
+        check_floating(x_0, noise)
+        forward, t = self.forward_for(x_0), send(t.reshape(-1), x_0.device)
+        check_timesteps(t, len(self))
+        data, epsilon = promote_half(x_0), promote_half(noise)
+        signal = gather(forward.sqrt_alphas_cumprod, t, data)
+        sigma = gather(forward.sqrt_one_minus_alphas_cumprod, t, data)
+        return (signal * epsilon - sigma * data).to(x_0.dtype)
 
     def with_file(self, root: str, subfolder: str | None, where: dict[str, Any]) -> "Chains":
         """With the errors of each pixel that lie beside the configuration; arguments and errors as of the store."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 from torch import Tensor
@@ -21,12 +20,10 @@ from .chains import Chains
 from .configurations import MODEL_DEFINING, read_config, taken_over
 from .configured_scheduler import ConfiguredScheduler
 from .devices import send
-from .distributions import promote_half
 from .few_step_store import storable, to_config
-from .forward_process import check_floating, check_timesteps, gather
 from .respacing import SquaredErrors, StoredPath
 from .reverse_process import ReverseProcess
-from .walk import Walk
+from .walk import DDPMVLBSchedulerOutput, Walk
 
 logger = logging.get_logger(SchedulerMixin.__module__)  # what `diffusers.utils.logging` sets is ours too
 # Set while a pipeline saves us that writes stock's names into its index.
@@ -332,7 +329,7 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> DDPMVLBSchedulerOutput | tuple[Tensor, Tensor]:
         """Draw x_{t-1} from p(x_{t-1} | x_t); without noise at the chain's last step.
 
         NaN and infinity are not looked for, which would wait for the device: `DDPMVLBPipeline` tells of them. To
@@ -345,7 +342,7 @@ class DDPMVLBScheduler(ConfiguredScheduler):
                 compiling, one outside the chain cannot be refused without a wait: its sample is NaN.
             sample: x_t, (B, C, *).
             generator: source of the noise, or a list with one for each sample.
-            return_dict: return a `DDPMSchedulerOutput`, or a tuple.
+            return_dict: return a `DDPMVLBSchedulerOutput`, with the distribution too, or stock's tuple.
 
         Raises:
             ValueError: a timestep outside the chain, or a wrong number of channels.
@@ -358,7 +355,7 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         previous, x_0 = self._walk.step(model_output, timestep, sample, generator)
         if not return_dict:
             return previous, x_0
-        return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x_0)
+        return DDPMVLBSchedulerOutput.drawn(previous, x_0, self._walk, (model_output, timestep, sample))
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise data to the given steps of the training chain; computed in float32, returned in the data's dtype.
@@ -388,11 +385,4 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         Raises:
             TypeError: timesteps that are no integers, or data that is none but integers.
         """
-        check_floating(sample, noise)
-        forward = self._chains.forward_for(sample)
-        timesteps = send(timesteps.reshape(-1), sample.device)
-        check_timesteps(timesteps, len(self))
-        x_0, epsilon = promote_half(sample), promote_half(noise)
-        signal = gather(forward.sqrt_alphas_cumprod, timesteps, x_0)
-        sigma = gather(forward.sqrt_one_minus_alphas_cumprod, timesteps, x_0)
-        return (signal * epsilon - sigma * x_0).to(sample.dtype)
+        return self._chains.velocity(sample, noise, timesteps)

@@ -1,15 +1,17 @@
 """The chain that `DDPMVLBScheduler.step` walks: a step of it, and where a timestep lies in it."""
 
+from dataclasses import dataclass
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .chains import Chains
 from .devices import send
-from .distributions import ordinary_tensors, promote_half
+from .distributions import DiagonalGaussian, ordinary_tensors, promote_half
 from .respacing import StoredPath
 from .reverse_process import VARIANCE_TYPES, ReverseProcess
 
@@ -22,6 +24,42 @@ class _Tables(NamedTuple):
     process: ReverseProcess
     indices: Tensor
     outside: Tensor
+
+
+@dataclass
+class DDPMVLBSchedulerOutput(DDPMSchedulerOutput):
+    """What a step gives: stock's output, which also tells what `prev_sample` was drawn from.
+
+    Args:
+        prev_sample: x_{t-1}, (B, C, *).
+        pred_original_sample: x_0_hat, (B, C, *).
+    """
+
+    @classmethod
+    def drawn(cls, prev_sample: Tensor, x_0: Tensor, walk: "Walk", given: Any) -> "DDPMVLBSchedulerOutput":
+        """That of a step.
+
+        Args:
+            prev_sample: x_{t-1}.
+            x_0: x_0_hat.
+            walk: whose step it was.
+            given: its model output, timestep and sample.
+        """
+        output = cls(prev_sample, x_0)
+        output._step = walk, given  # type: ignore[attr-defined]
+        return output
+
+    @property
+    def distribution(self) -> DiagonalGaussian | None:
+        """p(x_{t-1} | x_t) that `prev_sample` was drawn from, in float32 or better; None where nothing was drawn.
+
+        Worked out when it is asked for, from the tensors that `step` was given; on a GPU that waits.
+
+        Raises:
+            ValueError: some of the samples are at the chain's last step, and some are not.
+        """
+        walk, given = self._step  # type: ignore[attr-defined]
+        return walk.distribution(*given)
 
 
 class Walk:
@@ -137,6 +175,33 @@ class Walk:
         if sample.dtype != previous.dtype:
             previous, x_0 = previous.to(sample.dtype), x_0.to(sample.dtype)
         return previous, x_0
+
+    def distribution(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> DiagonalGaussian | None:
+        """What `step` draws from, given the same; None at the chain's last step or where eta is 0.
+
+        Args:
+            model_output: the network's output.
+            timestep: one of the chain's, or one for each sample.
+            sample: x_t, (B, C, *).
+
+        Raises:
+            ValueError: some of the samples are at the last step, and some are not.
+        """
+        tables = self._on(sample, sample.dtype)
+        process = tables.process
+        places = self.places(timestep if isinstance(timestep, Tensor) else torch.full((1,), int(timestep)), sample)
+        index = tables.indices[places].expand(len(sample))
+        last = (index == 0).cpu()
+        if process.eta == 0 or bool(last.all()):
+            return None
+        if bool(last.any()):
+            raise ValueError(
+                f"`distribution` is asked for, but the samples {last.nonzero().flatten().tolist()[:8]} are at the "
+                "chain's last step, where nothing is drawn: give those to a `step` of their own."
+            )
+        if not process.learns_variance:
+            model_output = model_output[:, : sample.shape[1]]
+        return process(model_output, sample, index).p
 
     def stock_variance(self, timestep: int | Tensor, predicted_variance: Tensor | None, name: str) -> Tensor | None:
         """A diagnostic with stock's values, which `step` does not use.
