@@ -38,6 +38,7 @@ ORDER = (
     "pilot",
     "scores",
     "estimation",
+    "ode",
     "respacing",
     "optimal_paths",
     "step_statistics",
