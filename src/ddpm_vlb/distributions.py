@@ -83,7 +83,8 @@ def gaussian_kl(scaled_difference: Tensor, log_variance_ratio: Tensor) -> Tensor
 
     Source: equation 2 above; Kingma & Welling 2014, appendix B, has it for a standard normal second argument.
     """
-    return _GaussianKL.apply(*torch.broadcast_tensors(scaled_difference, log_variance_ratio))
+    d, u = torch.broadcast_tensors(scaled_difference, log_variance_ratio)
+    return _GaussianKL.apply(d, u) if d.requires_grad or u.requires_grad else _GaussianKL.forward(d, u)
 
 
 def _exact_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
