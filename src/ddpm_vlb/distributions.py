@@ -137,7 +137,7 @@ class DiagonalGaussian:
         Args:
             noise: epsilon ~ N(0, I), the shape of `mean`.
         """
-        return torch.addcmul(self.mean, torch.exp(0.5 * self.log_variance), noise)
+        return torch.addcmul(self.mean, (0.5 * self.log_variance).exp_(), noise)
 
     def discretized_log_prob(self, x: Tensor, levels: int = 256) -> Tensor:
         """Exact log mass of the bin around each level of discrete data, in nats per element (equation 3).

@@ -287,9 +287,7 @@ def _decoder_log_prob(
     reverse: ReverseProcess, x_0: Tensor, gap: Tensor, variance_output: Tensor | None, c: Coefficients
 ) -> Tensor:
     """log p(x_0 | x_1) = -L_0; at the first step the mean of p is x_0_hat = x_0 - gap."""
-    log_variance = c.log_variance_offset
-    if variance_output is not None:
-        log_variance = torch.addcmul(log_variance, variance_output, c.variance_slope)
+    log_variance = c.log_variance(variance_output)
     if reverse.levels is None:
         log_prob = DiagonalGaussian(x_0 - gap, log_variance).log_prob(x_0)
     else:
