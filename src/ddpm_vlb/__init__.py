@@ -12,6 +12,7 @@ from .gaussian_paths import GaussianPath, PathNetwork, spaced_ratios
 from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vlb_loss, vlb_term
 from .model_card import model_card
 from .optimal_paths import optimal_paths
+from .path_checkpoints import path_chain
 from .pilot import ControlVariate, Pilot, fit_pilot, pilot_positions
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
 from .repositories import CODE_FILES, forget_origin, write_code
@@ -89,6 +90,7 @@ __all__ = [
     "model_card",
     "nats_to_bits_per_dim",
     "optimal_paths",
+    "path_chain",
     "pilot_positions",
     "prior_kl",
     "rescale_betas_zero_snr",
