@@ -79,7 +79,7 @@ SIBLINGS = {
     "few_step_store": {"configurations", "respacing"},
     "sample_shapes": set(),
     "card_results": {"sample_shapes"},
-    "model_card": {"card_results", "sample_shapes"},
+    "model_card": {"card_results", "path_checkpoints", "sample_shapes"},
     "repositories": set(),
     "guidance": {"devices"},
     "finite_samples": set(),

@@ -12,7 +12,8 @@ from .gaussian_paths import GaussianPath, PathNetwork, spaced_ratios
 from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vlb_loss, vlb_term
 from .model_card import model_card
 from .optimal_paths import optimal_paths
-from .path_checkpoints import path_chain
+from .path_checkpoints import describe_path, path_chain, stock_sigmas
+from .path_configurations import DISTILLED_SCHEDULERS
 from .pilot import ControlVariate, Pilot, fit_pilot, pilot_positions
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
 from .repositories import CODE_FILES, forget_origin, write_code
@@ -36,6 +37,7 @@ __all__ = [
     "ALL_SPACINGS",
     "BETA_SCHEDULES",
     "CODE_FILES",
+    "DISTILLED_SCHEDULERS",
     "ESTIMATORS",
     "FEW_IMAGES",
     "MIN_IMAGES",
@@ -76,6 +78,7 @@ __all__ = [
     "counter_normal",
     "covariance_eigenvalues",
     "crossfitted_cost",
+    "describe_path",
     "enough_replicates",
     "estimate_from_scores",
     "estimate_vlb",
@@ -99,6 +102,7 @@ __all__ = [
     "spaced_timesteps",
     "spread_knots",
     "step_costs",
+    "stock_sigmas",
     "values_in_a_call",
     "vlb_loss",
     "vlb_term",
