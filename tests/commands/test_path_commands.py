@@ -1,5 +1,7 @@
 """`evaluate` and `optimize-timesteps` on checkpoints of flow matching, EDM and their kin."""
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from networks import tiny_dit
 from processes import reset_accelerate
 from scoring_support import FEW, network, options_for, run_evaluate, write_splits
 
-from ddpm_vlb import DDPMVLBPipeline, GaussianPath, estimate_vlb, fit_pilot, path_chain, spaced_ratios
+from ddpm_vlb import DDPMVLBPipeline, GaussianPath, estimate_ode, estimate_vlb, fit_pilot, path_chain, spaced_ratios
 from ddpm_vlb.commands import optimize_timesteps
 
 RATIOS = spaced_ratios(0.01, 100.0, 20)
@@ -54,8 +56,9 @@ def test_a_foreign_flow_is_scored_on_the_ratios_asked_for(sets, tmp_path, capsys
     metrics = run_evaluate(*where, *FEW, "--ratios", 0.01, 50)
     path = GaussianPath.from_config(scheduler, spaced_ratios(0.01, 50.0, 1000))
     model, reverse = path.network(network().eval()), path.reverse_process(256).to(dtype=torch.float32)
-    pilot = fit_pilot(model, reverse, grey.train, 230)
-    estimate = estimate_vlb(model, reverse, [grey.test], pilot, 8)
+    also = [replace(reverse, clip_sample=False)]
+    pilot = fit_pilot(model, reverse, grey.train, 230, also=also)
+    estimate = estimate_vlb(model, reverse, [grey.test], pilot, 8, also=also)
     assert metrics["bits_per_dim"] == pytest.approx(estimate.bits_per_dim, rel=1e-4)
     told = metrics["model"]["gaussian_path"]
     assert told.pop("ratios") == pytest.approx([0.01, 50])
@@ -106,7 +109,7 @@ def test_distilled_networks_are_scored_and_named(sets, tmp_path, capsys, cls):
     """Of betas or of a path."""
     folder = foreign(tmp_path / "model", cls())
     where = ("--model", folder, *sets["one"].options, "--output_dir", tmp_path / "run")
-    metrics = run_evaluate(*where, "--pilot_calls", 20, "--calls_per_image", 2)
+    metrics = run_evaluate(*where, "--pilot_calls", 20, "--calls_per_image", 6)
     assert metrics["model"]["distilled"] == cls.__name__
     assert f"{cls.__name__} is of a distilled network" in capsys.readouterr().out
 
@@ -132,3 +135,38 @@ def test_ratios_of_a_chain_of_betas_are_refused(models, sets, tmp_path):
     """They are the betas' own."""
     with pytest.raises(SystemExit, match="--ratios has no effect: .* has a chain of betas"):
         run_evaluate("--model", models["small"], *sets["one"].options, "--ratios", 0.01, 50)
+
+
+@pytest.mark.parametrize("kind", ["flow", "betas"])
+def test_the_ode_stands_beside_the_bound(models, sets, tmp_path, capsys, kind):
+    """By hand: the path on CALLS / 2 + 1 levels over the chain's range, and the decoder that was scored."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    folder, grey = (stored(tmp_path / "flow", scheduler) if kind == "flow" else models["small"]), sets["grey"]
+    where = ("--model", folder, *grey.options, "--num_images", 5, "--output_dir", tmp_path / "run")
+    metrics = run_evaluate(*where, "--ode", 8)
+    chain = DDPMVLBPipeline.from_pretrained(folder).chain.reverse_process(dtype=torch.float64)
+    abar = chain.forward.log_alphas_cumprod.exp()
+    low, high = (float((1 / abar[t] - 1).sqrt()) for t in (0, -1))
+    ratios = spaced_ratios(low, high, 5)
+    betas = GaussianPath.ddpm(abar, ratios)
+    path = GaussianPath.from_config(scheduler, ratios) if kind == "flow" else betas
+    first = float(chain.coefficients(0, torch.zeros(1, 1).double()).log_variance_offset)
+    reverse = path.reverse_process(256, decoder_log_variance=first).to(dtype=torch.float32)
+    estimate = estimate_ode(path.network(network().eval()), reverse, [grey.test[:5]])
+    ode = metrics["ode"]
+    assert ode["per_image"] == pytest.approx(estimate.per_image.tolist(), rel=1e-4)
+    assert (ode["network_calls_per_image"], ode["probes"]) == (8, 2)
+    assert ode["difference"] == pytest.approx(metrics["bits_per_dim"] - ode["bits_per_dim"], abs=1e-9)
+    said = capsys.readouterr().out
+    assert "bound - ODE:" in said and "an estimate, no bound" in said and "--ode 16" in said
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [("--ode 6", "multiple of 4"), ("--ode --timesteps 3 0", "ode has no effect beside fewer")],
+)
+def test_odes_that_are_refused(options, words, capsys):
+    """Steps of four calls each, on the whole chain."""
+    with pytest.raises(SystemExit):
+        run_evaluate("--model", "m", *options.split())
+    assert words in capsys.readouterr().err
