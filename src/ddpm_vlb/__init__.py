@@ -13,6 +13,8 @@ from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vl
 from .model_card import model_card
 from .ode import ODEEstimate, estimate_ode, ode_log_prob
 from .optimal_paths import optimal_paths
+from .path_checkpoints import describe_path, path_chain, stock_sigmas
+from .path_configurations import DISTILLED_SCHEDULERS
 from .pilot import ControlVariate, Pilot, fit_pilot, pilot_positions
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
 from .repositories import CODE_FILES, forget_origin, write_code
@@ -36,6 +38,7 @@ __all__ = [
     "ALL_SPACINGS",
     "BETA_SCHEDULES",
     "CODE_FILES",
+    "DISTILLED_SCHEDULERS",
     "ESTIMATORS",
     "FEW_IMAGES",
     "MIN_IMAGES",
@@ -77,6 +80,7 @@ __all__ = [
     "counter_normal",
     "covariance_eigenvalues",
     "crossfitted_cost",
+    "describe_path",
     "enough_replicates",
     "estimate_from_scores",
     "estimate_ode",
@@ -93,6 +97,7 @@ __all__ = [
     "nats_to_bits_per_dim",
     "ode_log_prob",
     "optimal_paths",
+    "path_chain",
     "pilot_positions",
     "prior_kl",
     "rescale_betas_zero_snr",
@@ -101,6 +106,7 @@ __all__ = [
     "spaced_timesteps",
     "spread_knots",
     "step_costs",
+    "stock_sigmas",
     "values_in_a_call",
     "vlb_loss",
     "vlb_term",
