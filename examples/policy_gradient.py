@@ -102,16 +102,16 @@ def measure(pipeline: DiffusionPipeline, reference: nn.Module, reward: Reward, n
     walk, kl = sampled.trajectory, torch.zeros(number)
     for k in range(len(walk) - 1):
         x_t, told = walk.states[:, k], walk.timesteps[k].expand(number)
-        outputs = (unet(x_t, told).sample for unet in (pipeline.unet, reference))
-        kl += step_kl(walk.reverse, *outputs, x_t, walk.t(k))
+        own, was = (unet(x_t, told).sample for unet in (pipeline.unet, reference))
+        kl += step_kl(walk.reverse, own, was, x_t, walk.t(k))
     (mean, error), (nats, of_nats) = mean_and_error(reward(sampled.images)), mean_and_error(kl)
     return sampled.images, f"reward {mean:.3f} +- {error:.3f}, KL {nats:.2f} +- {of_nats:.2f} nats"
 
 
-def draw_picture(before: Tensor, after: Tensor, curve: list[Measured]) -> Image.Image:
+def draw_picture(grids: list[Tensor], curve: list[Measured]) -> Image.Image:
     """64 samples before and after, and between them the reward with two standard errors."""
     picture = Image.new("L", (576, 192), 255)
-    for left, samples in ((0, before), (384, after)):
+    for left, samples in zip((0, 384), grids):
         tiles = samples[:64, 0].add(1).mul(127.5).clamp(0, 255).reshape(8, 8, 8, 8).transpose(1, 2).reshape(64, 64)
         picture.paste(Image.fromarray(tiles.byte().numpy()).resize((192, 192), Image.Resampling.NEAREST), (left, 0))
     pen, points = ImageDraw.Draw(picture), []
@@ -134,7 +134,7 @@ def main(seed: int = 0, steps: int = 500, rounds: int = 16, batch: int = 64, num
     train_network(unet, reverse, train, steps)
     reward, pipeline = make_reward(train, labels[:1500]), DDPMVLBPipeline(unet.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    untuned, scores, samples = copy.deepcopy(unet), [], []
+    untuned, samples, scores = copy.deepcopy(unet), list[Tensor](), list[VLBEstimate]()
     for name in ("before", "after"):
         curve = tune(pipeline, untuned, reward, rounds, batch) if scores else []
         drawn, said = measure(pipeline, untuned, reward, 4 * batch)
@@ -142,7 +142,7 @@ def main(seed: int = 0, steps: int = 500, rounds: int = 16, batch: int = 64, num
         scores.append(score := estimate_vlb(unet, reverse, test.split(64), fit_pilot(unet, reverse, train)))
         errors = f"+- {score.noise_se:.3f} (noise) +- {score.image_se:.3f} (images)"
         print(f"{name}: {said}, {score.bits_per_dim:.3f} {errors} bits/dim")
-    draw_picture(*samples, curve).save("policy_gradient.png")
+    draw_picture(samples, curve).save("policy_gradient.png")
     return scores
 
 

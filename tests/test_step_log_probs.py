@@ -87,9 +87,9 @@ def test_ratios_average_to_one():
     """E_p[p' / p] = 1 for other weights p', from draws of p, within 3 standard errors that are small."""
     reverse, rows = process(dtype=torch.float32), 8000
     x_t = randn(1, *SHAPE).float().expand(rows, -1, -1, -1)
-    own, other = (outputs(reverse, 1, seed).float().expand(rows, -1, -1, -1) for seed in (1, 2))
-    other = own + 0.03 * other
-    for t in (1, 5):
+    own, change = (outputs(reverse, 1, seed).float().expand(rows, -1, -1, -1) for seed in (1, 2))
+    for t, size in ((1, 0.03), (5, 0.3)):
+        other = own + size * change
         x_s = reverse(own, x_t, t).p.sample(randn(rows, *SHAPE, seed=t).float())
         log_ratio = step_log_prob(reverse, other, x_t, t, x_s) - step_log_prob(reverse, own, x_t, t, x_s)
         ratio = log_ratio.double().exp()

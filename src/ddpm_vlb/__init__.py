@@ -11,7 +11,11 @@ from .gaussian_model import GaussianModel, covariance_eigenvalues, gaussian_mode
 from .gaussian_paths import GaussianPath, PathNetwork, spaced_ratios
 from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vlb_loss, vlb_term
 from .model_card import model_card
+from .ode import ODEEstimate, estimate_ode, ode_log_prob
 from .optimal_paths import optimal_paths
+from .path_checkpoints import describe_path, path_chain, stock_sigmas
+from .path_configurations import DISTILLED_SCHEDULERS
+from .path_losses import SIGMA_SAMPLINGS, sigma_probabilities, simple_weights
 from .pilot import ControlVariate, Pilot, fit_pilot, pilot_positions
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
 from .recorded_trajectories import DDPMVLBPipelineOutput
@@ -38,11 +42,13 @@ __all__ = [
     "ALL_SPACINGS",
     "BETA_SCHEDULES",
     "CODE_FILES",
+    "DISTILLED_SCHEDULERS",
     "ESTIMATORS",
     "FEW_IMAGES",
     "MIN_IMAGES",
     "PREDICTION_TYPES",
     "SECOND_DRAWS",
+    "SIGMA_SAMPLINGS",
     "STORED_FILES",
     "TIMESTEP_SPACINGS",
     "VARIANCES",
@@ -60,6 +66,7 @@ __all__ = [
     "ImportanceTimesteps",
     "LossSecondMomentTimesteps",
     "LowDiscrepancyTimesteps",
+    "ODEEstimate",
     "PathNetwork",
     "Pilot",
     "Prediction",
@@ -81,8 +88,10 @@ __all__ = [
     "counter_normal",
     "covariance_eigenvalues",
     "crossfitted_cost",
+    "describe_path",
     "enough_replicates",
     "estimate_from_scores",
+    "estimate_ode",
     "estimate_vlb",
     "evaluate_vlb",
     "fit_pilot",
@@ -94,17 +103,22 @@ __all__ = [
     "merge_scores",
     "model_card",
     "nats_to_bits_per_dim",
+    "ode_log_prob",
     "optimal_paths",
+    "path_chain",
     "pilot_positions",
     "prior_kl",
     "rescale_betas_zero_snr",
+    "sigma_probabilities",
     "simple_loss",
+    "simple_weights",
     "spaced_ratios",
     "spaced_timesteps",
     "spread_knots",
     "step_costs",
     "step_kl",
     "step_log_prob",
+    "stock_sigmas",
     "values_in_a_call",
     "vlb_loss",
     "vlb_term",

@@ -1,5 +1,6 @@
 """What `DDPMVLBPipeline` keeps of a walk where its trajectory is asked for, and what it gives out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,34 +48,54 @@ class Recorder:
         self._timesteps, self._scale = scheduler.timesteps, guidance_scale
         self._states, self._log_probs = [x_t], list[Tensor]()
 
-    def note(self, output: Tensor, x_s: Tensor) -> None:
+    def note(self, x_t: Tensor, output: Tensor, x_s: Tensor) -> None:
         """Keep a step.
 
         Args:
+            x_t: what it began with.
             output: the network's, guided.
             x_s: what was drawn.
+
+        Raises:
+            ValueError: a callback has put another state in the place of what the last step drew.
         """
-        t, x_t = len(self._timesteps) - len(self._states), self._states[-1]
+        self._check_drawn(x_t)
+        t = len(self._timesteps) - len(self._states)
         drawn = t > 0  # the last step's log-probability is that of nothing
         self._log_probs.append(step_log_prob(self._reverse, output, x_t, t, x_s) if drawn else x_t.new_zeros(len(x_t)))
         self._states.append(x_s)
 
-    def check_kept(self, x_s: Tensor) -> None:
-        """Refuse a state that a callback has put in the place of what was drawn.
+    def trajectory(self, x_0: Tensor) -> Trajectory:
+        """What was kept.
 
         Args:
-            x_s: what the walk goes on with.
+            x_0: what is given out.
 
         Raises:
-            ValueError: such a state.
+            ValueError: as `note`.
         """
-        if x_s is not self._states[-1]:
+        self._check_drawn(x_0)
+        states, log_probs = (torch.stack(kept, dim=1) for kept in (self._states, self._log_probs))
+        return Trajectory(states, self._timesteps, log_probs, self._reverse, self._scale)
+
+    def _check_drawn(self, x: Tensor) -> None:
+        if x is not self._states[-1]:
             raise ValueError(
                 "`return_trajectory` keeps what was drawn, but `callback_on_step_end` put other `latents` in its "
                 "place, which have no log-probability: return none from it."
             )
 
-    def trajectory(self) -> Trajectory:
-        """What was kept."""
-        states, log_probs = (torch.stack(kept, dim=1) for kept in (self._states, self._log_probs))
-        return Trajectory(states, self._timesteps, log_probs, self._reverse, self._scale)
+
+def check_tensor_inputs(names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse tensors that a callback cannot be given.
+
+    Args:
+        names: what it asks for.
+        known: what there is.
+
+    Raises:
+        ValueError: another name.
+    """
+    unknown = set(names) - set(known)
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` may hold {known}, not {sorted(unknown)}.")

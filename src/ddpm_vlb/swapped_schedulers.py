@@ -65,8 +65,10 @@ def set_timesteps(
         device: where the timesteps shall live.
 
     Raises:
-        ValueError: what this scheduler does not take.
+        ValueError: both, or what this scheduler does not take.
     """
+    if num_inference_steps is not None and timesteps is not None:
+        raise ValueError("Pass only one of `num_inference_steps` and `timesteps`.")
     options: dict[str, Any] = {}
     if isinstance(scheduler, DDPMVLBScheduler):
         options = {"timestep_spacing": timestep_spacing, "eta": 1.0 if eta is None else eta}
