@@ -150,7 +150,7 @@ def test_policy_gradient(program, tmp_path, monkeypatch, capsys):
     assert before.num_images == after.num_images == 2 and not torch.equal(before.per_image, after.per_image)
     said = capsys.readouterr().out.splitlines()
     assert "KL 0.00 +- 0.00 nats" in said[0] and "KL 0.00" not in said[1]
-    assert Image.open(tmp_path / "policy_gradient.png").size == (576, 192)
+    assert Image.open(tmp_path / "policy_gradient.png").size == (720, 240)
 
 
 @runs("score_stock_checkpoint")

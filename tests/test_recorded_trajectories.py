@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from networks import pipeline, quiet, seeded, spy_on_step, tiny_unet
 
@@ -42,6 +42,15 @@ def test_the_ratio_is_one_on_policy(kind):
         direct = step_log_prob(reverse, output, x_t, 3 - k, steps.states[:, k + 1])
         assert direct.requires_grad and torch.equal((direct - steps.log_probs[:, k]).exp(), torch.ones(3))
         assert torch.equal(steps.log_prob(reverse, output, k), steps.log_probs[:, k])
+
+
+def test_a_flow_s_trajectory_is_its_chain_s():
+    """Scored with the network as the chain calls it."""
+    pipe = quiet(DDPMVLBPipeline(tiny_unet(out=1), FlowMatchEulerDiscreteScheduler(num_train_timesteps=100)))
+    steps = walk(pipe).trajectory
+    for k in range(3):
+        output = pipe.network(steps.states[:, k], steps.timesteps[k].expand(3))
+        assert torch.equal(steps.log_prob(steps.reverse, output, k), steps.log_probs[:, k])
 
 
 def test_the_states_are_what_the_scheduler_drew(monkeypatch):

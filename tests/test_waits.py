@@ -262,6 +262,17 @@ def test_one_graph_serves_all_steps():
     assert bool(compiled(torch.tensor(1))[0].isnan().all())  # no step of this chain
 
 
+def test_a_compiled_step_tells_what_it_drew_from():
+    """Its output is the eager one's, distribution and all."""
+    torch.compiler.reset()
+    scheduler = DDPMVLBScheduler(T, variance_type="learned_range")
+    sample, output, t = randn(*SHAPE), randn(B, 6, 4, 4, seed=1), torch.tensor(7)
+    expected = scheduler.step(output, t, sample).distribution
+    compiled = torch.compile(scheduler.step, fullgraph=True, backend="eager")
+    own = compiled(output, t, sample).distribution
+    assert torch.equal(own.mean, expected.mean) and torch.equal(own.log_variance, expected.log_variance)
+
+
 def test_a_step_is_called_once_before_it_is_compiled():
     """Its tables are made by an eager call; without one the error says so."""
     torch.compiler.reset()

@@ -46,7 +46,7 @@ class DDPMVLBSchedulerOutput(DDPMSchedulerOutput):
             given: its model output, timestep and sample.
         """
         output = cls(prev_sample, x_0)
-        output._step = walk, given
+        object.__setattr__(output, "_step", (walk, given))  # the parent's looks among the keys each time
         return output
 
     @property
