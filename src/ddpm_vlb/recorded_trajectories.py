@@ -14,10 +14,9 @@ from .step_log_probs import Trajectory, step_log_prob
 
 @dataclass
 class DDPMVLBPipelineOutput(ImagePipelineOutput):
-    """The images, as stock's pipelines give them, and the way to them.
+    """The `images`, as stock's pipelines give them and `output_type` says, and the way to them.
 
     Args:
-        images: as `output_type` says.
         trajectory: of all images; None where it was not asked for.
     """
 

@@ -30,9 +30,7 @@ class _Tables(NamedTuple):
 class DDPMVLBSchedulerOutput(DDPMSchedulerOutput):
     """What a step gives: stock's output, which also tells what `prev_sample` was drawn from.
 
-    Args:
-        prev_sample: x_{t-1}, (B, C, *).
-        pred_original_sample: x_0_hat, (B, C, *).
+    Its fields are stock's, `prev_sample` x_{t-1} and `pred_original_sample` x_0_hat, (B, C, *).
     """
 
     @classmethod
