@@ -33,6 +33,7 @@ ORDER = (
     "checks",
     "path_configurations",
     "gaussian_paths",
+    "path_losses",
     "losses",
     "gaussian_model",
     "timestep_samplers",
