@@ -89,7 +89,6 @@ def _some(train: Images) -> Tensor:
 def _of_the_main_process(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
     """What one process has measured, for all: another machine's rounding would part them."""
 
-
     def measured() -> Any:
         return make() if accelerator.is_main_process else None
 
@@ -106,6 +105,20 @@ def chain_network(path: GaussianPath | None, network: torch.nn.Module) -> Callab
     if path is not None:
         return path.network(network)
     return lambda x_t, timesteps: network(x_t, timesteps).sample
+
+
+def path_record(stock: Any, path: GaussianPath | None) -> dict[str, Any]:
+    """What metrics.json says of a path; nothing of a chain of betas.
+
+    Args:
+        stock: the scheduler that is saved.
+        path: its path.
+    """
+    if path is None:
+        return {}
+    own = {name: stock.config[name] for name in ("sigma_data",) if name in stock.config}
+    told = {"scheduler": type(stock).__name__, "ratios": path.ratios[[0, -1]].tolist(), "steps": len(path)}
+    return {"path": {**told, **own}}
 
 
 def drawn_sigmas(args: argparse.Namespace, path: GaussianPath) -> Tensor:

@@ -25,7 +25,14 @@ from ddpm_vlb.training.average import build_average, full, is_sharded
 from ddpm_vlb.training.checkpoints import Checkpoints, Progress
 from ddpm_vlb.training.global_batches import GlobalBatches, Noise
 from ddpm_vlb.training.kept_pilot import KeptPilot
-from ddpm_vlb.training.paths import build_path, build_sampler, chain_network, measured_sigma_data, weights_of_simple
+from ddpm_vlb.training.paths import (
+    build_path,
+    build_sampler,
+    chain_network,
+    measured_sigma_data,
+    path_record,
+    weights_of_simple,
+)
 
 # Options that say what the network's output means.
 CHAIN = (
@@ -155,12 +162,13 @@ def term_weights(args: argparse.Namespace) -> dict[str, float]:
 class Run:
     """What the parts of a training run share, and what a recipe finds on `run`.
 
-    `args`, the options; `accelerator`; `data`, the training, validation and test images; `scheduler`, the chain, and its
-    `reverse` (p; `reverse.forward` is q); `path`, of --path, or None, and `stock`, its scheduler; `sampler` of t;
-    `unet`, `optimizer` and `lr_scheduler`, as Accelerate prepares them; `network`, `unet` as the chain calls it;
-    `simple_weights`, of L_simple at each step; `ema`, the average or None; `batches` and `loader`, which images a step takes; `noise`, of single images;
-    `term_weights`, of the loss's terms by name; `progress.step`, the optimizer steps done; `max_steps`; `checkpoints`;
-    `folder`; `publisher`, of uploads, or None; `stop`, which notes that the run was asked to stop.
+    `args`, the options; `accelerator`; `data`, the training, validation and test images; `scheduler`, the chain, and
+    its `reverse` (p; `reverse.forward` is q); `path`, that of another --path than ddpm, or None, and `stock`, the
+    scheduler that is saved with it; `sampler` of t; `unet`, `optimizer` and `lr_scheduler`, as Accelerate prepares
+    them; `network`, `unet` as the chain calls it; `simple_weights`, of L_simple at each step; `ema`, the average or
+    None; `batches` and `loader`, which images a step takes; `noise`, of single images; `term_weights`, of the loss's
+    terms by name; `progress.step`, the optimizer steps done; `max_steps`; `checkpoints`; `folder`; `publisher`, of
+    uploads, or None; `stop`, which notes that the run was asked to stop.
 
     Args:
         args: the options of `ddpm-vlb train`.
@@ -290,6 +298,7 @@ class Run:
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device),
             },
+            **path_record(self.stock, self.path),
             "data": self.data.record,
             "options": vars(self.args),
             "versions": versions(),
