@@ -1,6 +1,7 @@
 """Training on the paths of flow matching and EDM: the loss is the field's own, and stock samples what it can."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from training_support import check_metrics, only_train, same_weights, tiny, unti
 from ddpm_vlb import DDPMVLBPipeline, spaced_ratios
 from ddpm_vlb.commands import train
 from ddpm_vlb.recipes import train as recipe
+from ddpm_vlb.runtime.staging import stage_result
 
 LEVELS = 256  # of the few images
 STEP = "--max_train_steps 1 --lr_scheduler constant"
@@ -95,6 +97,10 @@ def test_stock_samples_a_flow(tmp_path, few):
     torch.testing.assert_close(ours.path.ratios, spaced_ratios(None, 100.0, 20, LEVELS))
     assert ours.chain.levels == LEVELS and ours.chain.config.variance_type == "fixed_small"
     assert metrics["path"]["scheduler"] == "FlowMatchEulerDiscreteScheduler" and metrics["path"]["steps"] == 20
+    uploaded = tmp_path / "uploaded"
+    uploaded.mkdir()
+    stage_result(tmp_path, "me/flow", metrics, SimpleNamespace(hub_license="mit", hub_include_code=False))(uploaded)
+    assert (uploaded / "chain" / "scheduler_config.json").is_file() and (uploaded / "README.md").is_file()
 
 
 def test_edm_is_scaled_by_the_data(tmp_path, few):
