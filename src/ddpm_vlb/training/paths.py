@@ -107,20 +107,6 @@ def chain_network(path: GaussianPath | None, network: torch.nn.Module) -> Callab
     return lambda x_t, timesteps: network(x_t, timesteps).sample
 
 
-def path_record(stock: Any, path: GaussianPath | None) -> dict[str, Any]:
-    """What metrics.json says of a path; nothing of a chain of betas.
-
-    Args:
-        stock: the scheduler that is saved.
-        path: its path.
-    """
-    if path is None:
-        return {}
-    own = {name: stock.config[name] for name in ("sigma_data",) if name in stock.config}
-    told = {"scheduler": type(stock).__name__, "ratios": path.ratios[[0, -1]].tolist(), "steps": len(path)}
-    return {"path": {**told, **own}}
-
-
 def drawn_sigmas(args: argparse.Namespace, path: GaussianPath) -> Tensor:
     """p_t of the levels of a path in its L_simple, (T,), as the field draws them."""
     return sigma_probabilities(path, "log_normal" if args.path == "edm" else args.sigma_sampling)

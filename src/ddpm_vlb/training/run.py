@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, LossSecondMomentTimesteps
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, LossSecondMomentTimesteps, describe_path
 from ddpm_vlb.runtime.image_data import ImageData
 from ddpm_vlb.runtime.image_sets import Images
 from ddpm_vlb.runtime.launching import main_first
@@ -30,7 +30,6 @@ from ddpm_vlb.training.paths import (
     build_sampler,
     chain_network,
     measured_sigma_data,
-    path_record,
     weights_of_simple,
 )
 
@@ -188,7 +187,8 @@ class Run:
         self.scheduler, self.stock, unet = main_first(
             accelerator, lambda: build_parts(args, data, sigma_data), "train", ValueError, OSError
         )
-        self.path = self.pipeline(unet).path
+        pipeline = self.pipeline(unet)
+        self.path, self._described_path = pipeline.path, describe_path(pipeline)
         self.reverse = self.scheduler.reverse_process(accelerator.device)
         # L_simple's, which takes the mean half alone: L_vlb trains the other one.
         self.of_the_mean = dataclasses.replace(self.reverse, variance_type="fixed_small")
@@ -298,7 +298,7 @@ class Run:
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device),
             },
-            **path_record(self.stock, self.path),
+            **({} if self.path is None else {"path": self._described_path}),
             "data": self.data.record,
             "options": vars(self.args),
             "versions": versions(),
