@@ -40,6 +40,7 @@ ORDER = (
     "pilot",
     "scores",
     "estimation",
+    "ode",
     "respacing",
     "optimal_paths",
     "step_statistics",

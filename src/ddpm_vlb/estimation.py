@@ -19,7 +19,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Conditioning, Model, check_conditioning, check_data, check_model, check_same_chain
+from .checks import (
+    Batch,
+    Conditioning,
+    Model,
+    Told,
+    check_conditioning,
+    check_data,
+    check_model,
+    check_same_chain,
+    checked_batches,
+)
 from .devices import read_later, send
 from .evaluation import image_generator, launch_terms, one_behind, rows_of, values_in_a_call
 from .losses import prior_kl
@@ -42,9 +52,6 @@ SECOND_DRAWS = 64
 """Images that the full loop visits twice, for its noise standard error."""
 FEWEST_DEGREES = 5  # with one, a third of the errors is beyond two of itself
 MIN_DEGREES = 20  # of freedom of the noise standard error; with so many, one error in 17 is beyond two of it
-
-Batch = Tensor | tuple[Tensor, Conditioning]
-"""Images x_0 (B, C, *), or images and the network's further arguments for them."""
 
 
 class _Draws(NamedTuple):
@@ -290,13 +297,11 @@ def estimate_vlb(
 
     Source: the module's list.
     """
-    if isinstance(batches, Tensor):
-        raise ValueError("`batches` must be batches of images, not one tensor: pass `[x_0]`, or `x_0.split(64)`.")
     known = torch.ones(len(reverse.forward)) if pilot is None else pilot
     scorer = VLBEstimator(
         model, reverse, known, calls_per_image, num_replicates, seed, estimator, also, values_per_call
     )
-    first, images = _first(_checked(batches, reverse.levels), estimator == "importance" and pilot is None)
+    first, images = _first(checked_batches(batches, reverse.levels), estimator == "importance" and pilot is None)
     if estimator == "importance":
         count = sum(len(x_0) for x_0, _ in first)
         fitted = _own_pilot(scorer, first) if pilot is None else pilot
@@ -316,18 +321,6 @@ def estimate_vlb(
         if on_images is not None:
             on_images(len(x_0))
     return estimate_from_scores(merge_scores(parts), merge_scores(second) if second else ())
-
-
-Told = tuple[Tensor, dict[str, Tensor]]
-
-
-def _checked(batches: Iterable[Batch], levels: int | None) -> Iterator[Told]:
-    """The batches as pairs, each looked at before a network call is spent on it."""
-    for batch in batches:
-        x_0, conditioning = (batch, None) if isinstance(batch, Tensor) else batch
-        check_data(x_0, levels)
-        check_conditioning(conditioning, len(x_0))
-        yield x_0, dict(conditioning or {})
 
 
 def _first(batches: Iterator[Told], for_pilot: bool) -> tuple[list[Told], Iterator[Told]]:
