@@ -13,6 +13,7 @@ from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vl
 from .model_card import model_card
 from .ode import ODEEstimate, estimate_ode, ode_log_prob
 from .optimal_paths import optimal_paths
+from .path_checkpoints import path_chain
 from .pilot import ControlVariate, Pilot, fit_pilot, pilot_positions
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
 from .repositories import CODE_FILES, forget_origin, write_code
@@ -93,6 +94,7 @@ __all__ = [
     "nats_to_bits_per_dim",
     "ode_log_prob",
     "optimal_paths",
+    "path_chain",
     "pilot_positions",
     "prior_kl",
     "rescale_betas_zero_snr",

@@ -27,6 +27,7 @@ _OF_REVERSE = (
     "thresholding",
     "dynamic_thresholding_ratio",
     "sample_max_value",
+    "decoder_log_variance",
 )
 
 
@@ -81,7 +82,7 @@ class Chains:
         new = Chains.from_config(config)
         steps = new.training.forward.timesteps
         alike = torch.equal(new.forward.betas, self.forward.betas) and len(steps) == len(self.training.forward)
-        of_network = ("prediction_type", "variance_type")
+        of_network = ("prediction_type", "variance_type", "decoder_log_variance")
         alike &= all(getattr(new.training, name) == getattr(self.training, name) for name in of_network)
         if self.store.name is not None and not alike:
             raise ValueError(
@@ -225,7 +226,8 @@ class Chains:
         if path is not None and (shift is not None or len(ascending) < len(process.forward)):
             process = process.respace(ascending, shift if variance == "network" else None)
         if variance != "network":
-            process = replace(process, x_0_mse=self.store.rows(variance, process.forward.timesteps))
+            rows = self.store.rows(variance, process.forward.timesteps)
+            process = replace(process, x_0_mse=rows, decoder_log_variance=None)
             if shift is not None:
                 process = process.respace(range(len(process.forward)), shift)
         return process if eta == 1 else replace(process, eta=eta)

@@ -27,6 +27,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "levels": 256,
     "reverse_variance": "network",
     "few_steps_file": None,
+    "decoder_log_variance": None,
 }
 # Arguments that older files have in the configuration; they are kept in a file of their own (see few_step_store).
 FEW_STEPS = ("optimal_paths", "x_0_mse")
@@ -130,6 +131,9 @@ def check_values(config: Mapping[str, Any]) -> None:
             if not accepts(config[name]):
                 raise ValueError(f"`{name}` must be {kind}, but got {config[name]!r:.80}.")
     whole = {**OWN_DEFAULTS, **config}
+    first = whole["decoder_log_variance"]
+    if first is not None and not _is_number(first):
+        raise ValueError(f"`decoder_log_variance` must be a finite number, or None, but got {first!r:.80}.")
     for name, choices in (("timestep_spacing", TIMESTEP_SPACINGS), ("reverse_variance", VARIANCES)):
         if whole[name] not in choices:
             raise ValueError(f"`{name}` must be one of {list(choices)}, but got {whole[name]!r:.80}.")

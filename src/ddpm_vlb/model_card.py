@@ -59,7 +59,7 @@ def model_card(
     """
     training = training or {}
     check_metrics(training, evaluations)
-    steps = pipeline.scheduler.config.num_train_timesteps
+    steps = pipeline.chain.config.num_train_timesteps
     whole = [own for own in evaluations if len(own["timesteps"]) == steps]
     short = sorted((own for own in evaluations if len(own["timesteps"]) != steps), key=lambda m: len(m["timesteps"]))
     scores = [
@@ -88,13 +88,13 @@ def _shape(pipeline: Any) -> str:
     shape, channels = sample_shape(pipeline.unet), pipeline.unet.config.in_channels
     kind = "images" if shape is None or len(shape) == 3 else "samples"
     size = "any size" if shape is None else "x".join(map(str, shape[1:]))
-    levels = pipeline.scheduler.config.get("levels", 256)
+    levels = pipeline.chain.config.get("levels", 256)
     values = "continuous values" if levels is None else f"{levels} levels"
     return f"{kind} of {size} with {channels} channel{'s' * (channels > 1)} of {values}"
 
 
 def _what(pipeline: Any, scores: Sequence[tuple[Metrics, Metrics]]) -> str:
-    config = pipeline.scheduler.config
+    config = pipeline.chain.config
     kind = "A class-conditional" if is_conditional(pipeline) else "An unconditional"
     predicts, variance_type = _PREDICTS[config.get("prediction_type", "epsilon")], config.get("variance_type")
     kind_of_variance = "learned" if str(variance_type).startswith("learned") else "fixed"
@@ -120,7 +120,7 @@ _PREDICTS = {"epsilon": "the noise", "sample": "the data", "v_prediction": "v"}
 
 
 def _loading(pipeline: Any, name: str, includes_code: bool) -> str:
-    config, image = pipeline.scheduler.config, is_image(sample_shape(pipeline.unet))
+    config, image = pipeline.chain.config, is_image(sample_shape(pipeline.unet))
     steps = config.num_train_timesteps
     latents = not image and config.get("levels", 256) is None
     given = "batch_size=4"
@@ -128,7 +128,7 @@ def _loading(pipeline: Any, name: str, includes_code: bool) -> str:
         given += ", class_labels=0"
     if not image:
         given += ', output_type="latent"' if latents else ', output_type="np"'
-    if "DDPM" not in type(pipeline.scheduler).__name__:
+    if "DDPM" not in type(pipeline.chain).__name__:
         given += f", num_inference_steps={max(1, min(50, steps // 2))}"
     call = f"pipeline({given})"
     # No pipeline hands embeddings of classes to a network.
@@ -180,7 +180,7 @@ pipeline = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, tru
 
 def _stored(pipeline: Any) -> str:
     """What `num_inference_steps` finds in the checkpoint."""
-    numbers = sorted(getattr(pipeline.scheduler, "optimal_paths", {}))
+    numbers = sorted(getattr(pipeline.chain, "optimal_paths", {}))
     if not numbers:
         return ""
     listed = ", ".join(map(str, numbers))
@@ -192,7 +192,7 @@ def _stored(pipeline: Any) -> str:
 
 def _why_not_stock(pipeline: Any) -> str | None:
     """Why stock's DDPMPipeline cannot have this pipeline; None where it can."""
-    variance_type = pipeline.scheduler.config.get("variance_type")
+    variance_type = pipeline.chain.config.get("variance_type")
     if pipeline.portable:
         return None
     if is_conditional(pipeline):
@@ -202,8 +202,8 @@ def _why_not_stock(pipeline: Any) -> str | None:
         return "its `DDPMPipeline` makes images of two dimensions and of a stated size only"
     if variance_type == "learned":
         return 'its `DDPMScheduler` samples `variance_type="learned"` wrongly'
-    if not type(pipeline.scheduler).__name__.startswith(("DDPMVLB", "DDPMScheduler")):
-        return f"its `DDPMPipeline` does not sample every network rightly with `{type(pipeline.scheduler).__name__}`"
+    if not type(pipeline.chain).__name__.startswith(("DDPMVLB", "DDPMScheduler")):
+        return f"its `DDPMPipeline` does not sample every network rightly with `{type(pipeline.chain).__name__}`"
     if pipeline.unet.config.out_channels == 2 * pipeline.unet.config.in_channels and variance_type != "learned_range":
         return f"its `DDPMPipeline` fails on a variance half that `{variance_type}` has no use for"
     return "its `DDPMPipeline` does not sample this network and chain rightly"
@@ -254,7 +254,7 @@ def _versions(training: Metrics, evaluations: Sequence[Metrics]) -> str:
 
 
 def _limitations(pipeline: Any, measured: bool) -> str:
-    levels = pipeline.scheduler.config.get("levels", 256)
+    levels = pipeline.chain.config.get("levels", 256)
     lines = ["- A bound is above the negative log-likelihood itself by a gap that is not known."]
     if levels is None:
         lines.append("- The data is continuous: its bound is one on a density and cannot be compared with bits/dim.")

@@ -90,7 +90,7 @@ def respaced(
     if variance == "network":
         return training.respace(indices, shift)
     p = training.respace(indices)
-    p = dataclasses.replace(p, x_0_mse=errors.at(p.forward.timesteps, variance))
+    p = dataclasses.replace(p, x_0_mse=errors.at(p.forward.timesteps, variance), decoder_log_variance=None)
     return p if shift is None else p.respace(range(len(indices)), shift)
 
 
