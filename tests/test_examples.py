@@ -108,10 +108,11 @@ def test_linear_coder(program):
 
 @runs("flow_matching")
 def test_flow_matching(program, tmp_path):
-    """The best ten steps are better than ten even ones; stock draws from both."""
-    scores = program.main(steps=8, num_test=4, num_fit=32)
+    """The best ten steps are better than ten even ones, and stock diffusers loads what is saved."""
+    scores = program.main(steps=8, num_test=4, num_fit=32, folder="trained")
     assert 0 < scores["the best 10"].bits_per_dim < min(scores["10 even steps"].bits_per_dim, UNIFORM)
-    assert Image.open(tmp_path / "flow_matching.png").size == (320, 128)
+    assert Image.open(tmp_path / "flow_matching.png").size == (320, 192)
+    assert isinstance(DDPMPipeline.from_pretrained(tmp_path / "trained"), DDPMPipeline)
 
 
 @runs("signals_1d")
