@@ -65,7 +65,7 @@ def test_the_levels_probabilities_sum_to_less_than_one():
     assert 0.8 < float((2**-bits).sum()) < 1.0
 
 
-@pytest.mark.parametrize("options", [{}, {"clip_sample": True}])
+@pytest.mark.parametrize("options", [{}, {"clip_sample": True, "clip_sample_range": 0.3}])
 def test_the_estimate_is_equation_4(options):
     """Each image's x_1 is its own generator's first draw; the decoder is that of the bound and clips as it does."""
     reverse = even_chain(0.1, 20, 9, levels=17, **options)
@@ -98,6 +98,15 @@ def test_values_do_not_depend_on_the_batches():
     torch.testing.assert_close(apart.per_image, together.per_image, rtol=1e-10, atol=1e-10)
     other = estimate_ode(network, reverse, [(x_0, {"scale": scale})], seed=1)
     assert float((other.per_image - together.per_image).abs().min()) > 0
+
+
+def test_float32_is_enough():
+    """The same draws give the same values to five digits."""
+    reverse = even_chain(0.1, 20, 9, levels=17)
+    network, x_0 = ExactNetwork(reverse), on_levels(6)
+    exact = estimate_ode(network, reverse, [x_0])
+    single = estimate_ode(network, reverse.to(dtype=torch.float32), [x_0.float()])
+    torch.testing.assert_close(single.per_image, exact.per_image, rtol=1e-5, atol=1e-5)
 
 
 # --- its errors

@@ -22,6 +22,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from networks import tiny_unet
+from path_networks import KINDS, RATIOS, rewritten
 
 from ddpm_vlb import DDPMVLBScheduler, GaussianPath, evaluate_vlb, spaced_ratios
 
@@ -117,66 +118,7 @@ def test_without_ratios_the_grid_is_stock_s(name):
     assert len(path) == len(sigmas)
 
 
-def epsilon(x, t):
-    """An epsilon network of the VP chain, told log r."""
-    return (x * (0.8 + 0.02 * t.reshape(-1, 1, 1, 1))).tanh()
-
-
-RATIOS = spaced_ratios(0.05, 60.0, 9)
-
-
-def rewritten(kind: str):
-    """The same network, as a network of each path: (path, model)."""
-
-    def vp(x, r):
-        r = r.reshape(-1, 1, 1, 1)
-        n = (1 + r**2).sqrt()
-        e = epsilon(x, r.flatten().log())
-        return n, r, e, n * x - r * e  # and x_0_hat
-
-    def flow(x, t):
-        r = t / 1000 / (1 - t / 1000)
-        n, r, e, x_0 = vp(x * ((1 + r) / (1 + r**2).sqrt()).reshape(-1, 1, 1, 1), r)
-        return e - x_0
-
-    def karras(sigma_of, sd, sign):
-        def model(seen, t):
-            r = sigma_of(t)
-            x = seen * (r**2 + sd**2).sqrt().reshape(-1, 1, 1, 1)
-            n, r, _, x_0 = vp(x / (1 + r**2).sqrt().reshape(-1, 1, 1, 1), r)
-            scale = (r**2 + sd**2).rsqrt()
-            return sign * (x_0 - sd**2 * scale**2 * x) / (r * sd * scale)
-
-        return model
-
-    def v(x, t):
-        n, r, e, x_0 = vp(x, RATIOS[t.round().long()])
-        return (e - r * x_0) / n
-
-    def ve(x, t):  # told sigma itself, its input not scaled: a path of the user's own
-        n, r, e, _ = vp(x / (1 + t**2).sqrt().reshape(-1, 1, 1, 1), t)
-        return e
-
-    one = torch.ones_like(RATIOS)
-    abar = 1 / (1 + RATIOS**2)
-    return {
-        "epsilon": lambda: (GaussianPath.ddpm(abar, RATIOS), lambda x, t: epsilon(x, RATIOS[t.round().long()].log())),
-        "v": lambda: (GaussianPath.ddpm(abar, RATIOS, "v_prediction"), v),
-        "ve": lambda: (GaussianPath(one, RATIOS, RATIOS, one, one, -RATIOS), ve),
-        "flow": lambda: (GaussianPath.flow(RATIOS / (1 + RATIOS)), flow),
-        "edm": lambda: (GaussianPath.edm(RATIOS, 0.5), karras(lambda t: (4 * t).exp(), 0.5, 1)),
-        "edm-v": lambda: (
-            GaussianPath.edm(RATIOS, 1.0, "v_prediction"),
-            karras(lambda t: (4 * t).exp(), 1.0, -1),
-        ),
-        "cosine": lambda: (
-            GaussianPath.from_config(STOCK["cosine"], RATIOS),
-            karras(lambda t: (t * math.pi / 2).tan(), 1.0, -1),
-        ),
-    }[kind]()
-
-
-@pytest.mark.parametrize("kind", ["v", "ve", "flow", "edm", "edm-v", "cosine"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_network_has_one_bound_on_every_path(kind):
     x_0, eps = noise(2).clamp(-1, 1), noise(18, 3).reshape(9, 2, *SHAPE)
     terms = []

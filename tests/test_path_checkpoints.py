@@ -2,13 +2,18 @@
 
 import json
 import logging
+import re
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     CosineDPMSolverMultistepScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -25,8 +30,10 @@ from ddpm_vlb import (
     GaussianPath,
     SquaredErrors,
     StoredPath,
+    model_card,
     path_chain,
     spaced_ratios,
+    stock_sigmas,
 )
 from ddpm_vlb.path_checkpoints import ratios_of
 
@@ -209,3 +216,67 @@ def test_a_chain_that_cannot_be_asked_for_is_told_of(hub, tmp_path, said):
     DiffusionPipeline.from_pretrained("tester/flow", cache_dir=tmp_path)
     DDPMVLBPipeline.from_pretrained("tester/flow", cache_dir=tmp_path, local_files_only=True)
     assert "whether it has a chain/ is not in the cache" in said.text
+
+
+HONOURED = {
+    "flow": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "unipc": lambda: UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0),
+    "svd": lambda: EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+}
+
+
+@pytest.mark.parametrize("name", HONOURED)
+def test_stock_visits_the_steps_by_its_sigmas(name):
+    """Given to stock's class, they are the path's levels again, and the network is told the path's times."""
+    scheduler, steps = HONOURED[name](), [39, 20, 5, 0]
+    pipe = DDPMVLBPipeline(tiny_unet(out=1), scheduler)
+    pipe.chain = path_chain(scheduler, 17, RATIOS)
+    scheduler.set_timesteps(sigmas=np.array(stock_sigmas(pipe, steps)))
+    assert torch.allclose(scheduler.sigmas[:4].double(), pipe.path.sigma[steps], rtol=1e-5, atol=0)
+    assert float(scheduler.sigmas[-1]) == 0 and len(scheduler.timesteps) == 4
+    truncated = name == "unipc"
+    assert torch.allclose(
+        scheduler.timesteps.double(), pipe.path.timesteps[steps], rtol=1e-5, atol=1.0 if truncated else 0
+    )
+
+
+def test_no_sigmas_where_stock_takes_none():
+    """EDM's class takes ramp positions, Heun's nothing, and Karras' sigmas are made anew of what is given."""
+    others = [SCHEDULERS["edm"](), SCHEDULERS["heun"](), FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)]
+    assert [stock_sigmas(DDPMVLBPipeline(tiny_unet(out=1), own), [5, 0]) for own in others] == [None] * 3
+
+
+def test_a_transformer_is_the_network(tmp_path):
+    """Of DiTPipeline's folder it and the scheduler are read, for paths and for chains of betas."""
+    vae = AutoencoderKL(latent_channels=2, norm_num_groups=2, block_out_channels=(4,))
+    for scheduler, kind in (
+        (SCHEDULERS["flow"](), FlowMatchEulerDiscreteScheduler),
+        (DDPMScheduler(), DDPMVLBScheduler),
+    ):
+        DiTPipeline(tiny_dit(), vae, scheduler).save_pretrained(tmp_path)
+        pipe = DDPMVLBPipeline.from_pretrained(tmp_path)
+        assert type(pipe.scheduler) is kind and type(pipe.unet) is DiTTransformer2DModel
+        assert all(torch.equal(*pair) for pair in zip(pipe.unet.parameters(), tiny_dit().parameters()))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for bad in (["os", "system"], ["diffusers", "UNet2DConditionOutput"], ["diffusers", "DDPMScheduler"]):
+        (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer": bad}))
+        with pytest.raises(ValueError, match="transformer|system"):
+            DDPMVLBPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["flow", "unipc", "edm", "svd"])
+def test_the_card_s_code_of_stock_runs(name, tmp_path):
+    """By the sigmas of a stored chain where stock takes them; the card says which chain the number is of."""
+    pipe = pipe_of(name)
+    pipe.chain.store_few_steps([StoredPath((39, 20, 0), "network", 0.0)])
+    pipe.save_pretrained(tmp_path)
+    card = str(model_card(pipe, str(tmp_path)))
+    assert (
+        "a chain with fixed variance (`fixed_small`), of 40 steps with noise-to-signal ratios from 0.05 to 100" in card
+    )
+    stock = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[name != "flow"]
+    assert ("sigmas=np" in stock) == (name != "edm") == ("sampled by ddpm-vlb alone" not in card)
+    names: dict = {}
+    exec(stock, names)
+    assert names["x"].shape == (4, 1, 8, 8) and names["x"].isfinite().all()
+    assert len(names["scheduler"].timesteps) == (50 if name == "edm" else 3)

@@ -176,6 +176,15 @@ def portable_values(values: dict[str, Any]) -> dict[str, Any]:
     return kept | {"_use_default_values": sorted(unset)} if unset else kept
 
 
+def network_parts(index: dict[str, Any]) -> tuple[str, str]:
+    """The names of the network and the scheduler in a model_index.json: a DiT's network is its transformer.
+
+    Args:
+        index: its content.
+    """
+    return ("transformer" if "unet" not in index and "transformer" in index else "unet"), "scheduler"
+
+
 def check_index(index: dict[str, Any]) -> None:
     """Refuse a model_index.json that is no DDPM's, or that names components by anything but identifiers.
 
@@ -187,20 +196,22 @@ def check_index(index: dict[str, Any]) -> None:
     Raises:
         ValueError: such an index.
     """
-    missing = sorted({"unet", "scheduler"} - set(index))
+    needed = network_parts(index)
+    missing = sorted(set(needed) - set(index))
     if missing:
         raise ValueError(f"model_index.json must name the components 'unet' and 'scheduler', but lacks {missing}.")
     for name, entry in index.items():
         if name.startswith("_"):
             continue
         pair = isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
-        if name in ("unet", "scheduler") and not pair:
+        if name in needed and not pair:
             raise ValueError(f"model_index.json must give `{name}` as [library, class], but gives {entry!r:.80}.")
         names = [name, *entry] if pair else [name]
         bad = [own for own in names if not _IDENTIFIER.fullmatch(own)]
         if bad:
             raise ValueError(f"model_index.json must name components by identifiers, but holds {bad[0]!r:.80}.")
-        if pair and name not in ("unet", "scheduler"):
+        # A DiT's autoencoder is left aside: what is scored and sampled are its latents.
+        if pair and name not in (*needed, *(["vae"] if "transformer" in needed else [])):
             raise ValueError(
                 f"model_index.json must name 'unet' and 'scheduler' only, but names {name!r:.80} too, as another kind "
                 "of pipeline. Load its parts, and make a DDPMVLBPipeline of its network and scheduler."
@@ -218,7 +229,7 @@ def check_no_code(index: dict[str, Any], folder: Path) -> None:
         ValueError: such an index.
     """
     wanted = [index["_class_name"]] if isinstance(index.get("_class_name"), (list, tuple)) else []
-    for name in ("unet", "scheduler"):
+    for name in network_parts(index):
         library = index[name][0]
         known = library in ("diffusers", "transformers") or library in sys.modules or hasattr(pipelines, library)
         if not known or (folder / name / f"{library}.py").exists():

@@ -23,6 +23,7 @@ from .card_results import (
     markdown_table,
     unit,
 )
+from .path_checkpoints import describe_path, stock_sigmas
 from .sample_shapes import is_image, sample_shape
 
 # Not on a line of its own: diffusers takes such a line in code from the Hub for an import of this module.
@@ -80,7 +81,10 @@ def model_card(
         _versions(training, evaluations),
         _limitations(pipeline, bool(scores or short)),
     ]
-    metadata = hub_metadata(pipeline, name, scores, training.get("data", {}), license)
+    metadata, path = hub_metadata(pipeline, name, scores, training.get("data", {}), license), describe_path(pipeline)
+    if path is not None:
+        kind = path["kind"].split(",")[0].lower().replace(" ", "-")
+        metadata.tags = [kind if tag == "ddpm" else tag for tag in metadata.tags or []]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -95,23 +99,31 @@ def _shape(pipeline: Any) -> str:
 
 def _what(pipeline: Any, scores: Sequence[tuple[Metrics, Metrics]]) -> str:
     config = pipeline.chain.config
-    kind = "A class-conditional" if is_conditional(pipeline) else "An unconditional"
+    kind, path = "A class-conditional" if is_conditional(pipeline) else "An unconditional", describe_path(pipeline)
     predicts, variance_type = _PREDICTS[config.get("prediction_type", "epsilon")], config.get("variance_type")
     kind_of_variance = "learned" if str(variance_type).startswith("learned") else "fixed"
     variance = f"with {kind_of_variance} variance (`{variance_type}`), " if variance_type else ""
     parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
-    lines = [
-        f"{kind} denoising diffusion model (DDPM) of {_shape(pipeline)}: a "
-        f"`{type(pipeline.unet).__name__}` of {parameters / 1e6:.2f} M parameters that predicts "
-        f"{predicts}, {variance}over {config.num_train_timesteps} steps. Made with ddpm-vlb, a likelihood toolkit for "
-        "🤗 diffusers."
-    ]
+    network = f"a `{type(pipeline.unet).__name__}` of {parameters / 1e6:.2f} M parameters"
+    made = "Made with ddpm-vlb, a likelihood toolkit for 🤗 diffusers."
+    if path is None:
+        lines = [
+            f"{kind} denoising diffusion model (DDPM) of {_shape(pipeline)}: {network} that predicts {predicts}, "
+            f"{variance}over {config.num_train_timesteps} steps. {made}"
+        ]
+    else:
+        low, high = path["ratios"]
+        lines = [
+            f"{kind} model of {path['kind']} (`{path['scheduler']}`) of {_shape(pipeline)}: {network}. {made} It is "
+            f"scored, and sampled by ddpm-vlb, as a chain {variance}of {path['steps']} steps with noise-to-signal "
+            f"ratios from {low:.4g} to {high:.4g}."
+        ]
     if scores:
-        score, data = scores[0]
+        (score, data), whose = scores[0], "its" if path is None else "that chain's"
         lines.append(
             f"**{bound(score)} {unit(score)}** on {score['num_images']} images of {in_words(data)}, "
-            f"{score['network_calls_per_image']} network calls each. This is its variational bound, an upper bound on "
-            "the negative log-likelihood of the data: lower is better."
+            f"{score['network_calls_per_image']} network calls each. This is {whose} variational bound, an upper "
+            "bound on the negative log-likelihood of the data: lower is better."
         )
     return "\n\n".join(lines)
 
@@ -154,13 +166,18 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({name})
 images = {stock_call}.images
 ```"""
-    why = _why_not_stock(pipeline)
-    if why:
+    why, path = _why_not_stock(pipeline), describe_path(pipeline)
+    if path is not None:
+        stock = _stock_path(pipeline, name)
+    elif why:
         stock = f"With 🤗 diffusers alone `DiffusionPipeline.from_pretrained` does not load this repository: {why}."
     elif latents:
         stock = (
             "With 🤗 diffusers alone it loads, but its `DDPMPipeline` clamps what it samples, which spoils latents."
         )
+    # The loader of diffusers reads what model_index.json names, which the chain is not.
+    load = f'\npipeline.chain = type(pipeline.chain).from_pretrained({name}, subfolder="chain")'
+    own_chain = load if path is not None and path["stored"] else ""
     code = f"""\
 Without installing ddpm-vlb, from the code that this repository carries. Read it first: `trust_remote_code=True` runs
 it.
@@ -168,7 +185,7 @@ it.
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, trust_remote_code=True){drawn}
+pipeline = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, trust_remote_code=True){own_chain}{drawn}
 ```"""
     if not includes_code:
         code = (
@@ -176,6 +193,45 @@ pipeline = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, tru
             f"`custom_pipeline={name}, trust_remote_code=True` could run."
         )
     return "\n\n".join(["## How to load it", *([ours, stock] if why or latents else [stock, ours]), code])
+
+
+def _stock_path(pipeline: Any, name: str) -> str:
+    """How stock alone samples a network of a Gaussian path, and by which sigmas."""
+    shape = sample_shape(pipeline.unet)
+    network, scheduler = type(pipeline.unet).__name__, type(pipeline.scheduler).__name__
+    if shape is None:
+        return "With 🤗 diffusers alone its `unet` and its `scheduler` load by their own classes."
+    stored = [own.timesteps for own in pipeline.chain.optimal_paths.values()]
+    sigmas = [rows for rows in (stock_sigmas(pipeline, own) for own in stored) if rows]
+    steps = f"sigmas=np.array({[float(f'{own:.6g}') for own in sigmas[0]]})" if sigmas else "50"
+    if pipeline.scheduler.config.get("use_dynamic_shifting"):
+        steps = "50, mu=1.0"
+    labels = "" if pipeline.num_classes is None else ", class_labels=torch.zeros(4, dtype=torch.long)"
+    learned = pipeline.unet.config.out_channels == 2 * shape[0]
+    scaled = "scheduler.scale_model_input(x, t)" if hasattr(pipeline.scheduler, "scale_model_input") else "x"
+    first = " * scheduler.init_noise_sigma" if hasattr(pipeline.scheduler, "init_noise_sigma") else ""
+    told = "t" if pipeline.num_classes is None else "t.expand(4)"
+    said = " `DiffusionPipeline.from_pretrained` gives a `DDPMPipeline` that does so too." if pipeline.portable else ""
+    if sigmas:
+        said += " These sigmas are the levels of the stored chain of fewest steps, which stock walks in its own way."
+    elif stored:
+        said += " It takes no sigmas as they are: the stored chains are sampled by ddpm-vlb alone."
+    return f"""\
+With 🤗 diffusers alone, by the scheduler that it was made for.{said}
+
+```python
+{"import numpy as np" + chr(10) if sigmas else ""}import torch
+from diffusers import {network}, {scheduler}
+
+unet = {network}.from_pretrained({name}, subfolder="unet")
+scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")
+scheduler.set_timesteps({steps})
+x = torch.randn(4, {", ".join(map(str, shape))}){first}
+for t in scheduler.timesteps:
+    with torch.no_grad():
+        output = unet({scaled}, {told}{labels}).sample{"[:, : x.shape[1]]" if learned else ""}
+    x = scheduler.step(output, t, x).prev_sample
+```"""
 
 
 def _stored(pipeline: Any) -> str:

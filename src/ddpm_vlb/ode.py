@@ -102,14 +102,10 @@ def ode_log_prob(
     check_conditioning(conditioning, len(x_1))
     _check_probes(probes)
     source = x_1.device if generator is None else generator.device
-
-    def draw() -> Tensor:
-        shape = (probes or 0, *x_1.shape)
-        return torch.randint(0, 2, shape, generator=generator, device=source, dtype=torch.int8)
-
+    draw = None if probes is None else lambda: _bits((probes, *x_1.shape), generator, source)
     told = {name: send(rows, reverse.forward.betas.device) for name, rows in (conditioning or {}).items()}
     x_1 = send(x_1.detach(), reverse.forward.betas.device)
-    return _launch(model, reverse, x_1, None if probes is None else draw, told, range(len(x_1)))()
+    return _launch(model, reverse, x_1, draw, told, range(len(x_1)))()
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,6 +201,11 @@ def _check_probes(probes: int | None) -> None:
         )
 
 
+def _bits(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
+    """Signs as 0 and 1, a byte each on their way to the device."""
+    return torch.randint(0, 2, shape, generator=generator, device=device, dtype=torch.int8)
+
+
 def _launch_bits(
     model: Model,
     reverse: ReverseProcess,
@@ -220,15 +221,12 @@ def _launch_bits(
     noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators]).to(x_0.dtype)
     log_variance = math.log(-math.expm1(float(forward.log_alphas_cumprod[0])))
     log_q = -0.5 * (noise.double().square().flatten(1).sum(1) + dims * (LOG_2PI + log_variance))
-
-    def draw() -> Tensor:
-        shape = probes or 0, *x_0.shape[1:]
-        return torch.stack([torch.randint(0, 2, shape, generator=g, dtype=torch.int8) for g in generators], dim=1)
-
+    each = None if probes is None else (probes, *x_0.shape[1:])
+    draw = None if each is None else lambda: torch.stack([_bits(each, g) for g in generators], dim=1)
     first = torch.zeros(len(x_0), dtype=torch.int64)
     diffused = forward.diffuse(*(send(own, device) for own in (x_0.detach(), first, noise)))
     told = {name: send(rows, device) for name, rows in conditioning.items()}
-    read = _launch(model, reverse, diffused.x_t, None if probes is None else draw, told, positions, diffused)
+    read = _launch(model, reverse, diffused.x_t, draw, told, positions, diffused)
     return lambda: nats_to_bits_per_dim(log_q - read(), dims)
 
 
@@ -253,14 +251,14 @@ def _launch(
     come = read_later(torch.cat([ends[None], walk.sums, walk.traces.flatten(0, 1)]))
 
     def read() -> Tensor:
-        ends, *rest = come().double().split([1, len(walk.sums), walk.traces[..., 0].numel()])
-        sums, traces = rest[0], rest[1].reshape(len(rest[0]), -1, batch)
+        stages = len(levels.stages)
+        ends, sums, traces = come().double().tensor_split([1, 1 + stages])
+        traces = traces.reshape(stages, -1, batch)
         _check_finite(reverse, levels, sums, traces, images)
         if draw is None:
             traces = traces.sum(1, keepdim=True)
-        divergence = (
-            dims * levels.of_x[levels.stages, None, None] + levels.of_output[levels.stages, None, None] * traces
-        )
+        of_x, of_output = (table[levels.stages, None, None] for table in (levels.of_x, levels.of_output))
+        divergence = dims * of_x + of_output * traces
         log_prob = ends - 0.5 * dims * LOG_2PI + torch.tensordot(levels.weights, divergence, 1)
         if not bool(log_prob.isfinite().all()):
             image = images[int((~log_prob.isfinite()).nonzero()[0, 1])]

@@ -6,6 +6,7 @@ of the data, the variance, and few steps, is a `DDPMVLBScheduler` of its own, in
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from .gaussian_paths import GaussianPath, spaced_ratios
-from .path_configurations import DISTILLED_SCHEDULERS, is_path, read_path
+from .path_configurations import is_path, read_path
 from .scheduling_ddpm_vlb import DDPMVLBScheduler
 
 logger = logging.get_logger(DiffusionPipeline.__module__)
 CHAIN_FOLDER = "chain"
 CHAIN_STEPS, CHAIN_HIGH = 1000, 100.0
 _CONFIG = "scheduler_config.json"
+_KINDS = {"flow": "flow matching", "edm": "EDM", "cosine": "EDM, told (2/pi) atan sigma"}
+# Stock's classes that honour `set_timesteps(sigmas=)`, with the key of the shift that they apply to them.
+_SHIFTS = {
+    "FlowMatchEulerDiscreteScheduler": "shift",
+    "UniPCMultistepScheduler": "flow_shift",
+    "EulerDiscreteScheduler": None,
+}
+# What makes another grid of sigmas that are given.
+_REMADE = ("use_dynamic_shifting", "shift_terminal", "use_exponential_sigmas", "use_beta_sigmas", "use_karras_sigmas")
 
 
 def path_chain(
@@ -177,17 +187,44 @@ def save_chain(chain: DDPMVLBScheduler | None, folder: Path) -> None:
         chain.save_pretrained(folder / CHAIN_FOLDER)
 
 
-def describe_path(scheduler: SchedulerMixin, chain: DDPMVLBScheduler) -> dict[str, Any] | None:
-    """What metrics.json and a card say of a network's path: its kind, the ratios, how many steps, and what it is.
+def describe_path(pipeline: Any) -> dict[str, Any] | None:
+    """What metrics.json and the card say of a network's path; None for a chain of betas.
 
     Args:
-        scheduler: of the pipeline.
-        chain: that it is scored on.
+        pipeline: a `DDPMVLBPipeline`.
+
+    Returns:
+        `kind`, the class `scheduler`, `ratios` (the first and the last r of `pipeline.chain`), its number of `steps`,
+        and whether it was `stored` in the checkpoint, or set.
     """
-    name = type(scheduler).__name__
-    told = {"scheduler": name, "distilled": name in DISTILLED_SCHEDULERS}
-    if not is_path(scheduler):
+    if not is_path(pipeline.scheduler):
         return None
-    ratios = ratios_of(chain)
-    kind = {"flow": "flow matching", "edm": "EDM", "cosine": "EDM, told (2/pi) atan sigma"}[read_path(scheduler).kind]
-    return {"kind": kind, **told, "ratios": [float(ratios[0]), float(ratios[-1])], "steps": len(ratios)}
+    ratios = ratios_of(pipeline.chain)
+    return {
+        "kind": _KINDS[read_path(pipeline.scheduler).kind],
+        "scheduler": type(pipeline.scheduler).__name__,
+        "ratios": [float(ratios[0]), float(ratios[-1])],
+        "steps": len(ratios),
+        "stored": pipeline._chain is not None,
+    }
+
+
+def stock_sigmas(pipeline: Any, timesteps: Sequence[int]) -> list[float] | None:
+    """The sigmas by which stock's scheduler visits some steps of the chain, for its `set_timesteps(sigmas=)`.
+
+    Args:
+        pipeline: a `DDPMVLBPipeline`.
+        timesteps: of its chain.
+
+    Returns:
+        falling, for Euler with the 0 that it wants at the end (UniPC wants a numpy array of them); None where stock's
+        class takes none, or makes others of them, so that only `DDPMVLBPipeline` samples these steps.
+    """
+    config, name = pipeline.scheduler.config, type(pipeline.scheduler).__name__
+    if name not in _SHIFTS or not is_path(pipeline.scheduler):
+        return None
+    key = _SHIFTS[name]
+    if key is not None and any(config.get(own) for own in _REMADE):  # Euler leaves what it is given as it is
+        return None
+    sigmas = pipeline.path.sigmas(timesteps, 1.0 if key is None else float(config.get(key) or 1.0))
+    return [*sigmas, 0.0] if name == "EulerDiscreteScheduler" else sigmas

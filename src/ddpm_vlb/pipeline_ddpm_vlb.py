@@ -26,16 +26,25 @@ from diffusers.utils import logging
 from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
 
-from .configurations import check_index, check_no_code, read_config
+from .configurations import check_index, check_no_code, network_parts, read_config
 from .described_chains import check_scheduler
 from .few_step_store import check_image_shape
 from .finite_samples import FiniteSamples
 from .gaussian_paths import GaussianPath
-from .guidance import Guidance, batch_count, check_no_embeddings, classes_of
+from .guidance import Guidance, batch_count, called, check_no_embeddings, classes_of
 from .model_card import model_card
 from .path_checkpoints import check_chain, default_chain, load_chain, path_of, save_chain
 from .path_configurations import is_path
-from .repositories import forget_origin, load_part, local_folder, read_index, weights_of, write_card, write_code
+from .repositories import (
+    forget_origin,
+    load_part,
+    load_parts,
+    local_folder,
+    read_index,
+    weights_of,
+    write_card,
+    write_code,
+)
 from .sample_shapes import check_output_type, given_out, needed_shape, sample_shape
 from .scheduling_ddpm_vlb import _INDEX_IS_OURS, DDPMVLBScheduler
 from .swapped_schedulers import (
@@ -87,7 +96,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
         """Load a pipeline of ours or a stock DDPMPipeline, from a folder or the Hub.
 
         The scheduler is read as ours from the start: stock's class would warn of `levels` on the way. Its file and the
-        network's may lie in the repository's root, as in some of 2022.
+        network's may lie in the repository's root, as in some of 2022. Of a pipeline with a `transformer` (DiT) that
+        and the scheduler are read.
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a Hub repository.
@@ -115,7 +125,12 @@ class DDPMVLBPipeline(DiffusionPipeline):
                 # As the loader says of each component that it reads itself.
                 logger.info(f"Loaded scheduler as DDPMVLBScheduler from {pretrained_model_name_or_path}.")
         with weights_of(pretrained_model_name_or_path, kwargs["use_safetensors"]):
-            pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            if "transformer" in network_parts(index):
+                parts = load_parts(pretrained_model_name_or_path, index, where, kwargs)
+                pipeline = cls(parts["transformer"], parts["scheduler"])
+                pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+            else:
+                pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         chain = load_chain(pretrained_model_name_or_path, where) if is_path(pipeline.scheduler) else None
         if chain is not None:
             pipeline.chain = chain
@@ -282,7 +297,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
             # Only a scheduler with fractional timesteps (Euler, LMS) needs its own tensor back.
             t = timestep if isinstance(timestep, int) else steps[i]
             scaled = scheduler.scale_model_input(image, t).to(self.unet.dtype)
-            output = guidance.output(lambda x, labels: _call(network, x, t, labels), scaled)  # noqa: B023
+            output = guidance.output(lambda x, labels: called(network, x, t, labels), scaled)  # noqa: B023
             finite.note(image, output)
             if output.shape[1] == 2 * len(image[0]) and not takes_variance(scheduler):
                 output = output[:, : len(image[0])]
@@ -383,13 +398,3 @@ class DDPMVLBPipeline(DiffusionPipeline):
         if self.portable:
             index["_class_name"] = "DDPMPipeline"
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-def _call(network: Any, sample: Tensor, timestep: Any, labels: Tensor | None) -> Tensor:
-    """The network's output at one timestep."""
-    if isinstance(timestep, int):  # filled in there: to send a number would wait for the device
-        timesteps = torch.full((len(sample),), timestep, device=sample.device)
-    else:
-        timesteps = timestep.to(sample.device).expand(len(sample))
-    output = network(sample, timesteps) if labels is None else network(sample, timesteps, class_labels=labels)
-    return output if isinstance(output, Tensor) else output.sample

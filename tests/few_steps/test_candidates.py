@@ -1,9 +1,10 @@
 """The chains that are compared, and the one that is stored."""
 
+import torch
 from scoring_support import T
 
-from ddpm_vlb import StoredPath
-from ddpm_vlb.few_steps.candidates import Candidate, chosen
+from ddpm_vlb import GaussianPath, SquaredErrors, StoredPath
+from ddpm_vlb.few_steps.candidates import Candidate, chosen, respaced
 
 
 def test_the_choice():
@@ -20,3 +21,12 @@ def test_the_choice():
     assert chosen(every, "network").variance == "network"
     close = [candidate("per_pixel", 0.5), candidate("analytic", 0.5004), candidate("network", 0.6)]
     assert chosen(close, "auto").variance == "analytic"
+
+
+def test_an_optimal_variance_is_the_decoder_s_too():
+    """Not the decoder that a path gives to fixed variances."""
+    training = GaussianPath.edm([0.1, 1.0, 10.0]).reverse_process()
+    mean = torch.tensor([0.003, 0.2, 0.9], dtype=torch.float64)
+    p = respaced(training, [0, 2], "analytic", SquaredErrors(torch.arange(3), mean))
+    x = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(p(x, x, 0).p.log_variance, torch.full_like(x, 0.003).log())
