@@ -46,7 +46,7 @@ from ddpm_vlb import (
 from ddpm_vlb.few_steps.candidates import optimal_candidates, respaced
 from ddpm_vlb.runtime.image_data import load_image_data
 
-LEVELS, SHAPE = 17, (1, 8, 8)
+LEVELS = 17
 KINDS = ("flow", "edm", "flow vlb", "ddpm")
 FEW = (10, 25, 100)
 Network = UNet2DModel | PathNetwork
@@ -55,17 +55,9 @@ Scheduler = FlowMatchEulerDiscreteScheduler | EDMEulerScheduler | DDPMVLBSchedul
 
 def make_unet(kind: str) -> UNet2DModel:
     """The digits' network; where L_vlb trains it, with a learned variance."""
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1 if kind in ("flow", "edm") else 2,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        add_attention=False,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-    )
+    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, layers_per_block=1)
+    sizes = dict(sample_size=8, in_channels=1, block_out_channels=(32, 64), norm_num_groups=8, add_attention=False)
+    return UNet2DModel(**sizes, **blocks, out_channels=1 if kind in ("flow", "edm") else 2)
 
 
 def chain_of(kind: str, scheduler: Scheduler) -> tuple[ReverseProcess, GaussianPath | None]:
@@ -149,8 +141,9 @@ def network_of(kind: str, seed: int, images: Tensor, steps: int, folder: Path) -
 
 
 def with_errors(process: ReverseProcess, errors: SquaredErrors) -> ReverseProcess:
-    """A chain of all steps with its analytic variance."""
-    return dataclasses.replace(process, x_0_mse=errors.at(process.forward.timesteps, "analytic"))
+    """A chain of all steps with its analytic variance, the decoder's too."""
+    rows = errors.at(process.forward.timesteps, "analytic")
+    return dataclasses.replace(process, x_0_mse=rows, decoder_log_variance=None)
 
 
 class Scorer:
@@ -161,8 +154,6 @@ class Scorer:
         self.reverse, path = chain_of(kind, scheduler)
         self.network = unet if path is None else path.network(unet)
         self.learns = self.reverse.learns_variance
-        # Optimal variances take the decoder's from the errors, too.
-        self.reverse = self.reverse if self.learns else dataclasses.replace(self.reverse, decoder_log_variance=None)
         self.rows: dict[str, float] = {}
 
     def bound(self, process: ReverseProcess, network: Network, images: Tensor, seed: int = 0) -> VLBEstimate:
@@ -195,10 +186,9 @@ class Scorer:
     def stock_grid(self) -> None:
         """The bound on the levels that stock itself trains or samples on."""
         path = GaussianPath.from_config(self.scheduler)
-        process = path.reverse_process(LEVELS, clip_sample=False)
-        network, bare = path.network(self.unet), dataclasses.replace(process, decoder_log_variance=None)
-        errors = self.statistics(bare, network, 64).errors(bare.forward, False)
-        self.rows["stock's own grid"] = self.bound(with_errors(bare, errors), network, self.test).bits_per_dim
+        network, process = path.network(self.unet), path.reverse_process(LEVELS, clip_sample=False)
+        errors = self.statistics(process, network, 64).errors(process.forward, False)
+        self.rows["stock's own grid"] = self.bound(with_errors(process, errors), network, self.test).bits_per_dim
 
     def few_steps(self, clipped: ReverseProcess) -> ReverseProcess:
         """The bounds of few steps; returns the whole chain with its analytic variance."""
@@ -218,10 +208,10 @@ class Scorer:
         decoder = whole.coefficients(0, torch.empty(0, dtype=torch.float64))
         for calls in (64, 8):
             ratios = spaced_ratios(math.sqrt(math.expm1(-root[0])), 100.0, calls // 2 + 1)
-            of_betas = self.kind == "ddpm"
-            path = (
-                GaussianPath.ddpm(root.exp(), ratios) if of_betas else GaussianPath.from_config(self.scheduler, ratios)
-            )
+            if self.kind == "ddpm":
+                path = GaussianPath.ddpm(root.exp(), ratios)
+            else:
+                path = GaussianPath.from_config(self.scheduler, ratios)
             process = path.reverse_process(
                 LEVELS,
                 variance_type=whole.variance_type,
