@@ -160,8 +160,8 @@ class Scorer:
         """Bits/dim: the full loop of few steps, else 20 calls for each image."""
         process, short = process.to(dtype=torch.float32), len(process.forward) <= 25
         pilot = None if short else fit_pilot(network, process, self.train)
-        estimator = "full" if short else "importance"
-        return estimate_vlb(network, process, [images], pilot, seed=seed, estimator=estimator)
+        kind = "full" if short else "importance"
+        return estimate_vlb(network, process, [images], pilot, seed=seed, estimator=kind)
 
     def statistics(self, process: ReverseProcess, network: Network, images: int) -> StepStatistics:
         """Of the network's errors on training images."""
@@ -170,12 +170,11 @@ class Scorer:
 
     def score(self) -> dict[str, float]:
         """The rows of the table."""
-        clipped = dataclasses.replace(self.reverse, clip_sample=True)
-        whole, whole_clipped = self.reverse, clipped
+        whole, whole_clipped = self.reverse, dataclasses.replace(self.reverse, clip_sample=True)
         if not self.learns:
             self.stock_grid()
             whole = with_errors(whole, self.statistics(whole, self.network, 256).errors(whole.forward, False))
-            whole_clipped = self.few_steps(clipped)
+            whole_clipped = self.few_steps(whole_clipped)
         self.rows["1000 steps"] = self.bound(whole, self.network, self.test).bits_per_dim
         self.rows["1000 steps, clipped"] = self.bound(whole_clipped, self.network, self.test).bits_per_dim
         repeats = [self.bound(whole, self.network, self.test[:96], seed).noise_se for seed in range(5)]
@@ -204,8 +203,7 @@ class Scorer:
 
     def ode(self, whole: ReverseProcess) -> None:
         """The likelihood of the ODE, with the decoder of the whole chain, by 64 calls and by too few."""
-        root = whole.forward.log_alphas_cumprod
-        decoder = whole.coefficients(0, torch.empty(0, dtype=torch.float64))
+        root, decoder = whole.forward.log_alphas_cumprod, whole.coefficients(0, torch.empty(0, dtype=torch.float64))
         for calls in (64, 8):
             ratios = spaced_ratios(math.sqrt(math.expm1(-root[0])), 100.0, calls // 2 + 1)
             if self.kind == "ddpm":
@@ -220,8 +218,8 @@ class Scorer:
                 decoder_slope=float(decoder.variance_slope),
             ).to(dtype=torch.float32)
             estimate = estimate_ode(path.network(self.unet), process, [self.test])
-            self.rows[f"ODE, {calls} calls"] = estimate.bits_per_dim
-            self.rows[f"ODE, {calls} calls, probe SE"] = estimate.probe_se
+            name = f"ODE, {calls} calls"
+            self.rows |= {name: estimate.bits_per_dim, f"{name}, probe SE": estimate.probe_se}
 
 
 def main() -> None:
