@@ -15,6 +15,7 @@ from .ode import ODEEstimate, estimate_ode, ode_log_prob
 from .optimal_paths import optimal_paths
 from .path_checkpoints import describe_path, path_chain, stock_sigmas
 from .path_configurations import DISTILLED_SCHEDULERS
+from .path_losses import SIGMA_SAMPLINGS, sigma_probabilities, simple_weights
 from .pilot import ControlVariate, Pilot, fit_pilot, pilot_positions
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
 from .repositories import CODE_FILES, forget_origin, write_code
@@ -44,6 +45,7 @@ __all__ = [
     "MIN_IMAGES",
     "PREDICTION_TYPES",
     "SECOND_DRAWS",
+    "SIGMA_SAMPLINGS",
     "STORED_FILES",
     "TIMESTEP_SPACINGS",
     "VARIANCES",
@@ -101,7 +103,9 @@ __all__ = [
     "pilot_positions",
     "prior_kl",
     "rescale_betas_zero_snr",
+    "sigma_probabilities",
     "simple_loss",
+    "simple_weights",
     "spaced_ratios",
     "spaced_timesteps",
     "spread_knots",

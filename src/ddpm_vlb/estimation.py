@@ -44,7 +44,7 @@ from .scores import (
     estimate_from_scores,
     merge_scores,
 )
-from .timestep_samplers import ImportanceTimesteps
+from .timestep_samplers import ImportanceTimesteps, systematic_points
 
 ESTIMATORS = ("importance", "full")
 """Of `VLBEstimator`: by importance sampling of t, or the loop over all steps."""
@@ -209,12 +209,8 @@ class VLBEstimator:
             return _Draws(t, torch.ones(t.shape, dtype=torch.float64), generators)
         assert self.num_replicates is not None
         each = self.calls_per_image // self.num_replicates
-        t = torch.stack(
-            [
-                torch.stack([self._sampler.sample(each, generator=g)[0] for _ in range(self.num_replicates)])
-                for g in generators
-            ]
-        )
+        points = [systematic_points(each, g) for g in generators for _ in range(self.num_replicates)]
+        t = self._sampler.at(torch.stack(points).reshape(len(positions), self.num_replicates, each))
         return _Draws(t, 1 / (each * self._sampler.probabilities[t]), generators)
 
     def _stream(
@@ -236,11 +232,11 @@ class VLBEstimator:
             for part in torch.arange(len(flat)).split(self._pairs_per_call(x_0)):
                 image = part // each
                 # One draw for each pair: a larger torch.randn is not the smaller ones in a row.
-                noise = torch.stack(
-                    [torch.randn(x_0.shape[1:], generator=draws.generators[i]) for i in image.tolist()]
-                )
+                noise = torch.empty(len(part), *x_0.shape[1:])
+                for own, i in zip(noise, image.tolist(), strict=True):
+                    own.normal_(generator=draws.generators[i])
                 told, t = rows_of(conditioning, image), flat[part]
-                pairs = x_0[image.to(x_0.device)], t, noise.to(x_0.dtype)
+                pairs = x_0.index_select(0, image.to(x_0.device)), t, noise.to(x_0.dtype)
                 read = launch_terms(self.model, (self.reverse, *self.also), *pairs, told, positions[image])
                 if known is not None:  # while the device works
                     deviation, expectation = known[0].at(known[1], image, t, noise)

@@ -309,7 +309,7 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         return sample
 
     def previous_timestep(self, timestep: int | Tensor) -> Tensor:
-        """The timestep that follows `timestep` on the way to the data, -1 after the last.
+        """The timestep that follows `timestep` on the way to the data, -1 after the last; waits for one on a GPU.
 
         Args:
             timestep: a timestep of the current chain.
@@ -323,7 +323,7 @@ class DDPMVLBScheduler(ConfiguredScheduler):
     def _get_variance(
         self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor | None:
-        """A diagnostic with stock's values, which `step` does not use; see `Walk.stock_variance`."""
+        """A diagnostic with stock's values, which `step` does not use and which waits; see `Walk.stock_variance`."""
         name = self.config.variance_type if variance_type is None else variance_type
         return self._walk.stock_variance(t, predicted_variance, name)
 
