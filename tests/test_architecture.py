@@ -40,6 +40,7 @@ ORDER = (
     "pilot",
     "scores",
     "estimation",
+    "validation",
     "respacing",
     "optimal_paths",
     "step_statistics",

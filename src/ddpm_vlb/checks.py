@@ -128,19 +128,20 @@ def check_conditioning(conditioning: Conditioning | None, num_images: int) -> No
             raise ValueError(f"`conditioning[{name!r}]` must have one row for each of {num_images} images, not {got}.")
 
 
-def check_same_chain(reverse: ReverseProcess, also: Sequence[ReverseProcess]) -> None:
+def check_same_chain(reverse: ReverseProcess, also: Sequence[Any]) -> None:
     """Refuse reverse processes of another chain.
 
     Args:
         reverse: one of the chain.
-        also: the others.
+        also: the others; losses among them are of every chain.
 
     Raises:
         ValueError: other timesteps or another schedule.
     """
-    for name in ("timesteps", "log_alphas_cumprod") if also else ():
+    others = [own for own in also if isinstance(own, ReverseProcess)]
+    for name in ("timesteps", "log_alphas_cumprod") if others else ():
         table = getattr(reverse.forward, name).cpu()
-        if any(not torch.equal(getattr(other.forward, name).cpu(), table) for other in also):
+        if any(not torch.equal(getattr(other.forward, name).cpu(), table) for other in others):
             raise ValueError(
                 "`also` must hold reverse processes of the same chain: one network output serves them all."
             )

@@ -24,7 +24,7 @@ from ddpm_vlb import (
     values_in_a_call,
 )
 from ddpm_vlb.runtime.image_sets import Images
-from ddpm_vlb.scoring.checkpoint import described, fingerprint_of
+from ddpm_vlb.scoring.checkpoint import FORMAT, described, fingerprint_of
 from ddpm_vlb.scoring.report import both_clippings
 from ddpm_vlb.scoring.sweep import PartialScores, run_sweep, shared
 from ddpm_vlb.training.run import Run
@@ -127,6 +127,7 @@ class Scoring:
     def key(self, weights: str, positions: Sequence[int]) -> str:
         """A hash over all that the scores of the images at these positions depend on, the same on all processes."""
         content = {
+            "format": FORMAT,
             "weights": weights,
             "data": self.run.data.record,
             "images": [list(positions), self.calls, self.run.args.seed],
