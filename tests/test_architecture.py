@@ -41,6 +41,7 @@ ORDER = (
     "scores",
     "estimation",
     "validation",
+    "ode",
     "respacing",
     "optimal_paths",
     "step_statistics",

@@ -52,6 +52,18 @@ def decoder(arrays, dtype):
     return values, by_mean, by_log_variance
 
 
+def log_masses(arrays, dtype):
+    """Log masses where no gradients are asked for."""
+    values = np.empty(len(arrays["x"]))
+    for levels in np.unique(arrays["levels"]):
+        rows = arrays["levels"] == levels
+        x, mean, log_variance = (
+            torch.tensor(arrays[name][rows], dtype=dtype) for name in ("x", "mean", "log_variance")
+        )
+        values[rows] = DiagonalGaussian(mean, log_variance).discretized_log_prob(x, int(levels))
+    return values
+
+
 def gaussian(mean, log_variance, dtype=torch.float64):
     """A Gaussian from numbers."""
     return DiagonalGaussian(torch.as_tensor(mean, dtype=dtype), torch.as_tensor(log_variance, dtype=dtype))
@@ -92,6 +104,15 @@ def test_gradient_of_log_mass(points, regime, dtype, wrt):
     assert np.isfinite(gradient).all()
     assert (np.abs(gradient - exact) <= np.maximum(1e-3 * np.abs(exact), 1e-2)).all()
     assert (gradient[np.abs(exact) > 1] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_log_mass_without_gradients(points, regime, dtype):
+    """What is scored is what was trained: the same values when no slopes are asked for, to the last digits."""
+    arrays = points[regime]
+    with_slopes, without, rounding = decoder(arrays, dtype)[0], log_masses(arrays, dtype), torch.finfo(dtype).eps
+    np.testing.assert_allclose(without, with_slopes, rtol=8 * rounding, atol=8 * rounding)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -327,6 +348,34 @@ def test_gradients_of_each_bin_by_vmap():
     expected = torch.autograd.grad(total(mean, v), (mean, v))
     for actual, whole in zip(torch.func.vmap(torch.func.grad(total, (0, 1)))(mean, v), expected, strict=True):
         torch.testing.assert_close(actual, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_values_of_each_bin_by_vmap():
+    """Without gradients too, where the batch finds the bins that need a form."""
+    mean = BINS + torch.linspace(-0.7, 0.7, 5, dtype=torch.float64)[:, None]
+    v = torch.linspace(-8, 2, 5, dtype=torch.float64)[:, None].expand_as(mean)
+
+    def log_mass(mean, v):
+        return DiagonalGaussian(mean, v).discretized_log_prob(BINS, 6)
+
+    torch.testing.assert_close(torch.func.vmap(log_mass)(mean, v), log_mass(mean, v), rtol=1e-14, atol=1e-14)
+
+
+def test_dear_forms_are_computed_where_they_hold(monkeypatch):
+    """erfcx, which costs most, only of bins that are wide, far or open; whatever the layout of the data."""
+    x = (torch.arange(2 * 3 * 4 * 4) % 250 - 124).reshape(2, 3, 4, 4).mul(2 / 255).sub(1 / 255)
+    x = x.to(memory_format=torch.channels_last)
+    mean, log_variance = x + 0.003, torch.full((2, 1, 1, 1), -9.0)
+    log_variance[1] = -14
+    with_slopes = DiagonalGaussian(mean.requires_grad_(), log_variance).discretized_log_prob(x).detach()
+    numbers, erfcx = [], torch.special.erfcx
+    monkeypatch.setattr(torch.special, "erfcx", lambda x: numbers.append(x.numel()) or erfcx(x))
+    log_mass = DiagonalGaussian(mean.detach(), log_variance).discretized_log_prob(x)
+    assert numbers == [48, 48]
+    torch.testing.assert_close(log_mass, with_slopes, rtol=1e-6, atol=1e-6)
+    numbers.clear()
+    DiagonalGaussian(mean[:1].detach(), log_variance[:1]).discretized_log_prob(x[:1])
+    assert numbers == []
 
 
 def test_a_second_derivative_of_the_mass_is_refused():

@@ -46,7 +46,7 @@ def per_coefficient(model: GaussianModel, values: Tensor) -> Tensor:
         return values
     *others, last = model.mean.shape[1:]
     grid = values.reshape(*others, last, len(model.mean))[..., : last // 2 + 1, :]
-    return grid.flatten().repeat_interleave(2)
+    return grid.movedim(-1, 0).flatten().repeat_interleave(2)
 
 
 def probe(n: int, shape: tuple[int, ...], seed: int = 1) -> Tensor:

@@ -282,6 +282,31 @@ def test_decoder_is_computed_for_decoder_steps_only(loss, monkeypatch):
     assert not rows
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_terms_without_gradients_are_those_of_training(variance, prediction):
+    """Scoring takes the decoder's rows and the others apart; each row's term is the one that training sees."""
+    for options in ({"clip_sample": False}, {"clip_sample": True, "levels": 17}, {"levels": None}):
+        p = process(prediction, variance, **options)
+        output, diffused = batch(p)
+        for rows in (slice(None), slice(0, 2), slice(2, None)):
+            part = Diffused(*(x[rows] for x in diffused))
+            expected = vlb_term(p, output[rows].requires_grad_(), part).detach()
+            with torch.no_grad():
+                close(vlb_term(p, output[rows].detach(), part), expected, rtol=1e-13)
+
+
+def test_terms_do_not_depend_on_the_batch():
+    """Bit for bit, so that a score does not depend on how images are spread over network calls."""
+    p = process(dtype=torch.float32)
+    output, diffused = batch(p, dtype=torch.float32)
+    with torch.no_grad():
+        whole = vlb_term(p, output, diffused)
+        for i in range(len(STEPS)):
+            row = slice(i, i + 1)
+            assert torch.equal(vlb_term(p, output[row], Diffused(*(x[row] for x in diffused))), whole[row])
+
+
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_continuous_decoder(variance):
     """levels=None scores the first step by the density of p at x_0, for data anywhere on the line."""

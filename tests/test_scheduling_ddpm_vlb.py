@@ -270,6 +270,29 @@ def test_step_is_a_sample_of_the_reverse_process(variance_type, num):
         torch.testing.assert_close(result.pred_original_sample, x_0, rtol=4e-6, atol=4e-6)
 
 
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned", "learned_range"])
+@pytest.mark.parametrize("index", [0, 7])
+def test_a_step_has_the_gradients_of_a_sample(variance_type, index):
+    """A step writes into its own memory only: autograd goes through it, and the tables stay as they were."""
+    ours = DDPMVLBScheduler(num_train_timesteps=20, variance_type=variance_type, clip_sample_range=0.5)
+    p, inputs = (
+        ours.reverse_process(),
+        [randn(0), torch.cat([randn(1)] * (1 + variance_type.startswith("learned")), 1)],
+    )
+
+    def gradients(step):
+        sample, output = (x.clone().requires_grad_() for x in inputs)
+        return torch.autograd.grad(step(sample, output).square().sum(), (sample, output))
+
+    def sampled(sample, output):
+        own = p(output, sample, index).p
+        return own.sample(torch.randn(SHAPE, generator=seeded(2))) if index else own.mean
+
+    for _ in range(2):
+        actual = gradients(lambda x, o: ours.step(o, index, x, generator=seeded(2)).prev_sample)
+        torch.testing.assert_close(actual, gradients(sampled), rtol=1e-6, atol=1e-6)
+
+
 def test_reverse_process_has_the_configuration():
     """The reverse process carries every option of the config, in the dtype asked for; the chain set for sampling
     does not shorten it."""

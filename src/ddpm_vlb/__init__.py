@@ -11,6 +11,7 @@ from .gaussian_model import GaussianModel, covariance_eigenvalues, gaussian_mode
 from .gaussian_paths import GaussianPath, PathNetwork, spaced_ratios
 from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vlb_loss, vlb_term
 from .model_card import model_card
+from .ode import ODEEstimate, estimate_ode, ode_log_prob
 from .optimal_paths import optimal_paths
 from .pilot import ControlVariate, Pilot, fit_pilot, pilot_positions
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
@@ -56,6 +57,7 @@ __all__ = [
     "ImportanceTimesteps",
     "LossSecondMomentTimesteps",
     "LowDiscrepancyTimesteps",
+    "ODEEstimate",
     "PathNetwork",
     "Pilot",
     "Prediction",
@@ -80,6 +82,7 @@ __all__ = [
     "crossfitted_cost",
     "enough_replicates",
     "estimate_from_scores",
+    "estimate_ode",
     "estimate_vlb",
     "evaluate_vlb",
     "fit_pilot",
@@ -91,6 +94,7 @@ __all__ = [
     "merge_scores",
     "model_card",
     "nats_to_bits_per_dim",
+    "ode_log_prob",
     "optimal_paths",
     "pilot_positions",
     "prior_kl",

@@ -47,7 +47,16 @@ def log_bin_mass(
     Source: Ho et al. 2020, eq. 13, with the exact Gaussian CDF.
     """
     x, difference, log_variance = torch.broadcast_tensors(x, difference, log_variance)
-    return _LogBinMass.apply(x, difference, log_variance, half_bin, rounding)[0]
+    if _in_full(difference, log_variance):
+        return _LogBinMass.apply(x, difference, log_variance, half_bin, rounding)[0]
+    return _values(x, difference, log_variance, half_bin, rounding)
+
+
+def _in_full(*inputs: Tensor) -> bool:
+    """Whether slopes are asked for, or finding the bins that need a form would be waited for, or cannot be done."""
+    if torch.compiler.is_compiling() or any(x.device.type != "cpu" or x.requires_grad for x in inputs):
+        return True
+    return torch._C._are_functorch_transforms_active()  # within vmap; torch's public names do not tell
 
 
 class _LogBinMass(torch.autograd.Function):
@@ -59,25 +68,19 @@ class _LogBinMass(torch.autograd.Function):
     def forward(
         x: Tensor, difference: Tensor, log_variance: Tensor, half_bin: float, rounding: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        edge = x.abs() > 1 - half_bin
-        # Outwards: an inner bin's centre lies on the positive side of the mean, an open bin on that of its one edge.
-        sign = torch.where(edge, x, difference).sign()
-        outward = sign * difference
         log_inv_sigma = -0.5 * log_variance
         inv_sigma = torch.exp(log_inv_sigma).clamp(*_RANGE)
-        scale = math.sqrt(0.5) * inv_sigma
-        z, d = outward * scale, half_bin * scale
-        near = _to_edge(outward, half_bin, None if rounding is None else sign * rounding) * scale
-        zd = (2 * d * z).masked_fill(edge, math.inf)
-        e = torch.expm1(-2 * zd)
+        bins = _place(x, difference, inv_sigma, half_bin, rounding)
+        z, d, zd = bins.z, bins.d, bins.zd
         narrow = (d < _NARROW) & (zd < 1)
-        density = _by_density(z, d.square(), zd, log_inv_sigma, inv_sigma, half_bin)
-        wide = _by_edges(near, z + d, e)
+        log_mass, integral = _by_density(z, d, zd, log_inv_sigma, half_bin)
+        density = _Form(log_mass, torch.exp(zd - d.square()), inv_sigma * integral)
+        wide = _by_edges(bins)
         log_mass, over, under = (torch.where(narrow, a, b) for a, b in zip(density, wide, strict=True))
         eta = over / (math.sqrt(math.pi) * under)
-        slope = eta * e
-        by_log_variance = torch.addcmul(slope * near, d, eta + slope, value=2) * -0.5
-        return log_mass, slope * scale * sign, by_log_variance
+        slope = eta * bins.e
+        by_log_variance = torch.addcmul(slope * bins.near, d, eta + slope, value=2) * -0.5
+        return log_mass, slope * bins.scale * bins.sign, by_log_variance
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -107,27 +110,69 @@ class _Form(NamedTuple):
     under: Tensor
 
 
-def _by_density(z: Tensor, dd: Tensor, zd: Tensor, log_inv_sigma: Tensor, inv_sigma: Tensor, half_bin: float) -> _Form:
-    """P = exp(-z^2) / sigma times the integral over the bin of the density's ratio to that at its centre.
+class _Bins(NamedTuple):
+    """The bins in units of sqrt(2) sigma = 1 / scale, mirrored by `sign`: equations 1 to 3; `zd` is 2 z d."""
 
-    `zd` is 2 z d.
+    sign: Tensor
+    scale: Tensor
+    z: Tensor
+    d: Tensor
+    near: Tensor
+    zd: Tensor
+    e: Tensor
+
+
+def _place(x: Tensor, difference: Tensor, inv_sigma: Tensor, half_bin: float, rounding: Tensor | None) -> _Bins:
+    edge = x.abs() > 1 - half_bin
+    # Outwards: an inner bin's centre lies on the positive side of the mean, an open bin on that of its one edge.
+    sign = torch.where(edge, x, difference).sign()
+    outward = sign * difference
+    scale = math.sqrt(0.5) * inv_sigma
+    z, d = outward * scale, half_bin * scale
+    near = _to_edge(outward, half_bin, None if rounding is None else sign * rounding) * scale
+    zd = (2 * d * z).masked_fill(edge, math.inf)
+    return _Bins(sign, scale, z, d, near, zd, torch.expm1(-2 * zd))
+
+
+def _values(x: Tensor, difference: Tensor, log_variance: Tensor, half_bin: float, rounding: Tensor | None) -> Tensor:
+    """Equation 1 alone: the forms of wide bins, which cost most, only where they hold."""
+    shape, rounding = x.shape, None if rounding is None else rounding.flatten()
+    x, difference, log_inv_sigma = x.flatten(), difference.flatten(), -0.5 * log_variance.flatten()
+    inv_sigma = torch.exp(log_inv_sigma).clamp_(*_RANGE)
+    z, d = (math.sqrt(0.5) * difference).mul_(inv_sigma), (math.sqrt(0.5) * half_bin) * inv_sigma
+    zd = (2 * d).mul_(z)
+    narrow = (d < _NARROW).logical_and_(zd.abs() < 1).logical_and_(x.abs() <= 1 - half_bin)
+    log_mass, _ = _by_density(z, d, zd, log_inv_sigma, half_bin)
+    wide = narrow.logical_not_().nonzero()[:, 0]
+    if len(wide):
+        x, difference, inv_sigma = (own.index_select(0, wide) for own in (x, difference, inv_sigma))
+        rounding = None if rounding is None else rounding.index_select(0, wide)
+        bins = _place(x, difference, inv_sigma, half_bin, rounding)
+        log_mass.index_copy_(0, wide, _by_edges(bins).log_mass)
+    return log_mass.reshape(shape)
+
+
+def _by_density(z: Tensor, d: Tensor, zd: Tensor, log_inv_sigma: Tensor, half_bin: float) -> tuple[Tensor, Tensor]:
+    """Log of P = exp(-z^2) / sigma times the integral over the bin of the density's ratio to that at its centre.
+
+    And that integral. The sign of z does not matter.
     """
-    integral = torch.zeros_like(z)
+    dd, integral = d.square(), torch.zeros_like(z)
     for node, weight in _LEGENDRE_6 if z.dtype == torch.float64 else _LEGENDRE_4:
         weight *= 2 * half_bin / math.sqrt(2 * math.pi)
         integral = torch.addcmul(integral, torch.exp(-(node**2) * dd), torch.cosh(node * zd), value=weight)
-    log_mass = torch.log(integral) + torch.addcmul(log_inv_sigma, z, z, value=-1)
-    return _Form(log_mass, torch.exp(zd - dd), inv_sigma * integral)
+    return torch.log(integral) + torch.addcmul(log_inv_sigma, z, z, value=-1), integral
 
 
-def _by_edges(near: Tensor, far: Tensor, e: Tensor) -> _Form:
-    """P of a bin from `near` to `far`: the tail's form where it begins beyond the mean, else the body's.
+def _by_edges(bins: _Bins) -> _Form:
+    """P of a bin with a near and a far edge: the tail's form where it begins beyond the mean, else the body's.
 
     exp(near^2) times the mass beyond an edge is erfcx(near) / 2 for the near one, and (1 + e) erfcx(far) / 2 for the
     far one, which both forms need.
     """
-    beyond = torch.special.erfcx(far.abs())
-    beyond = torch.addcmul(beyond, beyond, e)
+    near = bins.near
+    beyond = torch.special.erfcx((bins.z + bins.d).abs())
+    beyond = torch.addcmul(beyond, beyond, bins.e)
     tail = near >= 0
     half = 0.5 * torch.add(torch.special.erfcx(near.abs()), torch.where(tail, -beyond, beyond))
     exponent = -near.square()

@@ -1,6 +1,6 @@
 """What every loss and every evaluation asks of its input, before a number is made of it that looks plausible."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,12 @@ Model = Callable[..., Any]
 
 Conditioning = Mapping[str, Tensor]
 """Further arguments of the network by name, each with one row for each image: `{"class_labels": labels}`."""
+
+Batch = Tensor | tuple[Tensor, Conditioning]
+"""Images x_0 (B, C, *), or images and the network's further arguments for them."""
+
+Told = tuple[Tensor, dict[str, Tensor]]
+"""Images and the network's further arguments for them, which may be none."""
 
 # What layers that draw in training mode call their share: torch's dropouts, attention, a DiT's labels.
 _SHARES = ("p", "dropout", "dropout_p", "dropout_prob", "drop_prob", "class_dropout_prob")
@@ -49,15 +55,27 @@ def check_data(x_0: Tensor, levels: int | None) -> None:
         ValueError: no images, values that are NaN, infinite or outside [-1, 1], or off the levels by over 1e-5 of the
             range.
     """
-    if not x_0.is_floating_point():
-        raise ValueError(f"`x_0` must be a floating point tensor scaled to [-1, 1], but got {x_0.dtype}.")
-    if x_0.numel() == 0:
-        raise ValueError(f"`x_0` holds no images: its shape is {tuple(x_0.shape)}.")
-    if not bool(x_0.isfinite().all()):
-        raise ValueError("`x_0` holds NaN or infinite values.")
-    if levels is None:
-        return
-    _check_levels(x_0, levels, _tolerance(levels))
+    check_values("x_0", x_0)
+    if levels is not None:
+        _check_levels(x_0, levels, _tolerance(levels))
+
+
+def check_values(name: str, x: Tensor) -> None:
+    """Refuse what is no batch of numbers.
+
+    Args:
+        name: of the argument, for the message.
+        x: images or noised images (B, C, *).
+
+    Raises:
+        ValueError: no images, integers, or values that are NaN or infinite.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"`{name}` must be a floating point tensor scaled to [-1, 1], but got {x.dtype}.")
+    if x.numel() == 0:
+        raise ValueError(f"`{name}` holds no images: its shape is {tuple(x.shape)}.")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"`{name}` holds NaN or infinite values.")
 
 
 def check_trained(x_0: Tensor, levels: int | None, on_levels: bool) -> None:
@@ -126,6 +144,25 @@ def check_conditioning(conditioning: Conditioning | None, num_images: int) -> No
         if not isinstance(rows, Tensor) or rows.ndim == 0 or len(rows) != num_images:
             got = f"the shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
             raise ValueError(f"`conditioning[{name!r}]` must have one row for each of {num_images} images, not {got}.")
+
+
+def checked_batches(batches: Iterable[Batch], levels: int | None) -> Iterator[Told]:
+    """The batches as pairs, each looked at before a network call is spent on it.
+
+    Args:
+        batches: of images, or of pairs of images and conditioning.
+        levels: as in `check_data`.
+
+    Raises:
+        ValueError: one bare tensor, or as `check_data` and `check_conditioning`.
+    """
+    if isinstance(batches, Tensor):
+        raise ValueError("`batches` must be batches of images, not one tensor: pass `[x_0]`, or `x_0.split(64)`.")
+    for batch in batches:
+        x_0, conditioning = (batch, None) if isinstance(batch, Tensor) else batch
+        check_data(x_0, levels)
+        check_conditioning(conditioning, len(x_0))
+        yield x_0, dict(conditioning or {})
 
 
 def check_same_chain(reverse: ReverseProcess, also: Sequence[Any]) -> None:

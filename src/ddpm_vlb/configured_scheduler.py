@@ -21,6 +21,11 @@ def _mark(table: Tensor) -> tuple[int, int]:
     return id(table), 0 if table.is_inference() else table._version
 
 
+def _is_written(table: Tensor, mark: tuple[int, int]) -> bool:
+    """Whether it was written into since; a copy of a scheduler has other tensors, which count their own writes."""
+    return id(table) == mark[0] and not table.is_inference() and table._version != mark[1]
+
+
 class StockTable:
     """One of stock's public tables, which follow from the configuration: it may be moved, not changed."""
 
@@ -130,17 +135,16 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
             self._settle(self._chains_.changed)
         if torch.compiler.is_compiling():  # of tensors that are traced nothing is known
             return
-        if _mark(self._timesteps)[0] == self._steps_mark[0] and _mark(self._timesteps) != self._steps_mark:
+        if _is_written(self._timesteps, self._steps_mark):
             raise ValueError(
                 "`timesteps` was written into, which changes no chain: choose the steps, "
                 "`scheduler.set_timesteps(timesteps=steps)`."
             )
-        marks = {name: (_mark(table), made) for name, (table, made) in self._tables.items()}
-        # A copy of a scheduler has other tensors, which count their own writes.
-        changed = [name for name, (now, made) in marks.items() if now[0] == made[0] and now[1] != made[1]]
-        if changed:
+        for name, marked in self._tables.items():
+            if not _is_written(*marked):
+                continue
             raise ValueError(
-                f"`{changed[0]}` was written into, but what samples and scores follows from the configuration: make "
+                f"`{name}` was written into, but what samples and scores follows from the configuration: make "
                 "the chain that you mean, `DDPMVLBScheduler.from_config(scheduler.config, trained_betas=betas)`."
             )
 

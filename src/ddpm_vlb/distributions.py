@@ -83,7 +83,8 @@ def gaussian_kl(scaled_difference: Tensor, log_variance_ratio: Tensor) -> Tensor
 
     Source: equation 2 above; Kingma & Welling 2014, appendix B, has it for a standard normal second argument.
     """
-    return _GaussianKL.apply(*torch.broadcast_tensors(scaled_difference, log_variance_ratio))
+    d, u = torch.broadcast_tensors(scaled_difference, log_variance_ratio)
+    return _GaussianKL.apply(d, u) if d.requires_grad or u.requires_grad else _GaussianKL.forward(d, u)
 
 
 def _exact_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +137,7 @@ class DiagonalGaussian:
         Args:
             noise: epsilon ~ N(0, I), the shape of `mean`.
         """
-        return torch.addcmul(self.mean, torch.exp(0.5 * self.log_variance), noise)
+        return torch.addcmul(self.mean, (0.5 * self.log_variance).exp_(), noise)
 
     def discretized_log_prob(self, x: Tensor, levels: int = 256) -> Tensor:
         """Exact log mass of the bin around each level of discrete data, in nats per element (equation 3).

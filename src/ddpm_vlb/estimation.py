@@ -19,7 +19,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Conditioning, Model, check_conditioning, check_data, check_model, check_same_chain
+from .checks import (
+    Batch,
+    Conditioning,
+    Model,
+    Told,
+    check_conditioning,
+    check_data,
+    check_model,
+    check_same_chain,
+    checked_batches,
+)
 from .devices import read_later, send
 from .evaluation import (
     MIN_DEGREES,
@@ -45,15 +55,12 @@ from .scores import (
     estimate_from_scores,
     merge_scores,
 )
-from .timestep_samplers import ImportanceTimesteps
+from .timestep_samplers import ImportanceTimesteps, systematic_points
 
 ESTIMATORS = ("importance", "full")
 """Of `VLBEstimator`: by importance sampling of t, or the loop over all steps."""
 SECOND_DRAWS = 64
 """Images that the full loop visits twice, for its noise standard error."""
-
-Batch = Tensor | tuple[Tensor, Conditioning]
-"""Images x_0 (B, C, *), or images and the network's further arguments for them."""
 
 
 class _Draws(NamedTuple):
@@ -226,12 +233,8 @@ class VLBEstimator:
             return _Draws(t, torch.ones(t.shape, dtype=torch.float64), generators)
         assert self.num_replicates is not None
         each = self.calls_per_image // self.num_replicates
-        t = torch.stack(
-            [
-                torch.stack([self._sampler.sample(each, generator=g)[0] for _ in range(self.num_replicates)])
-                for g in generators
-            ]
-        )
+        points = [systematic_points(each, g) for g in generators for _ in range(self.num_replicates)]
+        t = self._sampler.at(torch.stack(points).reshape(len(positions), self.num_replicates, each))
         return _Draws(t, 1 / (each * self._sampler.probabilities[t]), generators)
 
     def _stream(
@@ -253,11 +256,11 @@ class VLBEstimator:
             for part in torch.arange(len(flat)).split(self._pairs_per_call(x_0)):
                 image = part // each
                 # One draw for each pair: a larger torch.randn is not the smaller ones in a row.
-                noise = torch.stack(
-                    [torch.randn(x_0.shape[1:], generator=draws.generators[i]) for i in image.tolist()]
-                )
+                noise = torch.empty(len(part), *x_0.shape[1:])
+                for own, i in zip(noise, image.tolist(), strict=True):
+                    own.normal_(generator=draws.generators[i])
                 told, t = rows_of(conditioning, image), flat[part]
-                pairs = x_0[image.to(x_0.device)], t, noise.to(x_0.dtype)
+                pairs = x_0.index_select(0, image.to(x_0.device)), t, noise.to(x_0.dtype)
                 read = launch_terms(self.model, (self.reverse, *self.also), *pairs, told, positions[image])
                 if known is not None:  # while the device works
                     deviation, expectation = known[0].at(known[1], image, t, noise)
@@ -314,13 +317,11 @@ def estimate_vlb(
 
     Source: the module's list.
     """
-    if isinstance(batches, Tensor):
-        raise ValueError("`batches` must be batches of images, not one tensor: pass `[x_0]`, or `x_0.split(64)`.")
     known = torch.ones(len(reverse.forward)) if pilot is None else pilot
     scorer = VLBEstimator(
         model, reverse, known, calls_per_image, num_replicates, seed, estimator, also, values_per_call
     )
-    first, images = _first(_checked(batches, reverse.levels), estimator == "importance" and pilot is None)
+    first, images = _first(checked_batches(batches, reverse.levels), estimator == "importance" and pilot is None)
     if estimator == "importance":
         count = sum(len(x_0) for x_0, _ in first)
         fitted = _own_pilot(scorer, first) if pilot is None else pilot
@@ -340,18 +341,6 @@ def estimate_vlb(
         if on_images is not None:
             on_images(len(x_0))
     return estimate_from_scores(merge_scores(parts), merge_scores(second) if second else ())
-
-
-Told = tuple[Tensor, dict[str, Tensor]]
-
-
-def _checked(batches: Iterable[Batch], levels: int | None) -> Iterator[Told]:
-    """The batches as pairs, each looked at before a network call is spent on it."""
-    for batch in batches:
-        x_0, conditioning = (batch, None) if isinstance(batch, Tensor) else batch
-        check_data(x_0, levels)
-        check_conditioning(conditioning, len(x_0))
-        yield x_0, dict(conditioning or {})
 
 
 def _first(batches: Iterator[Told], for_pilot: bool) -> tuple[list[Told], Iterator[Told]]:

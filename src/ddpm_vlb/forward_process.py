@@ -74,7 +74,7 @@ def check_timesteps(t: Tensor, num_steps: int) -> None:
     """
     if torch.compiler.is_compiling() or t.device.type != "cpu" or t.numel() == 0:
         return
-    low, high = int(t.min()), int(t.max())
+    low, high = (int(end) for end in t.aminmax())
     if low < 0 or high >= num_steps:
         raise IndexError(f"`t` must lie in 0 .. {num_steps - 1}, but it reaches from {low} to {high}.")
 

@@ -76,7 +76,7 @@ class GaussianModel:
 
     @functools.cached_property
     def _half(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the half of a real spectrum that is no mirror image: the frequencies, their counts, the basis."""
+        """Of the half of a real spectrum that is no mirror image: frequencies, their counts, basis (C, C, H)."""
         *others, last = self.mean.shape[1:] or (1,)
         every = torch.arange(math.prod(others) * last).reshape(*others, last)
         counts = torch.full((*others, last // 2 + 1), 2.0, dtype=torch.float64)
@@ -84,7 +84,8 @@ class GaussianModel:
         if last % 2 == 0:
             counts[..., -1] = 1
         index, counts = every[..., : last // 2 + 1].flatten(), counts.flatten()
-        return index, counts, self.basis[index].conj() * counts.sqrt()[:, None, None]
+        basis = self.basis[index].conj() * counts.sqrt()[:, None, None]
+        return index, counts, basis.permute(1, 2, 0).resolve_conj().contiguous()
 
     def coefficients(self, x: Tensor) -> Tensor:
         """Coefficients in the basis, float64 (B, D); for the stationary model (B, E), real and imaginary parts.
@@ -100,10 +101,9 @@ class GaussianModel:
         x = x if x.ndim > 2 else x[..., None]
         spectrum = torch.fft.rfftn(x, dim=tuple(range(2, x.ndim)), norm="ortho").flatten(2)
         basis = self._half[2]
-        if x.shape[1] == 1:
-            rotated = spectrum[:, 0, :, None] * basis[:, 0]
-        else:
-            rotated = torch.einsum("bch,hcj->bhj", spectrum, basis)
+        rotated = spectrum[:, :1] * basis[0]
+        for channel in range(1, len(basis)):  # faster than a matrix product at each frequency
+            rotated.addcmul_(spectrum[:, channel, None], basis[channel])
         return torch.view_as_real(rotated).flatten(1)
 
     def shrunk(self, num_examples: int) -> "GaussianModel":
@@ -129,8 +129,8 @@ class GaussianModel:
         eigenvalues, counts = self.eigenvalues, torch.ones_like(self.eigenvalues)
         if self.stationary:
             index, often, _ = self._half
-            eigenvalues = eigenvalues.reshape(-1, self.basis.shape[-1])[index].flatten()
-            counts = often.repeat_interleave(self.basis.shape[-1])
+            eigenvalues = eigenvalues.reshape(-1, self.basis.shape[-1])[index].T.flatten()
+            counts = often.repeat(self.basis.shape[-1])
         largest = float(eigenvalues.max())
         floor = max(largest * 1e-6, 1e-30)
         position = (eigenvalues / floor).clamp(min=1).log() / math.log(1e6) * (NUM_GROUPS - 1)

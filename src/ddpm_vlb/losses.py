@@ -15,6 +15,7 @@ cancel at small t. Sources: Ho et al. 2020, eq. 5, 13, 14; Nichol & Dhariwal 202
 
 import math
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -224,25 +225,46 @@ def _term(
     """L_{t-1} or L_0 in nats (equations 3 and 4) from the error of x_0_hat, or of the mean output."""
     if reverse.eta == 0:
         raise ValueError("`eta=0` draws no noise: its steps are points, which have no bound. Score `eta` above 0.")
-    at_first = (diffused.t == 0).to(error.dtype).reshape(c.posterior_log_variance.shape)
-    # The first step's rows take the decoder instead; their KL is kept at 0, lest an overflow make its gradient NaN.
-    keep = 1 - at_first
-    ratio = keep * c.ratio_offset
-    if variance_output is not None:
-        ratio = torch.addcmul(ratio, variance_output, keep * c.variance_slope)
-    scale = keep * c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance)
+    scale = c.x_0_to_mean * torch.exp(-0.5 * c.posterior_log_variance)
     scale = scale if of_x_0 else scale * c.output_to_x_0
-    kl = gaussian_kl(scale * error, ratio).flatten(1).sum(1)
+    kl_of, first = (scale, c.ratio_offset, c.variance_slope), diffused.t == 0
     if torch.compiler.is_compiling() or error.device.type != "cpu":  # finding the rows would be waited for
+        at_first = first.to(error.dtype).reshape(scale.shape)
+        kl = _kl(error, variance_output, *_without(first, kl_of))
         log_prob = _masked_log_prob(reverse, diffused.x_0, error, of_x_0, variance_output, c, at_first)
         return torch.addcmul(kl, at_first.flatten(), log_prob, value=-1)
-    rows = (diffused.t == 0).nonzero()[:, 0]
+    rows = first.nonzero()[:, 0]
     if len(rows) == 0:
-        return kl
+        return _kl(error, variance_output, *kl_of)
+    if torch.is_grad_enabled():  # where gradients have to be added up again, leaving rows out gains nothing
+        kl = _kl(error, variance_output, *_without(first, kl_of))
+    else:
+        others = first.logical_not().nonzero()[:, 0]
+        kl = _kl(*_rows(others, error, variance_output), *(own.index_select(0, others) for own in kl_of))
+        kl = kl.new_empty(len(first)).index_copy_(0, others, kl)
     c = reverse.coefficients(0, error)
-    gap = error[rows] if of_x_0 else c.output_to_x_0 * error[rows]
-    variance_rows = None if variance_output is None else variance_output[rows]
-    return kl.index_put((rows,), -_decoder_log_prob(reverse, diffused.x_0[rows], gap, variance_rows, c))
+    gap, variance_rows = _rows(rows, error, variance_output)
+    gap = gap if of_x_0 else c.output_to_x_0 * gap
+    log_prob = _decoder_log_prob(reverse, diffused.x_0.index_select(0, rows), gap, variance_rows, c)
+    return kl.index_put((rows,), -log_prob)
+
+
+def _without(first: Tensor, kl_of: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """The coefficients of a KL that is 0 in the first step's rows, lest an overflow make its gradient NaN."""
+    return (own.masked_fill(first.reshape(-1, *[1] * (own.ndim - 1)), 0) for own in kl_of)
+
+
+def _rows(rows: Tensor, error: Tensor, variance_output: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows of both: `index_select` copies whole rows, where `error[rows]` goes from number to number."""
+    if variance_output is None:
+        return error.index_select(0, rows), None
+    return error.index_select(0, rows), variance_output.index_select(0, rows)
+
+
+def _kl(error: Tensor, variance_output: Tensor | None, scale: Tensor, offset: Tensor, slope: Tensor) -> Tensor:
+    """Equation 3 from the error and the coefficients of its scaled gap and of u, (B,)."""
+    ratio = offset if variance_output is None else torch.addcmul(offset, variance_output, slope)
+    return gaussian_kl(scale * error, ratio).flatten(1).sum(1)
 
 
 def _masked_log_prob(
@@ -265,9 +287,7 @@ def _decoder_log_prob(
     reverse: ReverseProcess, x_0: Tensor, gap: Tensor, variance_output: Tensor | None, c: Coefficients
 ) -> Tensor:
     """log p(x_0 | x_1) = -L_0; at the first step the mean of p is x_0_hat = x_0 - gap."""
-    log_variance = c.log_variance_offset
-    if variance_output is not None:
-        log_variance = torch.addcmul(log_variance, variance_output, c.variance_slope)
+    log_variance = c.log_variance(variance_output)
     if reverse.levels is None:
         log_prob = DiagonalGaussian(x_0 - gap, log_variance).log_prob(x_0)
     else:

@@ -113,15 +113,16 @@ class ControlVariate:
         """
         noise = noise.detach().cpu().double()
         e = self.gaussian.coefficients(noise)
-        energies, inner = images.energies[image], images.inner[image]
+        z, energies, inner = (own.index_select(0, image) for own in images)
         bias, spread, scale = self.bias[t], self.spread[t], self.scale[t]
         # Weights of each coefficient cost less than sums over each group.
-        per_e = e * spread[:, self.group]
-        per_z = images.coefficients[image].mul_(bias[:, self.group])
-        excess = (per_e * per_e.sub(per_z, alpha=2)).sum(1) - spread.square() @ self.dims
+        group = self.group.expand(len(t), -1)
+        per_e = spread.gather(1, group).mul_(e)
+        per_z = bias.gather(1, group).mul_(z)
+        excess = per_z.mul_(-2).add_(per_e).mul_(per_e).sum(1) - spread.square() @ self.dims
         expected = (bias.square() * energies + spread.square() * self.dims).sum(1) / scale - 1
         count = inner.sum(1)
-        energy = ((noise.flatten(1).square() * inner).sum(1) - count) / (2 * count.clamp(min=1)).sqrt()
+        energy = (inner.mul_(noise.flatten(1)).mul_(noise.flatten(1)).sum(1) - count) / (2 * count.clamp(min=1)).sqrt()
         error = excess / scale
         return torch.stack([error, energy], dim=1), expected
 

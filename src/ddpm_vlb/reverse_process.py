@@ -57,6 +57,17 @@ class Coefficients(NamedTuple):
     ratio_offset: Tensor
     variance_slope: Tensor
 
+    def log_variance(self, variance_output: Tensor | None) -> Tensor:
+        """log sigma_t^2, which may be written into where there is a variance output.
+
+        Args:
+            variance_output: the variance half of the network's output, if there is one.
+        """
+        if variance_output is None:
+            return self.log_variance_offset
+        # In two passes: a single one over one tensor and two numbers is slow on the CPU.
+        return (variance_output * self.variance_slope).add_(self.log_variance_offset)
+
 
 # float32 tells no more levels of [-1, 1] apart.
 MAX_LEVELS = 2**24
@@ -266,14 +277,15 @@ class ReverseProcess:
             TypeError, IndexError: as `gather`.
         """
         if isinstance(t, int):
-            key = t, x_t.dtype
+            known = self._rows.get((t, x_t.dtype))
+            if known is not None:  # a sampler comes back to the same few steps: eight views each time are slow
+                return known
             if not 0 <= t < len(self.forward):
                 raise IndexError(f"`t` must lie in 0 .. {len(self.forward) - 1}, but got {t}.")
-            if key not in self._rows:  # a sampler comes back to the same few steps: eight views each time are slow
-                with torch.inference_mode(False):
-                    row = self._table[t].to(torch.promote_types(x_t.dtype, torch.float32))
-                    self._rows[key] = self._with_dimensions(Coefficients(*row.unbind()), t, x_t)
-            return self._rows[key]
+            with torch.inference_mode(False):
+                row = self._table[t].to(torch.promote_types(x_t.dtype, torch.float32))
+                made = self._rows[t, x_t.dtype] = self._with_dimensions(Coefficients(*row.unbind()), t, x_t)
+            return made
         return self._with_dimensions(Coefficients(*gather(self._table, t, x_t).unbind(t.ndim)), t, x_t)
 
     def _with_dimensions(self, c: Coefficients, t: Tensor | int, x_t: Tensor) -> Coefficients:
@@ -364,13 +376,20 @@ class ReverseProcess:
             ValueError: the output has the wrong number of channels for `variance_type`.
         """
         mean_output, variance_output = self.split(model_output, x_t)
-        x_t = promote_half(x_t)
+        mean, x_0 = self.predict_mean(mean_output, promote_half(x_t), c)
+        log_variance = c.log_variance(variance_output)
+        return Prediction(DiagonalGaussian(mean, log_variance.expand_as(mean)), x_0)
+
+    def predict_mean(self, mean_output: Tensor, x_t: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+        """The mean of p, of which nothing else is kept, and x_0_hat.
+
+        Args:
+            mean_output: as of `predict_x_0`.
+            x_t: likewise.
+            c: likewise.
+        """
         x_0 = self.predict_x_0(mean_output, x_t, c)
-        mean = torch.addcmul(c.x_t_to_mean * x_t, x_0, c.x_0_to_mean)
-        if variance_output is None:
-            return Prediction(DiagonalGaussian(mean, c.log_variance_offset.expand_as(mean)), x_0)
-        log_variance = torch.addcmul(c.log_variance_offset, variance_output, c.variance_slope)
-        return Prediction(DiagonalGaussian(mean, log_variance), x_0)
+        return (c.x_0_to_mean * x_0).addcmul_(x_t, c.x_t_to_mean), x_0
 
     def target(self, diffused: Diffused) -> Tensor:
         """What the mean output should be: the noise, the data x_0, or v = sqrt(abar) noise - sqrt(1 - abar) x_0.

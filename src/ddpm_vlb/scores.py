@@ -141,14 +141,13 @@ class VLBScores:
         unit = 1.0 if self.loss else 1 / (self.dims * math.log(2))
         per_step = self.curve.shape[1] if self.loss else unit  # a loss's terms are T-ths of it
         kl, decoder, prior = self.kl * unit, self.decoder * unit, self.prior * unit
-        per_image, images = kl + decoder + prior, len(self)
-        noise_variance = (self.noise_variance * unit**2).nanmean()  # of one image's estimate
-        spread = per_image.var() - noise_variance if images > 1 else torch.tensor(float("nan"))
+        per_image = kl + decoder + prior
+        noise_se, image_se = standard_errors(per_image, self.noise_variance * unit**2)
         mean, error = _curve(self.curve)
         return VLBEstimate(
             bits_per_dim=float(per_image.mean()),
-            noise_se=float((noise_variance / images).sqrt()),
-            image_se=float((spread.clamp(min=0) / images).sqrt()),
+            noise_se=noise_se,
+            image_se=image_se,
             prior=float(prior.mean()),
             kl=float(kl.mean()),
             decoder=float(decoder.mean()),
@@ -343,6 +342,18 @@ def estimate_from_scores(scores: Scores, second: Scores = ()) -> VLBEstimate:
         scores = tuple(own.with_second_draw(again) for own, again in zip(scores, second))
     first, *others = (own.estimate() for own in scores)
     return replace(first, also=tuple(others))
+
+
+def standard_errors(per_image: Tensor, noise_variance: Tensor) -> tuple[float, float]:
+    """The standard errors of the mean from the draws and from the choice of images (equation 2).
+
+    Args:
+        per_image: each image's estimate, (N,).
+        noise_variance: unbiased estimates of its variance given the image, NaN where unknown, (N,).
+    """
+    images, noise = len(per_image), noise_variance.nanmean()
+    spread = per_image.var() - noise if images > 1 else torch.tensor(float("nan"))
+    return float((noise / images).sqrt()), float((spread.clamp(min=0) / images).sqrt())
 
 
 def curve_sums(t: Tensor, terms: Tensor, steps: int) -> Tensor:

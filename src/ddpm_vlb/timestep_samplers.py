@@ -23,15 +23,18 @@ from .devices import send
 from .gaussian_model import gaussian_model_terms
 
 
-def _systematic(probabilities: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
-    """n indices drawn by systematic sampling, in random order: each has the distribution `probabilities`."""
+def systematic_points(n: int, generator: torch.Generator | None) -> Tensor:
+    """n points evenly spread over [0, 1) from a random offset, in random order; float64 (n,) on the CPU.
+
+    Args:
+        n: how many.
+        generator: source of randomness.
+    """
     device = generator.device if generator is not None else torch.device("cpu")
     dtype = torch.float64 if device.type == "cpu" else torch.float32  # MPS has no other
     offset = torch.rand(1, generator=generator, device=device, dtype=dtype).cpu().double()
     order = torch.randperm(n, generator=generator, device=device).cpu()
-    points = (torch.arange(n, dtype=torch.float64) + offset) / n
-    cdf = torch.cumsum(probabilities, 0)
-    return torch.searchsorted(cdf, points * cdf[-1], right=True).clamp(max=len(probabilities) - 1)[order]
+    return ((torch.arange(n, dtype=torch.float64) + offset) / n)[order]
 
 
 def _check_sizes(num_timesteps: int, rank: int, world_size: int) -> None:
@@ -143,6 +146,15 @@ class ImportanceTimesteps:
         uniform = uniform_fraction if total > 0 else 1.0
         return cls((1 - uniform) * share + uniform / len(terms), rank, world_size)
 
+    def at(self, points: Tensor) -> Tensor:
+        """The chain indices where the distribution function of p_t reaches some points.
+
+        Args:
+            points: in [0, 1), float64 of any shape; evenly spread ones make a systematic sample.
+        """
+        cdf = torch.cumsum(self.probabilities, 0)
+        return torch.searchsorted(cdf, points * cdf[-1], right=True).clamp(max=len(cdf) - 1)
+
     def sample(
         self, batch_size: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -157,7 +169,7 @@ class ImportanceTimesteps:
             ValueError: `batch_size` below 1, or several processes without a generator.
         """
         _check_draw(batch_size, self.world_size, generator)
-        t = _systematic(self.probabilities, batch_size * self.world_size, generator)
+        t = self.at(systematic_points(batch_size * self.world_size, generator))
         t = t[self.rank * batch_size : (self.rank + 1) * batch_size]
         weights = (1 / (self.num_timesteps * self.probabilities[t])).float()
         return send(t, device or "cpu"), send(weights, device or "cpu")

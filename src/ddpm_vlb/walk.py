@@ -132,8 +132,14 @@ class Walk:
                 previous = torch.where((index == 0).reshape(along), previous, noisy)
         else:
             step = self.index(timestep)
-            p, x_0 = process(model_output, sample, step)
-            previous = p.mean if step == 0 or process.eta == 0 else p.sample(_draw(model_output, sample, generator))
+            c = process.coefficients(step, sample)
+            mean_output, variance_output = process.split(model_output, sample)
+            previous, x_0 = process.predict_mean(mean_output, promote_half(sample), c)
+            if step > 0 and process.eta > 0:
+                # As `p.sample` does it, in the memory that there is.
+                log_variance = c.log_variance(variance_output)
+                sigma = (0.5 * log_variance if variance_output is None else log_variance.mul_(0.5)).exp_()
+                previous = previous.addcmul_(sigma, _draw(model_output, sample, generator))
         if sample.dtype != previous.dtype:
             previous, x_0 = previous.to(sample.dtype), x_0.to(sample.dtype)
         return previous, x_0
