@@ -203,7 +203,7 @@ def test_the_recipe_is_a_file_to_read():
     assert len(text.splitlines()) < 200
     for part in (
         ".diffuse(",
-        "run.unet(",
+        "run.network(",
         "vlb_loss(",
         ".backward(",
         "optimizer.step()",

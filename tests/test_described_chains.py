@@ -1,4 +1,4 @@
-"""Configurations of flow matching, EDM and their like describe no chain of betas: every door says so."""
+"""Configurations of flow matching, EDM and their like describe no chain of betas; those of no known path are out."""
 
 import json
 import re
@@ -19,6 +19,7 @@ from diffusers import (
 from networks import pipeline, sample, tiny_unet
 
 from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
+from ddpm_vlb.path_configurations import EDM_SCHEDULERS, FLOW_SCHEDULERS, is_path
 
 # Stock's numpy round trips, none of our business.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -60,6 +61,9 @@ def test_from_config_refuses(name, tmp_path):
 def test_the_pipeline_refuses(name):
     """When it is made, when it takes over a stock one, and when the scheduler was replaced later."""
     scheduler, unet = foreign(name), tiny_unet()
+    if is_path(scheduler):
+        assert DDPMVLBPipeline(unet, scheduler).path is not None
+        return
     for make in (
         lambda: DDPMVLBPipeline(unet, scheduler),
         lambda: DDPMVLBPipeline.from_pipe(DDPMPipeline(unet, scheduler)),
@@ -75,10 +79,12 @@ def test_the_pipeline_refuses(name):
 
 @pytest.mark.parametrize("cls", [FlowMatchEulerDiscreteScheduler, EDMEulerScheduler, CMStochasticIterativeScheduler])
 def test_saved_pipelines_are_refused(cls, tmp_path):
-    """Under the class's own name in the index, and where the index says DDPMScheduler."""
+    """Under the class's own name in the index, unless it walks a path, and where the index says DDPMScheduler."""
     DDPMPipeline(tiny_unet(), cls()).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     for scheduler in (index["scheduler"], ["diffusers", "DDPMScheduler"]):
+        if scheduler[1] in (*FLOW_SCHEDULERS, *EDM_SCHEDULERS):
+            continue
         (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": scheduler}))
         with pytest.raises(ValueError, match="no chain of betas"):
             DDPMVLBPipeline.from_pretrained(tmp_path)
@@ -89,7 +95,7 @@ def test_a_class_without_betas_carries_ours():
     ours = DDPMVLBScheduler(beta_end=0.03, variance_type="learned_range")
     edm = EDMEulerScheduler.from_config(ours.config)
     assert DDPMVLBScheduler.from_config(edm.config).config.beta_end == 0.03
-    with pytest.raises(ValueError, match="EDMEulerScheduler has noise levels of another kind"):
+    with pytest.raises(ValueError, match="EDMEulerScheduler, was made from the configuration of a chain of betas"):
         DDPMVLBPipeline(tiny_unet(), edm)
 
 

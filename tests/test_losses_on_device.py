@@ -133,6 +133,25 @@ def test_processes_take_timesteps_of_the_cpu():
             q.diffuse(x_0, STEPS + 1, noise)
 
 
+def test_a_process_on_another_device_is_refused():
+    """In one line that tells the way out, from whichever side and at each entry."""
+    p = process("fixed_small")
+    output, diffused = batch(p)
+    with PretendDevice():
+        there = on_device(diffused)
+        for call in (
+            lambda: p.forward.diffuse(there.x_0, there.t, there.noise),
+            lambda: p(put(output), there.x_t, there.t),
+            lambda: vlb_term(p, put(output), there),
+        ):
+            with pytest.raises(
+                ValueError, match=r"is on cpu and the data on lazy:0. Move it: `process.to\('lazy:0'\)"
+            ):
+                call()
+        with pytest.raises(ValueError, match="is on lazy:0 and the data on cpu"):
+            vlb_loss(moved(p), output, diffused)
+
+
 @pytest.mark.parametrize("loss", [vlb_loss, hybrid_loss])
 def test_network_and_loss_are_one_graph(loss):
     """`torch.compile` takes the network and its loss as one graph, with the eager gradients of the weights."""

@@ -13,6 +13,9 @@ from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vl
 from .model_card import model_card
 from .ode import ODEEstimate, estimate_ode, ode_log_prob
 from .optimal_paths import optimal_paths
+from .path_checkpoints import describe_path, path_chain, stock_sigmas
+from .path_configurations import DISTILLED_SCHEDULERS
+from .path_losses import SIGMA_SAMPLINGS, sigma_probabilities, simple_weights
 from .pilot import ControlVariate, Pilot, fit_pilot, pilot_positions
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
 from .repositories import CODE_FILES, forget_origin, write_code
@@ -37,11 +40,13 @@ __all__ = [
     "ALL_SPACINGS",
     "BETA_SCHEDULES",
     "CODE_FILES",
+    "DISTILLED_SCHEDULERS",
     "ESTIMATORS",
     "FEW_IMAGES",
     "MIN_IMAGES",
     "PREDICTION_TYPES",
     "SECOND_DRAWS",
+    "SIGMA_SAMPLINGS",
     "STORED_FILES",
     "TIMESTEP_SPACINGS",
     "VARIANCES",
@@ -80,6 +85,7 @@ __all__ = [
     "counter_normal",
     "covariance_eigenvalues",
     "crossfitted_cost",
+    "describe_path",
     "enough_replicates",
     "estimate_from_scores",
     "estimate_ode",
@@ -96,14 +102,18 @@ __all__ = [
     "nats_to_bits_per_dim",
     "ode_log_prob",
     "optimal_paths",
+    "path_chain",
     "pilot_positions",
     "prior_kl",
     "rescale_betas_zero_snr",
+    "sigma_probabilities",
     "simple_loss",
+    "simple_weights",
     "spaced_ratios",
     "spaced_timesteps",
     "spread_knots",
     "step_costs",
+    "stock_sigmas",
     "values_in_a_call",
     "vlb_loss",
     "vlb_term",

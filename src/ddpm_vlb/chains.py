@@ -27,6 +27,7 @@ _OF_REVERSE = (
     "thresholding",
     "dynamic_thresholding_ratio",
     "sample_max_value",
+    "decoder_log_variance",
 )
 
 
@@ -81,7 +82,7 @@ class Chains:
         new = Chains.from_config(config)
         steps = new.training.forward.timesteps
         alike = torch.equal(new.forward.betas, self.forward.betas) and len(steps) == len(self.training.forward)
-        of_network = ("prediction_type", "variance_type")
+        of_network = ("prediction_type", "variance_type", "decoder_log_variance")
         alike &= all(getattr(new.training, name) == getattr(self.training, name) for name in of_network)
         if self.store.name is not None and not alike:
             raise ValueError(

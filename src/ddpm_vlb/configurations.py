@@ -27,6 +27,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "levels": 256,
     "reverse_variance": "network",
     "few_steps_file": None,
+    "decoder_log_variance": None,
 }
 # Arguments that older files have in the configuration; they are kept in a file of their own (see few_step_store).
 FEW_STEPS = ("optimal_paths", "x_0_mse")
@@ -130,6 +131,9 @@ def check_values(config: Mapping[str, Any]) -> None:
             if not accepts(config[name]):
                 raise ValueError(f"`{name}` must be {kind}, but got {config[name]!r:.80}.")
     whole = {**OWN_DEFAULTS, **config}
+    first = whole["decoder_log_variance"]
+    if first is not None and not _is_number(first):
+        raise ValueError(f"`decoder_log_variance` must be a finite number, or None, but got {first!r:.80}.")
     for name, choices in (("timestep_spacing", TIMESTEP_SPACINGS), ("reverse_variance", VARIANCES)):
         if whole[name] not in choices:
             raise ValueError(f"`{name}` must be one of {list(choices)}, but got {whole[name]!r:.80}.")
@@ -172,6 +176,15 @@ def portable_values(values: dict[str, Any]) -> dict[str, Any]:
     return kept | {"_use_default_values": sorted(unset)} if unset else kept
 
 
+def network_parts(index: dict[str, Any]) -> tuple[str, str]:
+    """The names of the network and the scheduler in a model_index.json: a DiT's network is its transformer.
+
+    Args:
+        index: its content.
+    """
+    return ("transformer" if "unet" not in index and "transformer" in index else "unet"), "scheduler"
+
+
 def check_index(index: dict[str, Any]) -> None:
     """Refuse a model_index.json that is no DDPM's, or that names components by anything but identifiers.
 
@@ -183,20 +196,22 @@ def check_index(index: dict[str, Any]) -> None:
     Raises:
         ValueError: such an index.
     """
-    missing = sorted({"unet", "scheduler"} - set(index))
+    needed = network_parts(index)
+    missing = sorted(set(needed) - set(index))
     if missing:
         raise ValueError(f"model_index.json must name the components 'unet' and 'scheduler', but lacks {missing}.")
     for name, entry in index.items():
         if name.startswith("_"):
             continue
         pair = isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
-        if name in ("unet", "scheduler") and not pair:
+        if name in needed and not pair:
             raise ValueError(f"model_index.json must give `{name}` as [library, class], but gives {entry!r:.80}.")
         names = [name, *entry] if pair else [name]
         bad = [own for own in names if not _IDENTIFIER.fullmatch(own)]
         if bad:
             raise ValueError(f"model_index.json must name components by identifiers, but holds {bad[0]!r:.80}.")
-        if pair and name not in ("unet", "scheduler"):
+        # A DiT's autoencoder is left aside: what is scored and sampled are its latents.
+        if pair and name not in (*needed, *(["vae"] if "transformer" in needed else [])):
             raise ValueError(
                 f"model_index.json must name 'unet' and 'scheduler' only, but names {name!r:.80} too, as another kind "
                 "of pipeline. Load its parts, and make a DDPMVLBPipeline of its network and scheduler."
@@ -214,7 +229,7 @@ def check_no_code(index: dict[str, Any], folder: Path) -> None:
         ValueError: such an index.
     """
     wanted = [index["_class_name"]] if isinstance(index.get("_class_name"), (list, tuple)) else []
-    for name in ("unet", "scheduler"):
+    for name in network_parts(index):
         library = index[name][0]
         known = library in ("diffusers", "transformers") or library in sys.modules or hasattr(pipelines, library)
         if not known or (folder / name / f"{library}.py").exists():

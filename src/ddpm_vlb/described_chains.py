@@ -1,7 +1,8 @@
-"""Whether a scheduler's configuration describes a chain of betas: nothing else can be scored or sampled here.
+"""Whether a scheduler's configuration describes a chain of betas, and which others are taken.
 
 Flow matching, EDM, consistency models and their like have noise levels of their own. Read as a DDPM's, such a
-configuration would give a chain that the network was never trained on, and a number that means nothing.
+configuration would give a chain that the network was never trained on, and a number that means nothing. Those of a
+known Gaussian path have a chain beside them (see path_checkpoints); the rest is refused.
 """
 
 import inspect
@@ -11,6 +12,8 @@ from typing import Any
 import diffusers
 from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .path_configurations import is_path, read_path
 
 # The classes whose defaults are ours: a configuration of theirs may leave anything out.
 _OUR_DEFAULTS = (None, "DDPMVLBScheduler", "DDPMScheduler", "DDPMParallelScheduler")
@@ -37,26 +40,40 @@ def check_described(config: Mapping[str, Any]) -> None:
         ValueError: such a configuration, or one of a class that is no scheduler.
     """
     why = _why_not(config)
-    if why:
-        raise ValueError(
-            f"This scheduler's configuration describes no chain of betas: {why}. Its checkpoint cannot be scored or "
-            "sampled here. If the network is a DDPM all the same, build `DDPMVLBScheduler(...)` with the betas of its "
-            "training."
-        )
+    if not why:
+        return
+    known = (
+        "It walks a Gaussian path: `DDPMVLBPipeline(unet, scheduler)` samples its network, `path_chain(scheduler)` "
+        "makes the chain that scores it."
+        if is_path(config)
+        else "Its checkpoint cannot be scored or sampled here."
+    )
+    raise ValueError(
+        f"This scheduler's configuration describes no chain of betas: {why}. {known} If the network is a DDPM all the "
+        "same, build `DDPMVLBScheduler(...)` with the betas of its training."
+    )
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Refuse a scheduler that walks no chain of betas, whatever other classes left in its configuration.
+    """Refuse a scheduler that walks neither betas nor a known path, whatever other classes left in its configuration.
 
     Args:
         scheduler: any of diffusers, or of its kind.
 
     Raises:
-        ValueError: such a scheduler.
+        ValueError: such a scheduler, or one of a path that was made from the configuration of a chain of betas.
     """
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
     classes: tuple[Any, ...] = type(scheduler).__mro__
     taken = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    if is_path(scheduler):
+        if "beta_schedule" in config and "beta_schedule" not in taken:
+            raise ValueError(
+                f"`scheduler`, a {type(scheduler).__name__}, was made from the configuration of a chain of betas, "
+                "which it ignores: keep that scheduler, or make this one with the options of the network's training."
+            )
+        read_path(scheduler)
+        return
     check_described({key: value for key, value in config.items() if key not in _CHAIN or key in taken})
 
 

@@ -54,7 +54,13 @@ def gather(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     Raises:
         TypeError: `t` is not of an integer dtype (a boolean or uint8 tensor would select, not index).
         IndexError: `t` leaves the chain (checked on the CPU; a GPU would have to wait for the check).
+        ValueError: `x` is on another device than `table`.
     """
+    if x.device != table.device:
+        raise ValueError(
+            f"The process must live where the data does, but is on {table.device} and the data on {x.device}. Move "
+            f"it: `process.to({str(x.device)!r})`."
+        )
     if t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"`t` must be an integer tensor of chain indices (torch.int64), but got {t.dtype}.")
     check_timesteps(t, len(table))

@@ -63,6 +63,23 @@ def check_no_embeddings(config: Mapping[str, Any]) -> None:
         )
 
 
+def called(network: Any, sample: Tensor, timestep: Any, labels: Tensor | None) -> Tensor:
+    """The output of a network at one timestep.
+
+    Args:
+        network: called as network(sample, timesteps[, class_labels=...]).
+        sample: its input (B, C, *).
+        timestep: of all images, a number or a tensor.
+        labels: (B,); None for an unconditional network.
+    """
+    if isinstance(timestep, int):  # filled in there: to send a number would wait for the device
+        timesteps = torch.full((len(sample),), timestep, device=sample.device)
+    else:
+        timesteps = timestep.to(sample.device).expand(len(sample))
+    output = network(sample, timesteps) if labels is None else network(sample, timesteps, class_labels=labels)
+    return output if isinstance(output, Tensor) else output.sample
+
+
 @dataclass(frozen=True, eq=False)
 class Guidance:
     """What a network is told of the classes of its images.

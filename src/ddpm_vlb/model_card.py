@@ -23,6 +23,7 @@ from .card_results import (
     markdown_table,
     unit,
 )
+from .path_checkpoints import describe_path, stock_sigmas
 from .sample_shapes import is_image, sample_shape
 
 # Not on a line of its own: diffusers takes such a line in code from the Hub for an import of this module.
@@ -59,7 +60,7 @@ def model_card(
     """
     training = training or {}
     check_metrics(training, evaluations)
-    steps = pipeline.scheduler.config.num_train_timesteps
+    steps = pipeline.chain.config.num_train_timesteps
     whole = [own for own in evaluations if len(own["timesteps"]) == steps]
     short = sorted((own for own in evaluations if len(own["timesteps"]) != steps), key=lambda m: len(m["timesteps"]))
     scores = [
@@ -80,7 +81,10 @@ def model_card(
         _versions(training, evaluations),
         _limitations(pipeline, bool(scores or short)),
     ]
-    metadata = hub_metadata(pipeline, name, scores, training.get("data", {}), license)
+    metadata, path = hub_metadata(pipeline, name, scores, training.get("data", {}), license), describe_path(pipeline)
+    if path is not None:
+        kind = path["kind"].split(",")[0].lower().replace(" ", "-")
+        metadata.tags = [kind if tag == "ddpm" else tag for tag in metadata.tags or []]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -88,30 +92,38 @@ def _shape(pipeline: Any) -> str:
     shape, channels = sample_shape(pipeline.unet), pipeline.unet.config.in_channels
     kind = "images" if shape is None or len(shape) == 3 else "samples"
     size = "any size" if shape is None else "x".join(map(str, shape[1:]))
-    levels = pipeline.scheduler.config.get("levels", 256)
+    levels = pipeline.chain.config.get("levels", 256)
     values = "continuous values" if levels is None else f"{levels} levels"
     return f"{kind} of {size} with {channels} channel{'s' * (channels > 1)} of {values}"
 
 
 def _what(pipeline: Any, scores: Sequence[tuple[Metrics, Metrics]]) -> str:
-    config = pipeline.scheduler.config
-    kind = "A class-conditional" if is_conditional(pipeline) else "An unconditional"
+    config = pipeline.chain.config
+    kind, path = "A class-conditional" if is_conditional(pipeline) else "An unconditional", describe_path(pipeline)
     predicts, variance_type = _PREDICTS[config.get("prediction_type", "epsilon")], config.get("variance_type")
     kind_of_variance = "learned" if str(variance_type).startswith("learned") else "fixed"
     variance = f"with {kind_of_variance} variance (`{variance_type}`), " if variance_type else ""
     parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
-    lines = [
-        f"{kind} denoising diffusion model (DDPM) of {_shape(pipeline)}: a "
-        f"`{type(pipeline.unet).__name__}` of {parameters / 1e6:.2f} M parameters that predicts "
-        f"{predicts}, {variance}over {config.num_train_timesteps} steps. Made with ddpm-vlb, a likelihood toolkit for "
-        "🤗 diffusers."
-    ]
+    network = f"a `{type(pipeline.unet).__name__}` of {parameters / 1e6:.2f} M parameters"
+    made = "Made with ddpm-vlb, a likelihood toolkit for 🤗 diffusers."
+    if path is None:
+        lines = [
+            f"{kind} denoising diffusion model (DDPM) of {_shape(pipeline)}: {network} that predicts {predicts}, "
+            f"{variance}over {config.num_train_timesteps} steps. {made}"
+        ]
+    else:
+        low, high = path["ratios"]
+        lines = [
+            f"{kind} model of {path['kind']} (`{path['scheduler']}`) of {_shape(pipeline)}: {network}. {made} It is "
+            f"scored, and sampled by ddpm-vlb, as a chain {variance}of {path['steps']} steps with noise-to-signal "
+            f"ratios from {low:.4g} to {high:.4g}."
+        ]
     if scores:
-        score, data = scores[0]
+        (score, data), whose = scores[0], "its" if path is None else "that chain's"
         lines.append(
             f"**{bound(score)} {unit(score)}** on {score['num_images']} images of {in_words(data)}, "
-            f"{score['network_calls_per_image']} network calls each. This is its variational bound, an upper bound on "
-            "the negative log-likelihood of the data: lower is better."
+            f"{score['network_calls_per_image']} network calls each. This is {whose} variational bound, an upper "
+            "bound on the negative log-likelihood of the data: lower is better."
         )
     return "\n\n".join(lines)
 
@@ -120,7 +132,7 @@ _PREDICTS = {"epsilon": "the noise", "sample": "the data", "v_prediction": "v"}
 
 
 def _loading(pipeline: Any, name: str, includes_code: bool) -> str:
-    config, image = pipeline.scheduler.config, is_image(sample_shape(pipeline.unet))
+    config, image = pipeline.chain.config, is_image(sample_shape(pipeline.unet))
     steps = config.num_train_timesteps
     latents = not image and config.get("levels", 256) is None
     given = "batch_size=4"
@@ -128,7 +140,7 @@ def _loading(pipeline: Any, name: str, includes_code: bool) -> str:
         given += ", class_labels=0"
     if not image:
         given += ', output_type="latent"' if latents else ', output_type="np"'
-    if "DDPM" not in type(pipeline.scheduler).__name__:
+    if "DDPM" not in type(pipeline.chain).__name__:
         given += f", num_inference_steps={max(1, min(50, steps // 2))}"
     call = f"pipeline({given})"
     # No pipeline hands embeddings of classes to a network.
@@ -154,13 +166,18 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({name})
 images = {stock_call}.images
 ```"""
-    why = _why_not_stock(pipeline)
-    if why:
+    why, path = _why_not_stock(pipeline), describe_path(pipeline)
+    if path is not None:
+        stock = _stock_path(pipeline, name)
+    elif why:
         stock = f"With 🤗 diffusers alone `DiffusionPipeline.from_pretrained` does not load this repository: {why}."
     elif latents:
         stock = (
             "With 🤗 diffusers alone it loads, but its `DDPMPipeline` clamps what it samples, which spoils latents."
         )
+    # The loader of diffusers reads what model_index.json names, which the chain is not.
+    load = f'\npipeline.chain = type(pipeline.chain).from_pretrained({name}, subfolder="chain")'
+    own_chain = load if path is not None and path["stored"] else ""
     code = f"""\
 Without installing ddpm-vlb, from the code that this repository carries. Read it first: `trust_remote_code=True` runs
 it.
@@ -168,7 +185,7 @@ it.
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, trust_remote_code=True){drawn}
+pipeline = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, trust_remote_code=True){own_chain}{drawn}
 ```"""
     if not includes_code:
         code = (
@@ -178,9 +195,48 @@ pipeline = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, tru
     return "\n\n".join(["## How to load it", *([ours, stock] if why or latents else [stock, ours]), code])
 
 
+def _stock_path(pipeline: Any, name: str) -> str:
+    """How stock alone samples a network of a Gaussian path, and by which sigmas."""
+    shape = sample_shape(pipeline.unet)
+    network, scheduler = type(pipeline.unet).__name__, type(pipeline.scheduler).__name__
+    if shape is None:
+        return "With 🤗 diffusers alone its `unet` and its `scheduler` load by their own classes."
+    stored = [own.timesteps for own in pipeline.chain.optimal_paths.values()]
+    sigmas = [rows for rows in (stock_sigmas(pipeline, own) for own in stored) if rows]
+    steps = f"sigmas=np.array({[float(f'{own:.6g}') for own in sigmas[0]]})" if sigmas else "50"
+    if pipeline.scheduler.config.get("use_dynamic_shifting"):
+        steps = "50, mu=1.0"
+    labels = "" if pipeline.num_classes is None else ", class_labels=torch.zeros(4, dtype=torch.long)"
+    learned = pipeline.unet.config.out_channels == 2 * shape[0]
+    scaled = "scheduler.scale_model_input(x, t)" if hasattr(pipeline.scheduler, "scale_model_input") else "x"
+    first = " * scheduler.init_noise_sigma" if hasattr(pipeline.scheduler, "init_noise_sigma") else ""
+    told = "t" if pipeline.num_classes is None else "t.expand(4)"
+    said = " `DiffusionPipeline.from_pretrained` gives a `DDPMPipeline` that does so too." if pipeline.portable else ""
+    if sigmas:
+        said += " These sigmas are the levels of the stored chain of fewest steps, which stock walks in its own way."
+    elif stored:
+        said += " It takes no sigmas as they are: the stored chains are sampled by ddpm-vlb alone."
+    return f"""\
+With 🤗 diffusers alone, by the scheduler that it was made for.{said}
+
+```python
+{"import numpy as np" + chr(10) if sigmas else ""}import torch
+from diffusers import {network}, {scheduler}
+
+unet = {network}.from_pretrained({name}, subfolder="unet")
+scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")
+scheduler.set_timesteps({steps})
+x = torch.randn(4, {", ".join(map(str, shape))}){first}
+for t in scheduler.timesteps:
+    with torch.no_grad():
+        output = unet({scaled}, {told}{labels}).sample{"[:, : x.shape[1]]" if learned else ""}
+    x = scheduler.step(output, t, x).prev_sample
+```"""
+
+
 def _stored(pipeline: Any) -> str:
     """What `num_inference_steps` finds in the checkpoint."""
-    numbers = sorted(getattr(pipeline.scheduler, "optimal_paths", {}))
+    numbers = sorted(getattr(pipeline.chain, "optimal_paths", {}))
     if not numbers:
         return ""
     listed = ", ".join(map(str, numbers))
@@ -192,7 +248,7 @@ def _stored(pipeline: Any) -> str:
 
 def _why_not_stock(pipeline: Any) -> str | None:
     """Why stock's DDPMPipeline cannot have this pipeline; None where it can."""
-    variance_type = pipeline.scheduler.config.get("variance_type")
+    variance_type = pipeline.chain.config.get("variance_type")
     if pipeline.portable:
         return None
     if is_conditional(pipeline):
@@ -202,8 +258,8 @@ def _why_not_stock(pipeline: Any) -> str | None:
         return "its `DDPMPipeline` makes images of two dimensions and of a stated size only"
     if variance_type == "learned":
         return 'its `DDPMScheduler` samples `variance_type="learned"` wrongly'
-    if not type(pipeline.scheduler).__name__.startswith(("DDPMVLB", "DDPMScheduler")):
-        return f"its `DDPMPipeline` does not sample every network rightly with `{type(pipeline.scheduler).__name__}`"
+    if not type(pipeline.chain).__name__.startswith(("DDPMVLB", "DDPMScheduler")):
+        return f"its `DDPMPipeline` does not sample every network rightly with `{type(pipeline.chain).__name__}`"
     if pipeline.unet.config.out_channels == 2 * pipeline.unet.config.in_channels and variance_type != "learned_range":
         return f"its `DDPMPipeline` fails on a variance half that `{variance_type}` has no use for"
     return "its `DDPMPipeline` does not sample this network and chain rightly"
@@ -254,7 +310,7 @@ def _versions(training: Metrics, evaluations: Sequence[Metrics]) -> str:
 
 
 def _limitations(pipeline: Any, measured: bool) -> str:
-    levels = pipeline.scheduler.config.get("levels", 256)
+    levels = pipeline.chain.config.get("levels", 256)
     lines = ["- A bound is above the negative log-likelihood itself by a gap that is not known."]
     if levels is None:
         lines.append("- The data is continuous: its bound is one on a density and cannot be compared with bits/dim.")

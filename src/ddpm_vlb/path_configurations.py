@@ -54,6 +54,21 @@ class StockPath(NamedTuple):
     options: dict[str, Any]
 
 
+def is_path(config: Any) -> bool:
+    """Whether a scheduler is of a class and configuration that walk a path in sigma, readable or not.
+
+    Args:
+        config: as of `read_path`.
+    """
+    try:
+        name, config = _named(config)
+    except ValueError:
+        return False
+    if name in FLOW_SIGMA_SCHEDULERS:
+        return bool(config.get("use_flow_sigmas"))
+    return name in (*FLOW_SCHEDULERS, *_EDM_DEFAULTS) or (name == "EulerDiscreteScheduler" and _is_continuous(config))
+
+
 def read_path(config: Any) -> StockPath:
     """The path of a stock scheduler.
 

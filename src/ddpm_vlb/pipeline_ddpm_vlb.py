@@ -13,20 +13,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet1DModel, UNet2DModel
+from diffusers import (
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    UNet1DModel,
+    UNet2DModel,
+)
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
 
-from .configurations import check_index, check_no_code, read_config
+from .configurations import check_index, check_no_code, network_parts, read_config
 from .described_chains import check_scheduler
 from .few_step_store import check_image_shape
 from .finite_samples import FiniteSamples
-from .guidance import Guidance, batch_count, check_no_embeddings, classes_of
+from .gaussian_paths import GaussianPath
+from .guidance import Guidance, batch_count, called, check_no_embeddings, classes_of
 from .model_card import model_card
-from .repositories import forget_origin, load_part, local_folder, read_index, weights_of, write_card, write_code
+from .path_checkpoints import check_chain, default_chain, load_chain, path_of, save_chain
+from .path_configurations import is_path
+from .repositories import (
+    forget_origin,
+    load_part,
+    load_parts,
+    local_folder,
+    read_index,
+    weights_of,
+    write_card,
+    write_code,
+)
 from .sample_shapes import check_output_type, given_out, needed_shape, sample_shape
 from .scheduling_ddpm_vlb import _INDEX_IS_OURS, DDPMVLBScheduler
 from .swapped_schedulers import (
@@ -51,10 +69,11 @@ class DDPMVLBPipeline(DiffusionPipeline):
         unet: the network, called as unet(sample, timestep[, class_labels=...]); its config gives `in_channels` and
             `sample_size`: an integer n is (n, n), or (n,) for a `UNet1DModel`, a tuple is (*) itself.
         scheduler: a `DDPMVLBScheduler`; a stock `DDPMScheduler` is replaced by one with the same configuration, any
-            other scheduler of a chain of betas is kept.
+            other scheduler of a chain of betas is kept, and so is one of flow matching or of the EDM family, whose
+            network is then sampled and scored on `chain`.
 
     Raises:
-        ValueError: a scheduler of another kind (flow matching, EDM), or variances of another network's images.
+        ValueError: a scheduler of another kind, or variances of another network's images.
     """
 
     model_cpu_offload_seq = "unet"
@@ -68,6 +87,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
             check_image_shape(scheduler.errors, sample_shape(unet))
         else:
             check_scheduler(scheduler)
+        self._chain: DDPMVLBScheduler | None = None
+        self._default_chain: DDPMVLBScheduler | None = None
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @classmethod
@@ -75,7 +96,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
         """Load a pipeline of ours or a stock DDPMPipeline, from a folder or the Hub.
 
         The scheduler is read as ours from the start: stock's class would warn of `levels` on the way. Its file and the
-        network's may lie in the repository's root, as in some of 2022.
+        network's may lie in the repository's root, as in some of 2022. Of a pipeline with a `transformer` (DiT) that
+        and the scheduler are read.
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a Hub repository.
@@ -103,7 +125,16 @@ class DDPMVLBPipeline(DiffusionPipeline):
                 # As the loader says of each component that it reads itself.
                 logger.info(f"Loaded scheduler as DDPMVLBScheduler from {pretrained_model_name_or_path}.")
         with weights_of(pretrained_model_name_or_path, kwargs["use_safetensors"]):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            if "transformer" in network_parts(index):
+                parts = load_parts(pretrained_model_name_or_path, index, where, kwargs)
+                pipeline = cls(parts["transformer"], parts["scheduler"])
+                pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+            else:
+                pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        chain = load_chain(pretrained_model_name_or_path, where) if is_path(pipeline.scheduler) else None
+        if chain is not None:
+            pipeline.chain = chain
+        return pipeline
 
     # diffusers' private name; its own would read a file of any size, and a test holds it to calling this one.
     _dict_from_json_file = staticmethod(read_config)
@@ -143,6 +174,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
             )
         finally:
             _INDEX_IS_OURS.reset(token)
+        save_chain(self._chain if is_path(self.scheduler) else None, folder)
         if push_to_hub:
             push.setdefault("repo_id", folder.resolve().name)
             push |= {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
@@ -253,7 +285,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
             raise ValueError(f"`generator` must be one or a list of {batch_size}, but it holds {len(generator)}.")
         # The chain runs in float32 whatever the network's precision: in half the last steps' noise would be lost.
         image = draw((batch_size, *sample), generator, device, torch.float32)
-        scheduler = self.scheduler
+        scheduler, network = self.chain, self.network
         set_timesteps(scheduler, num_inference_steps, timesteps, timestep_spacing, eta, device)
         image = image * scheduler.init_noise_sigma
         options = step_options(scheduler, generator, eta)
@@ -264,7 +296,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
         for i, timestep in enumerate(self.progress_bar(numbers)):
             # Only a scheduler with fractional timesteps (Euler, LMS) needs its own tensor back.
             t = timestep if isinstance(timestep, int) else steps[i]
-            output = self._predict(image, t, guidance)
+            scaled = scheduler.scale_model_input(image, t).to(self.unet.dtype)
+            output = guidance.output(lambda x, labels: called(network, x, t, labels), scaled)  # noqa: B023
             finite.note(image, output)
             if output.shape[1] == 2 * len(image[0]) and not takes_variance(scheduler):
                 output = output[:, : len(image[0])]
@@ -307,32 +340,50 @@ class DDPMVLBPipeline(DiffusionPipeline):
         if num_inference_steps is not None and timesteps is not None:
             raise ValueError("Pass only one of `num_inference_steps` and `timesteps`.")
 
-    def _predict(self, image: Tensor, timestep: Any, guidance: Guidance) -> Tensor:
-        """The network's output, guided."""
-        sample = self.scheduler.scale_model_input(image, timestep).to(self.unet.dtype)
-        return guidance.output(lambda x, labels: self._call_unet(x, timestep, labels), sample)
+    @property
+    def chain(self) -> Any:
+        """What the network is scored and sampled on: `scheduler` where that is a chain of betas, else the path's own.
 
-    def _call_unet(self, sample: Tensor, timestep: Any, labels: Tensor | None) -> Tensor:
-        if isinstance(timestep, int):  # filled in there: to send a number would wait for the device
-            timesteps = torch.full((len(sample),), timestep, device=sample.device)
-        else:
-            timesteps = timestep.to(sample.device).expand(len(sample))
-        if labels is None:
-            return self.unet(sample, timesteps).sample
-        return self.unet(sample, timesteps, class_labels=labels).sample
+        Set it to what `path_chain` makes; where none was set or stored it is `path_chain(scheduler)`.
+        """
+        if not is_path(self.scheduler):
+            return self.scheduler
+        if self._chain is None and self._default_chain is None:
+            self._default_chain = default_chain(self.scheduler, self.unet)
+        return self._chain or self._default_chain
+
+    @chain.setter
+    def chain(self, value: DDPMVLBScheduler) -> None:
+        if not is_path(self.scheduler):
+            raise ValueError("`chain` is `scheduler` itself where that is a chain of betas: set `pipeline.scheduler`.")
+        check_chain(self.scheduler, value)
+        check_image_shape(value.errors, sample_shape(self.unet))
+        self._chain = value
+
+    @property
+    def path(self) -> GaussianPath | None:
+        """The path of a flow matching or EDM scheduler on the levels of `chain`; None for a chain of betas."""
+        return path_of(self.scheduler, self.chain) if is_path(self.scheduler) else None
+
+    @property
+    def network(self) -> Any:
+        """The network as `chain` calls it, network(x_t, timesteps[, class_labels=...])."""
+        path = self.path
+        return self.unet if path is None else path.network(self.unet)
 
     @property
     def portable(self) -> bool:
         """Whether stock's DDPMPipeline samples this network and scheduler rightly, and is what we save it as."""
-        config = self.unet.config
-        if type(self.scheduler) not in (DDPMVLBScheduler, DDPMScheduler):
+        config, chain, kind = self.unet.config, self.chain, type(self.scheduler)
+        flow = kind is FlowMatchEulerDiscreteScheduler and not self.scheduler.config.use_dynamic_shifting
+        if not flow and kind not in (DDPMVLBScheduler, DDPMScheduler):
             return False
         if config.get("class_embed_type") is not None or self.num_classes is not None:
             return False
-        variance_type = self.scheduler.config.variance_type
-        if float(self.scheduler.alphas_cumprod[-1]) == 0 and self.scheduler.config.prediction_type == "epsilon":
+        variance_type = chain.config.variance_type
+        if float(chain.alphas_cumprod[-1]) == 0 and chain.config.prediction_type == "epsilon":
             return False
-        shape, learned = sample_shape(self.unet), variance_type == "learned_range"
+        shape, learned = sample_shape(self.unet), variance_type == "learned_range" and not flow
         if shape is None or len(shape) != 3:  # stock's makes images (H, W)
             return False
         return variance_type != "learned" and (

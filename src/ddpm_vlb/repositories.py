@@ -1,6 +1,7 @@
 """Repositories of pipelines, in folders and on the Hub: reading one commit, and what is written beside weights."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -8,7 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
+from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -21,6 +25,9 @@ _CODE = {
     "schedules": "make_betas",
     "forward_process": "ForwardProcess",
     "reverse_process": "ReverseProcess",
+    "checks": "check_model",
+    "path_configurations": "read_path",
+    "gaussian_paths": "GaussianPath",
     "respacing": "spaced_timesteps",
     "described_chains": "check_described",
     "configurations": "read_config",
@@ -30,6 +37,7 @@ _CODE = {
     "walk": "Walk",
     "configured_scheduler": "ConfiguredScheduler",
     "scheduling_ddpm_vlb": "DDPMVLBScheduler",
+    "path_checkpoints": "path_chain",
     "sample_shapes": "sample_shape",
     "card_results": "check_metrics",
     "model_card": "model_card",
@@ -121,6 +129,37 @@ def load_part(load: Callable[..., Any], name: str | os.PathLike[str], part: str,
             return load(name, **where)
         except OSError:
             raise error from None
+
+
+def load_parts(
+    name: str | os.PathLike[str], index: dict[str, Any], where: dict[str, Any], given: dict[str, Any]
+) -> dict[str, Any]:
+    """The transformer and the scheduler of a pipeline of more parts, and nothing else of it.
+
+    Args:
+        name: a folder, or the name of a Hub repository.
+        index: the content of its model_index.json.
+        where: arguments of `from_pretrained`.
+        given: to `DDPMVLBPipeline.from_pretrained`: what is of the weights is passed on, a scheduler is taken.
+
+    Raises:
+        OSError, ValueError: as `load_part`; a class that is none of diffusers' for its part.
+    """
+    loaded = {"scheduler": given["scheduler"]} if "scheduler" in given else {}
+    of_weights = {key: given[key] for key in ("dtype", "torch_dtype", "variant", "use_safetensors") if key in given}
+    parts: Any = (("transformer", ModelMixin, of_weights), ("scheduler", SchedulerMixin, {}))
+    for part, base, options in parts:
+        load = functools.partial(_stock_class(part, index[part], base).from_pretrained, **options)
+        if part not in loaded:
+            loaded[part] = load_part(load, name, part, where)
+    return loaded
+
+
+def _stock_class(part: str, entry: tuple[str, str], base: type) -> Any:
+    cls = getattr(diffusers, entry[1], None) if entry[0] == "diffusers" else None
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ValueError(f"model_index.json must give `{part}` as a class of diffusers, but gives {entry!r:.80}.")
+    return cls
 
 
 @contextlib.contextmanager

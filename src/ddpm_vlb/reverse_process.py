@@ -317,10 +317,9 @@ class ReverseProcess:
                 f"`model_output` must be a tensor, but got {type(model_output).__name__}. For a diffusers model pass "
                 "`unet(x_t, timesteps).sample`."
             )
-        channels, learned = x_t.shape[1], self.learns_variance
+        shape, (batch, channels, *others), learned = model_output.shape, x_t.shape, self.learns_variance
         expected = 2 * channels if learned else channels
-        shape = model_output.shape
-        if shape[1] != expected or shape[0] != x_t.shape[0] or shape[2:] != x_t.shape[2:]:
+        if shape != (batch, expected, *others):
             raise ValueError(
                 f"`variance_type={self.variance_type!r}` expects a model with {expected} output channels, "
                 f"{'twice ' if learned else ''}the {channels} of `x_t` {tuple(x_t.shape)}, but got an output of shape "

@@ -66,6 +66,7 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         x_0_mse: the errors that the optimal variances come from: `timesteps`, `mean`, and the name of the file beside
             the configuration with those of each pixel, `per_pixel_file`, or None.
         few_steps_file: the name of the file beside the configuration that holds these two.
+        decoder_log_variance: log sigma^2 of the first step, in place of what `variance_type` says; see `path_chain`.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type, betas that are no schedule, an impossible number, or
@@ -100,6 +101,7 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         optimal_paths: Sequence[dict[str, Any]] | None = None,
         x_0_mse: dict[str, Any] | None = None,
         few_steps_file: str | None = None,
+        decoder_log_variance: float | None = None,
     ):
         self.init_noise_sigma = 1.0
         self.custom_timesteps = False
@@ -307,7 +309,7 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         return sample
 
     def previous_timestep(self, timestep: int | Tensor) -> Tensor:
-        """The timestep that follows `timestep` on the way to the data, -1 after the last.
+        """The timestep that follows `timestep` on the way to the data, -1 after the last; waits for one on a GPU.
 
         Args:
             timestep: a timestep of the current chain.
@@ -321,7 +323,7 @@ class DDPMVLBScheduler(ConfiguredScheduler):
     def _get_variance(
         self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor | None:
-        """A diagnostic with stock's values, which `step` does not use; see `Walk.stock_variance`."""
+        """A diagnostic with stock's values, which `step` does not use and which waits; see `Walk.stock_variance`."""
         name = self.config.variance_type if variance_type is None else variance_type
         return self._walk.stock_variance(t, predicted_variance, name)
 

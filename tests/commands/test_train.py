@@ -419,8 +419,8 @@ import sys
 import torch
 from accelerate import PartialState
 from ddpm_vlb.commands import train
-from ddpm_vlb.training import run as training_run
-eigenvalues, finish = training_run.covariance_eigenvalues, train.finish
+from ddpm_vlb.training import paths
+eigenvalues, finish = paths.covariance_eigenvalues, train.finish
 
 def rounded(x_0):
     return eigenvalues(x_0) * (1 + PartialState().process_index)
@@ -428,7 +428,7 @@ def rounded(x_0):
 def shown(run):
     torch.save(run.sampler.probabilities, run.folder / f"probabilities-{PartialState().process_index}")
 
-training_run.covariance_eigenvalues, train.finish = rounded, shown
+paths.covariance_eigenvalues, train.finish = rounded, shown
 train.main(sys.argv[1:])
 """
 

@@ -12,7 +12,7 @@ from training_support import Reached, until_training
 
 from ddpm_vlb.commands import train
 from ddpm_vlb.commands.train_options import build_parser, parse_args
-from ddpm_vlb.training.run import build_scheduler
+from ddpm_vlb.training.paths import build_scheduler
 
 SHARED_WITH_DIFFUSERS = """
     dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir cache_dir resolution
@@ -113,6 +113,9 @@ BAD = """
     --layers_per_block 0
     --objective elbo
     --timestep_sampler importance
+    --timestep_sampler sigma --objective simple
+    --timestep_sampler sigma --path flow
+    --path ve
     --variance_type learnt
     --prediction_type eps
     --ddpm_beta_schedule cosine
@@ -148,6 +151,15 @@ IDLE = """
     --vlb_weight 0.01 | --objective vlb
     --vlb_weight 0.01 | --objective simple
     --snr_gamma 5 | --objective vlb
+    --sigma_sampling logit_normal | --objective vlb --path flow
+    --sigma_sampling logit_normal | --objective simple
+    --sigma_sampling logit_normal | --objective simple --path edm
+    --snr_gamma 5 | --objective simple --path edm
+    --ddpm_beta_schedule laplace | --path flow
+    --ddpm_beta_start 1e-3 | --path flow
+    --ddpm_beta_end 0.03 | --path edm
+    --rescale_betas_zero_snr | --path edm
+    --prediction_type v_prediction | --path flow
     --block_out_channels 8 16 | --model_config_name_or_path mine
     --layers_per_block 2 | --model_config_name_or_path mine
     --norm_num_groups 4 | --model_config_name_or_path mine
@@ -172,7 +184,7 @@ def test_options_without_effect_are_refused(capsys, case):
         parse_args([*option.split(), *other.split()])
     assert f"{option.split()[0]} has no effect" in capsys.readouterr().err
     default = build_parser().get_default(option.split()[0].removeprefix("--").removeprefix("no-"))
-    if default is not None:
+    if default is not None and default is not False:  # a switch takes no value
         given = map(str, default) if isinstance(default, list) else [str(default)]
         parse_args([option.split()[0], *given, *other.split()])
 

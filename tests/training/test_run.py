@@ -1,7 +1,6 @@
 """What is trained: the network, its average, and what a run in this process has of a checkpoint."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,9 +66,9 @@ def test_the_input_has_the_network_s_memory_format(tmp_path, few):
 
     def network(x_t, timesteps):
         strides.append(x_t.is_contiguous(memory_format=torch.channels_last))
-        return SimpleNamespace(sample=torch.cat([x_t, x_t], dim=1).requires_grad_())
+        return torch.cat([x_t, x_t], dim=1).requires_grad_()
 
-    run.unet = network
+    run.network = network
     recipe.train_batch(run, torch.zeros(8, 3, 8, 8), 0, recipe.draw(run))
     assert strides == [True]
 

@@ -42,6 +42,7 @@ def moved(run, monkeypatch):
     run.reverse, run.of_the_mean = (
         dataclasses.replace(own, forward=forward) for own in (run.reverse, run.of_the_mean)
     )
+    run.simple_weights = put(run.simple_weights)
     put(run.unet)
     run.optimizer.param_groups[0]["params"] = list(run.unet.parameters())
     run.ema = build_average(run.args, run.unet, run.accelerator)
@@ -58,7 +59,7 @@ def trained(run, steps):
     return known
 
 
-@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb"])
+@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb", "hybrid --path flow"])
 def test_a_step_waits_for_nothing(tmp_path, few, monkeypatch, objective):
     """Nor does one that is not finite: the device skips it, the host hears of it one step later; all as on the CPU."""
     monkeypatch.setattr(recipe, "loss_terms", terms_of(recipe.loss_terms))
@@ -96,7 +97,7 @@ def test_reading_late_changes_nothing(tmp_path, few, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb"])
+@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb", "hybrid --path flow"])
 def test_the_loss_is_compiled_with_the_network(tmp_path, few, monkeypatch, objective):
     """Under --compile both are one graph, the same for every step."""
     run = only_train(tmp_path, f"--max_train_steps 1 --objective {objective} --logger none", *few)

@@ -5,8 +5,9 @@
     ddpm-vlb evaluate --model runs/digits --tolerance 0.002
     ddpm-vlb evaluate --model runs/digits --estimator full --num_images 96
 
-Any DDPMPipeline with a DDPMScheduler will do, ours or stock, from a folder or the Hub. Writes metrics.json,
-vlb_terms.png (L_t against t) and per_image.png to --output_dir. Started again it goes on where it was stopped.
+Any DDPMPipeline with a DDPMScheduler will do, ours or stock, from a folder or the Hub, and so will a network of flow
+matching or EDM with its own scheduler, which is scored on a chain of --ratios. Writes metrics.json, vlb_terms.png (L_t
+against t) and per_image.png to --output_dir. Started again it goes on where it was stopped.
 """
 
 import argparse
@@ -46,6 +47,7 @@ from ddpm_vlb.commands.options import (
     add_model_options,
     add_scored_options,
     at_least_two,
+    multiple_of_four,
     not_negative_int,
     positive_float,
     positive_int,
@@ -55,6 +57,7 @@ from ddpm_vlb.runtime.launching import patient_accelerator, prepare_output_dir
 from ddpm_vlb.runtime.reporting import plot_per_image, plot_vlb_terms, provenance
 from ddpm_vlb.runtime.stopping import leave, refused
 from ddpm_vlb.scoring.checkpoint import Checkpoint, default_folder
+from ddpm_vlb.scoring.ode import score_ode
 from ddpm_vlb.scoring.report import both_clippings, clips, entry, path_taken, report
 from ddpm_vlb.scoring.sweep import PartialScores, Scores, run_sweep, shared
 
@@ -76,6 +79,8 @@ def build_parser() -> Parser:
     estimator.add_argument("--tolerance", type=positive_float, help="Go on until the noise SE is below this.")
     estimator.add_argument("--pilot_calls", type=positive_int, default=1024, help="Network calls of the pilot.")
     estimator.add_argument("--control_variate", action=SWITCH, default=True, help="Subtract what is known of L_t.")
+    ode = "Score the probability-flow ODE too, by so many network calls an image, 64 if not said."
+    estimator.add_argument("--ode", type=multiple_of_four, nargs="?", const=64, metavar="CALLS", help=ode)
     estimator.add_argument("--seed", type=not_negative_int, default=0, help="Of t and noise.")
 
     chain = parser.add_argument_group("chain")
@@ -104,6 +109,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "timestep_spacing, without --num_inference_steps": args.num_inference_steps is None,
         f"calls_per_image tolerance {PILOT_OPTIONS}, with --estimator full": args.estimator == "full",
     }
+    idle["ode, beside fewer steps, it is of the whole path"] = bool(args.num_inference_steps or args.timesteps)
     parser.refuse_idle(args, idle)
     return args
 
@@ -126,7 +132,7 @@ class Evaluation(Checkpoint):
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
         super().__init__(args, accelerator, "evaluate")
-        reverse = chain(args, self.pipeline.scheduler, accelerator.device)
+        reverse = chain(args, self.pipeline.chain, accelerator.device)
         reverse = dataclasses.replace(reverse, levels=self.data.levels)
         # Where every step can be taken, none is drawn.
         self.estimator = args.estimator
@@ -141,6 +147,7 @@ class Evaluation(Checkpoint):
         self.also = list(both[1:]) if self.discrete or clips(reverse) else []
         options = ["seed"] if self.estimator == "full" else f"seed calls_per_image tolerance {PILOT_OPTIONS}".split()
         told = {"estimator": self.estimator, **{name: getattr(args, name) for name in options}}
+        told |= {} if args.ode is None else {"ode": args.ode}
         self.run_key = self.key(both, options=told)
         self.partial = f"partial-{self.run_key[:16]}"
         self.asked_folder = Path(args.output_dir) if args.output_dir else default_folder(args.model)
@@ -159,7 +166,7 @@ class Evaluation(Checkpoint):
     def path(self) -> str | None:
         """By name, the path that --num_inference_steps takes."""
         steps = self.args.num_inference_steps
-        return None if steps is None else path_taken(self.pipeline.scheduler, steps, self.args.timestep_spacing)
+        return None if steps is None else path_taken(self.pipeline.chain, steps, self.args.timestep_spacing)
 
     def pilot(self, store: PartialScores) -> Pilot | None:
         """The pilot, or None for the full loop, which needs none."""
@@ -274,12 +281,11 @@ def evaluate(run: Evaluation, store: PartialScores) -> tuple[VLBEstimate, dict[s
             "mean": _json_list(estimate.term_mean * scale),
             "se": _json_list(estimate.term_se * scale),
         },
+        "ode": score_ode(run, run.reverse, args.ode, estimate.per_image * scale),
         "per_image": (estimate.per_image * scale).tolist(),
         "per_image_other_clipping": [(own.per_image * scale).tolist() for own in estimate.also],
         "model": {
-            "name_or_path": args.model,
-            "revision": args.revision,
-            "weights_sha256": run.weights,
+            **run.told,
             "scheduler": json.loads(run.pipeline.scheduler.to_json_string()),
             "levels": run.data.levels,
         },

@@ -43,6 +43,7 @@ from ddpm_vlb import (
     fit_pilot,
     spaced_timesteps,
     spread_knots,
+    stock_sigmas,
 )
 from ddpm_vlb.commands.options import (
     Parser,
@@ -111,7 +112,7 @@ class Optimization(Checkpoint):
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
         main_first(accelerator, lambda: check_output(args), "optimize-timesteps", ValueError, OSError)
         super().__init__(args, accelerator, "optimize-timesteps")
-        scheduler = self.pipeline.scheduler
+        scheduler = self.pipeline.chain
         scheduler.store_few_steps()  # what an earlier run has stored is replaced
         for steps in args.steps:
             if steps > len(scheduler):
@@ -223,15 +224,15 @@ def price(run: Optimization, candidates: list[Candidate]) -> list[dict[str, Any]
 
 def row(run: Optimization, own: Candidate, estimate: VLBEstimate) -> dict[str, Any]:
     """An entry of few_steps.json, and the images' bounds."""
-    network = run.training.variance_type.removesuffix("_log")
     return {
         "num_inference_steps": len(own.timesteps),
         "path": own.path,
-        "variance": network if own.variance == "network" else own.variance,
+        "variance": run.training.variance_type.removesuffix("_log") if own.variance == "network" else own.variance,
         "timesteps": list(own.timesteps),
         "decoder_shift": None if own.stored is None else own.stored.decoder_shift,
         "expected": None if own.expected is None else own.expected * run.unit_of_a_nat,
         **score(estimate, run.discrete),
+        "sigmas": None if own.path == "all" else stock_sigmas(run.pipeline, own.timesteps),
         "stored": False,
         "per_image": estimate.per_image * (1.0 if run.discrete else math.log(2)),
     }
@@ -284,7 +285,7 @@ def find(run: Optimization) -> Found:
         return broadcast_object_list([None])[0]
     pixels = "per_pixel" in run.variances
     errors = statistics.errors(run.training.forward, pixels)
-    offset = run.pipeline.scheduler.config.steps_offset
+    offset = run.pipeline.chain.config.steps_offset
     candidates = optimal_candidates(run.training, statistics, steps, run.variances, errors)
     paths = [chosen([own for own in candidates if len(own.timesteps) == number], args.variance) for number in steps]
     for number in steps:
@@ -310,7 +311,6 @@ def optimize(run: Optimization) -> tuple[dict[str, Any], Found]:
     whole = price_all_steps(run, found.errors)
     for entry in whole:
         del entry["per_image"]
-    args, weight = run.args, found.pseudo_images
     result = {
         "rows": rows,
         "all_steps": whole,
@@ -319,11 +319,11 @@ def optimize(run: Optimization) -> tuple[dict[str, Any], Found]:
         "num_fit_images": len(run.fitted),
         "fit_split": run.data.record["pilot_split"],
         "knots": found.knots,
-        "pseudo_images": None if weight is None or math.isinf(weight) else weight,
-        "seed": args.seed,
-        "model": {"name_or_path": args.model, "revision": args.revision, "weights_sha256": run.weights},
+        "pseudo_images": None if (weight := found.pseudo_images) is None or math.isinf(weight) else weight,
+        "seed": run.args.seed,
+        "model": run.told,
         "data": run.data.record,
-        **provenance(run.accelerator, args),
+        **provenance(run.accelerator, run.args),
     }
     return result, found
 
@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     run = Optimization(args, accelerator)
     result, found = optimize(run)
     if accelerator.is_main_process:
-        run.pipeline.scheduler.store_few_steps(found.paths, found.errors, args.reverse_variance)
+        run.pipeline.chain.store_few_steps(found.paths, found.errors, args.reverse_variance)
         report(result, store(args, run.pipeline, result))
     accelerator.wait_for_everyone()
     if accelerator.is_local_main_process:

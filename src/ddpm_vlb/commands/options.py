@@ -12,7 +12,12 @@ LARGEST = 2**31 - 1  # integer of the options but seeds; what is counted in tens
 
 
 def _number(
-    kind: Callable[[str], Any], low: float, high: float = math.inf, open_low: bool = False, why: str = ""
+    kind: Callable[[str], Any],
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+    why: str = "",
+    step: int | None = None,
 ) -> Callable[[str], Any]:
     """An argparse type: a number in a range, and why it must lie there."""
 
@@ -22,6 +27,8 @@ def _number(
             raise argparse.ArgumentTypeError(
                 f"must lie in {'(' if open_low else '['}{low}, {high}]{why}, but got {text}"
             )
+        if step is not None and value % step:
+            raise argparse.ArgumentTypeError(f"must be a multiple of {step}{why}, but got {text}")
         return value
 
     parse.__name__ = kind.__name__
@@ -29,6 +36,7 @@ def _number(
 
 
 positive_int, not_negative_int = _number(int, 1, LARGEST), _number(int, 0)
+multiple_of_four = _number(int, 4, LARGEST, why=" (four a step)", step=4)
 positive_float, not_negative_float = _number(float, 0, open_low=True), _number(float, 0)
 number_of_levels = _number(int, 2, 2**16)
 at_least_two, fraction = _number(int, 2, LARGEST, why=" (one has no spread)"), _number(float, 0, 1)
@@ -142,6 +150,13 @@ def add_scored_options(parser: argparse.ArgumentParser) -> None:
         type=_levels,
         default=argparse.SUPPRESS,
         help="Levels of the data on [-1, 1], or none for continuous; default: what the checkpoint says.",
+    )
+    data.add_argument(
+        "--ratios",
+        type=positive_float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="First and last noise-to-signal ratio of a flow or EDM network's chain; default: 0.4 bins, 100.",
     )
 
 

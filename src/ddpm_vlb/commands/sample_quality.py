@@ -47,7 +47,14 @@ from ddpm_vlb.runtime.files import write_json
 from ddpm_vlb.runtime.launching import main_first, patient_accelerator, prepare_output_dir
 from ddpm_vlb.runtime.reporting import plot_samples, provenance
 from ddpm_vlb.runtime.stopping import leave, refused
-from ddpm_vlb.scoring.checkpoint import default_folder, fingerprint_of, load_data, load_pipeline, network_shape
+from ddpm_vlb.scoring.checkpoint import (
+    default_folder,
+    fingerprint_of,
+    load_data,
+    load_pipeline,
+    network_shape,
+    settle_chain,
+)
 from ddpm_vlb.scoring.report import path_taken
 
 SPACINGS = ("default", *ALL_SPACINGS)
@@ -158,7 +165,7 @@ class Comparison:
         args, small = self.args, self.args.feature_model is None
         self.pipeline: Any = load_pipeline(args)
         self._check_steps()
-        scheduler = self.pipeline.scheduler
+        scheduler = self.pipeline.chain
         self.stored = scheduler.optimal_paths, scheduler.errors, scheduler.config.get("reverse_variance", "network")
         for variance in dict.fromkeys(args.variance):  # refused now, not after hours of samples
             self.take_variance(variance)
@@ -169,6 +176,7 @@ class Comparison:
             raise ValueError(f"--label_column {args.label_column} has no effect: nothing here takes labels.")
         limit = args.num_samples or MAX_SAMPLES
         scored = load_part(args, self.pipeline, args.split, labelled, max(limit, ENOUGH) if small else limit)
+        settle_chain(self.pipeline, args, scored.levels)
         self.test = replace(scored, images=scored.images[:limit], labels=scored.labels[:limit])
         if len(self.test.images) < 2:
             raise ValueError(f"The split {args.split!r} has one image: the distances need two at least.")
@@ -181,13 +189,13 @@ class Comparison:
         self.features = FeatureModel(name, self.accelerator.device, args.cache_dir)
 
     def _check_steps(self) -> None:
-        total = len(self.pipeline.scheduler)
+        total = len(self.pipeline.chain)
         if max(self.args.steps) > total:
             raise ValueError(f"--steps {max(self.args.steps)} is more than the chain has: they must be 1 .. {total}.")
 
     def take_variance(self, variance: str) -> None:
         """Let every chain have this variance, and the optimal paths be those that were found for it."""
-        scheduler, (paths, errors, reverse_variance) = self.pipeline.scheduler, self.stored
+        scheduler, (paths, errors, reverse_variance) = self.pipeline.chain, self.stored
         if variance == "stored":
             scheduler.store_few_steps(list(paths.values()), errors, reverse_variance)
             return
@@ -230,7 +238,7 @@ class Comparison:
         output = self.pipeline(
             len(positions), generator=generators, num_inference_steps=steps, output_type="pt", **options
         )
-        self.walked = self.pipeline.scheduler.timesteps.tolist()
+        self.walked = self.pipeline.chain.timesteps.tolist()
         return to_bytes(output.images.cpu() * 2 - 1, self.test.levels)
 
     def collect(self, images: Callable[[list[int]], Tensor], number: int, what: str) -> tuple[np.ndarray, Tensor]:
@@ -261,7 +269,7 @@ class Comparison:
                 "name_or_path": args.model,
                 "revision": args.revision,
                 "weights_sha256": fingerprint_of(self.pipeline.unet),
-                "timestep_spacing": self.pipeline.scheduler.config.timestep_spacing,
+                "timestep_spacing": self.pipeline.chain.config.timestep_spacing,
             },
             "data": {
                 **{name: self.test.record[name] for name in DATA},
@@ -300,7 +308,7 @@ def measure(run: Comparison) -> dict[str, Any]:
                 f"{steps} steps, {label}",
             )
             chain = {"steps": steps, "spacing": spacing, "variance": variance, "timesteps": run.walked}
-            chain["path"] = path_taken(run.pipeline.scheduler, steps, None if spacing == "default" else spacing)
+            chain["path"] = path_taken(run.pipeline.chain, steps, None if spacing == "default" else spacing)
             results.append({**chain, **distances(x)})
             if run.accelerator.is_main_process:
                 few = min(len(made), len(shown))

@@ -45,7 +45,7 @@ SNAPSHOT_STEPS = 100
 STORED_LATER = ("few_steps_file", "reverse_variance")  # by `ddpm-vlb optimize-timesteps`
 # What a pipeline's folder holds, also of other commands, that belongs to that pipeline alone.
 MEASURED = (
-    *("metrics.json", "samples.png", "vlb_terms.png", "data.json", "few_steps.json", "few_steps.png"),
+    *("metrics.json", "samples.png", "vlb_terms.png", "data.json", "few_steps.json", "few_steps.png", "chain"),
     *MEASURED_FOLDERS,
 )
 
@@ -207,11 +207,13 @@ def is_saved(run: Run, network: UNet2DModel) -> bool:
         saved = DDPMVLBPipeline.from_pretrained(run.folder)
     except Exception:  # another kind of pipeline, or none that can be read, is not this one
         return False
-    before, now = (
-        {name: value for name, value in own.config.items() if name[0] != "_" and name not in STORED_LATER}
-        for own in (saved.scheduler, run.scheduler)
-    )
+    before, now = ([_kept(own.scheduler), _kept(own.chain)] for own in (saved, run.pipeline(network)))
     return before == now and fingerprint_of(saved.unet) == fingerprint_of(network)
+
+
+def _kept(scheduler: Any) -> dict[str, Any]:
+    """What a configuration says but for what is stored in it later."""
+    return {k: v for k, v in scheduler.config.items() if k[0] != "_" and k not in STORED_LATER}
 
 
 def report(metrics: dict[str, Any], folder: Path) -> None:

@@ -32,7 +32,9 @@ Without options: scikit-learn's 8x8 digits with their own 17 levels, in a few mi
 
     ddpm-vlb train
     ddpm-vlb train --dataset_name ylecun/mnist --block_out_channels 32 64 --max_train_steps 20000
+    ddpm-vlb train --path flow
 """
+PATHS = ("ddpm", "flow", "edm")
 # "piecewise_constant" needs rules that no option holds.
 LR_SCHEDULERS = [s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT]
 
@@ -69,6 +71,9 @@ def build_parser() -> Parser:
     model.add_argument("--dropout", type=fraction, default=0.0, help="Dropout of the ResNet blocks.")
 
     process = parser.add_argument_group("diffusion process")
+    process.add_argument(
+        "--path", choices=PATHS, default="ddpm", help="A chain of betas, or flow matching or EDM, even in log SNR."
+    )
     process.add_argument("--ddpm_num_steps", type=positive_int, default=1000, help="T.")
     process.add_argument("--ddpm_beta_schedule", choices=BETA_SCHEDULES, default="linear", help="Noise schedule.")
     process.add_argument(
@@ -86,8 +91,11 @@ def build_parser() -> Parser:
     training.add_argument("--objective", choices=("simple", "hybrid", "vlb"), default="vlb", help="The loss.")
     training.add_argument(
         "--timestep_sampler",
-        choices=("uniform", "low_discrepancy", "loss_second_moment", "gaussian"),
-        help="Which t to train on; default: gaussian for vlb, else low_discrepancy.",
+        choices=("uniform", "low_discrepancy", "loss_second_moment", "gaussian", "sigma"),
+        help="Which t to train on; default: gaussian for vlb, else low_discrepancy, or sigma of another --path.",
+    )
+    training.add_argument(
+        "--sigma_sampling", choices=("uniform", "logit_normal"), default="uniform", help="Of a flow's L_simple."
     )
     training.add_argument("--vlb_weight", type=not_negative_float, default=0.001, help="Of L_vlb in hybrid.")
     training.add_argument("--snr_gamma", type=positive_float, help="Min-SNR weighting of L_simple; 5 is usual.")
@@ -189,8 +197,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
         parser.error("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample")
+    other_path = args.path != "ddpm"
     if args.timestep_sampler is None:
-        args.timestep_sampler = "gaussian" if args.objective == "vlb" else "low_discrepancy"
+        as_simple = "sigma" if other_path else "low_discrepancy"
+        args.timestep_sampler = "gaussian" if args.objective == "vlb" else as_simple
+    if args.timestep_sampler == "sigma" and (args.objective == "vlb" or not other_path):
+        parser.error("--timestep_sampler sigma draws as L_simple of --path flow or edm does: take another")
     if args.ddpm_num_inference_steps is None:
         args.ddpm_num_inference_steps = min(250, args.ddpm_num_steps)
     if args.ddpm_num_inference_steps > args.ddpm_num_steps:
@@ -207,6 +219,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def _idle(args: argparse.Namespace) -> dict[str, bool]:
     """Options that others leave without effect."""
     named, size = args.model_config_name_or_path is not None, "block_out_channels layers_per_block norm_num_groups"
+    betas = "ddpm_beta_schedule ddpm_beta_start ddpm_beta_end"
     hub = "hub_model_id hub_private_repo hub_include_code hub_license hub_overwrite"
     return {
         "dataset_config_name, without --dataset_name": args.dataset_name is None,
@@ -214,7 +227,9 @@ def _idle(args: argparse.Namespace) -> dict[str, bool]:
         f"ddpm_beta_start ddpm_beta_end, on --ddpm_beta_schedule {args.ddpm_beta_schedule}": args.ddpm_beta_schedule
         in ("squaredcos_cap_v2", "laplace"),
         "vlb_weight, without --objective hybrid": args.objective != "hybrid",
-        "snr_gamma, with --objective vlb, which has no L_simple": args.objective == "vlb",
+        "snr_gamma sigma_sampling, with --objective vlb, which has no L_simple": args.objective == "vlb",
+        f"{betas} rescale_betas_zero_snr prediction_type snr_gamma, on --path {args.path}": args.path != "ddpm",
+        f"sigma_sampling, on --path {args.path}": args.path != "flow",
         "lr_warmup_steps, with --lr_scheduler constant": args.lr_scheduler == "constant" and args.lr_warmup_steps > 0,
         "ema_inv_gamma ema_power ema_max_decay, with --no-use_ema": not args.use_ema,
         "logging_dir, with --logger none": args.logger == "none",

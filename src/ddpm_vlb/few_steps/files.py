@@ -17,7 +17,7 @@ from ddpm_vlb.runtime.files import MEASURED_FOLDERS, to_disk, write_json
 from ddpm_vlb.runtime.launching import check_output_dir, refuse_to_replace
 
 MEASURED = ("metrics.json", "samples.png", "vlb_terms.png", "README.md")  # with the network's own variance
-WRITTEN = {"model_index.json", "unet", "scheduler", "data.json", "few_steps.json", "few_steps.png", *MEASURED}
+WRITTEN = {"model_index.json", "unet", "scheduler", "chain", "data.json", "few_steps.json", "few_steps.png", *MEASURED}
 PARTIAL = ".few_steps-"  # what a run leaves that is killed
 
 
@@ -47,11 +47,12 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def store_in_place(pipeline: DDPMVLBPipeline, folder: Path) -> None:
-    """Replace a folder's scheduler configuration; what was there holds until the one rename that changes it."""
-    place = folder / "scheduler"
+    """Replace a folder's configuration of the chain; what was there holds until the one rename that changes it."""
+    place = folder / ("scheduler" if pipeline.path is None else "chain")
+    place.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".scheduler-", dir=folder) as aside:
         made = Path(aside, "made")
-        pipeline.scheduler.save_pretrained(made)
+        pipeline.chain.save_pretrained(made)
         for file in made.iterdir():
             to_disk(file)
         stored = [file for pattern in STORED_FILES for file in made.glob(pattern)]

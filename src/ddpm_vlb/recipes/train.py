@@ -63,7 +63,8 @@ def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
     for name in run.term_weights:
         if name == "simple":
             mean_half = output[:, : diffused.x_t.shape[1]]
-            values.append(simple_loss(run.of_the_mean, mean_half, diffused, run.args.snr_gamma))
+            loss = simple_loss(run.of_the_mean, mean_half, diffused, run.args.snr_gamma)
+            values.append(run.simple_weights[diffused.t] * loss)  # 1, but in the terms of another --path
         elif name == "vlb":
             frozen = run.args.objective == "hybrid"
             values.append(vlb_loss(run.reverse, output, diffused, freeze_mean=frozen))
@@ -72,7 +73,7 @@ def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
 
 def call(run: Run, x_t: Tensor, diffused: Diffused) -> Tensor:
     """The network's call and the terms of its loss, (B, terms): one graph under --compile."""
-    return loss_terms(run, run.unet(x_t, run.reverse.forward.timesteps[diffused.t]).sample, diffused)
+    return loss_terms(run, run.network(x_t, run.reverse.forward.timesteps[diffused.t]), diffused)
 
 
 def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:

@@ -25,7 +25,9 @@ from ddpm_vlb.runtime.stopping import end
 
 # What an upload removes where it does not bring it; other files of the repository stay.
 OURS = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "README.md", "metrics.json"]
-OURS += [*(f"scheduler/{pattern}" for pattern in STORED_FILES), "data.json", OPTIONS_FILE, *PICTURES, *CODE_FILES]
+OURS += ["chain/scheduler_config.json", "transformer/config.json"]
+OURS += [f"{folder}/{pattern}" for folder in ("scheduler", "chain") for pattern in STORED_FILES]
+OURS += ["data.json", OPTIONS_FILE, *PICTURES, *CODE_FILES]
 WEIGHTS = "unet/diffusion_pytorch_model"
 # In the weights of one precision; of another, such as fp16, there is a dot before and behind its name.
 SAME_WEIGHTS = [f"{WEIGHTS}.safetensors", f"{WEIGHTS}-*.safetensors", f"{WEIGHTS}.safetensors.index.json"]

@@ -101,7 +101,7 @@ def stage_result(
 
     def make(folder: Path) -> None:
         pipeline = DDPMVLBPipeline.from_pretrained(result)
-        for part in ("unet", "scheduler"):
+        for part in ("unet", "scheduler", *(["chain"] if (result / "chain").is_dir() else [])):
             shutil.copytree(result / part, folder / part)
         shutil.copyfile(result / "model_index.json", folder / "model_index.json")
         if args.hub_include_code:

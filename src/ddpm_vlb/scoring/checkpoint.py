@@ -20,7 +20,16 @@ from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, ReverseProcess, values_in_a_call
+from ddpm_vlb import (
+    DISTILLED_SCHEDULERS,
+    DDPMVLBPipeline,
+    DDPMVLBScheduler,
+    ReverseProcess,
+    describe_path,
+    path_chain,
+    spaced_ratios,
+    values_in_a_call,
+)
 from ddpm_vlb.runtime.image_data import HUB_HINT, named_data
 from ddpm_vlb.runtime.launching import main_first
 from ddpm_vlb.scoring.data import NetworkShape, ScoringData, load_scoring_data
@@ -33,7 +42,14 @@ FORMAT = 5  # of partial results; raise it when their meaning changes
 
 
 def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
-    """The checkpoint as a pipeline of ours."""
+    """The checkpoint as a pipeline of ours that can be scored."""
+    pipeline = read_pipeline(args)
+    check_pipeline(pipeline, args.model)
+    return pipeline
+
+
+def read_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
+    """The checkpoint as a pipeline of ours, with any chain that it samples by."""
     folder = Path(args.model)
     if not folder.is_dir() and (args.model.count("/") != 1 or args.model.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"--model {args.model}: there is no such folder, and it is no Hub name (user/name).")
@@ -46,19 +62,32 @@ def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
     try:
         if not folder.is_dir():
             _reach_hub(args)
-        pipeline = DDPMVLBPipeline.from_pretrained(args.model, revision=args.revision, cache_dir=args.cache_dir)
+        return DDPMVLBPipeline.from_pretrained(args.model, revision=args.revision, cache_dir=args.cache_dir)
     except Exception as error:  # the Hub client, diffusers and safetensors raise whatever they like
         said = str(error).rstrip(".")
         if not folder.is_dir():
             said = f"there is no such folder, and of the Hub: {said}. {HUB_HINT}"
         raise ValueError(f"--model {args.model} cannot be loaded: {said}") from error
-    if not isinstance(pipeline.scheduler, DDPMVLBScheduler):
+
+
+def check_pipeline(pipeline: DDPMVLBPipeline, name: str) -> None:
+    """Refuse a chain without a bound, a network of another kind, and a checkpoint that is not whole."""
+    if not isinstance(pipeline.chain, DDPMVLBScheduler):
         raise ValueError(
-            f"--model {args.model} has a {type(pipeline.scheduler).__name__}, whose chain has no variational bound. "
-            "Replace it, `DDPMVLBScheduler.from_config(pipeline.scheduler.config)`, and save the pipeline again."
+            f"--model {name} has a {type(pipeline.scheduler).__name__}, whose chain has no variational bound. Replace "
+            "it, `DDPMVLBScheduler.from_config(pipeline.scheduler.config)`, and save the pipeline again."
         )
-    _check_network(pipeline, args.model)
-    return pipeline
+    _check_network(pipeline, name)
+
+
+def name_distilled(pipeline: DDPMVLBPipeline) -> str | None:
+    """The scheduler of a distilled network, which is scored on the chain of its betas; None of another's."""
+    name = type(pipeline.scheduler).__name__
+    if name not in DISTILLED_SCHEDULERS:
+        return None
+    if pipeline.path is None:
+        pipeline.scheduler = DDPMVLBScheduler.from_config(pipeline.scheduler.config)
+    return name
 
 
 def _reach_hub(args: argparse.Namespace) -> None:
@@ -73,11 +102,9 @@ def _check_network(pipeline: DDPMVLBPipeline, name: str) -> None:
     unet = pipeline.unet
     _, *others = inspect.signature(unet.forward).parameters.values()
     needed = {own.name for own in others if own.default is own.empty and own.kind is own.POSITIONAL_OR_KEYWORD}
-    called = needed <= {"timestep"} and "timestep" in {own.name for own in others}
+    called = needed <= {"timestep"} and [own.name for own in others[:1]] == ["timestep"]
     if not called or type(unet.config.get("in_channels")) is not int:
-        raise ValueError(
-            f"--model {name}: its `unet` is a {type(unet).__name__}, no network of x_t, t and labels alone."
-        )
+        raise ValueError(f"--model {name}: its network is a {type(unet).__name__}, none of x_t, t and labels alone.")
     if unet.config.get("class_embed_type") is not None and pipeline.num_classes is None:
         raise ValueError(f"--model {name}: its network takes embeddings of classes, but labels are numbers here.")
     missing = [key for key, tensor in unet.state_dict().items() if tensor.is_meta]
@@ -88,12 +115,29 @@ def _check_network(pipeline: DDPMVLBPipeline, name: str) -> None:
 def network_shape(pipeline: DDPMVLBPipeline, args: argparse.Namespace) -> NetworkShape:
     """What the checkpoint says of its data."""
     shape = pipeline.sample_shape
-    levels = stated = pipeline.scheduler.config.get("levels", 256)
+    levels = stated = pipeline.chain.config.get("levels", 256)
     if "levels" in args and stated != 256 and args.levels != stated:
         raise ValueError(f"--levels {args.levels} contradicts the checkpoint, whose scheduler says `levels` {stated}.")
     if "levels" in args:
         levels = args.levels
     return NetworkShape(pipeline.unet.config.in_channels, shape and shape[1:], levels, pipeline.num_classes)
+
+
+def settle_chain(pipeline: DDPMVLBPipeline, args: argparse.Namespace, levels: int | None) -> dict[str, Any] | None:
+    """Give a network of a Gaussian path its chain, where the checkpoint stores none; returns what is told of it."""
+    told = describe_path(pipeline)
+    if told is None or told["stored"]:
+        if getattr(args, "ratios", None) is not None:
+            why = "has a chain of betas" if told is None else "stores a chain of its own (chain/)"
+            raise ValueError(
+                f"--ratios has no effect: --model {args.model} {why}, which is what is scored. Leave it out."
+            )
+        return told
+    given = getattr(args, "ratios", None)
+    ratios = None if given is None else spaced_ratios(given[0], given[1], told["steps"])
+    variance_type = pipeline.chain.config.variance_type
+    pipeline.chain = path_chain(pipeline.scheduler, levels, ratios, variance_type)
+    return {**(describe_path(pipeline) or {}), "stored": False}
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -162,15 +206,21 @@ class Checkpoint:
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, command: str):
         self.args, self.accelerator = args, accelerator
 
-        def load() -> tuple[DDPMVLBPipeline, ScoringData]:
-            pipeline = load_pipeline(args)
-            return pipeline, load_data(args, network_shape(pipeline, args), accelerator.is_main_process)
+        def load() -> tuple[DDPMVLBPipeline, ScoringData, dict[str, Any]]:
+            pipeline = read_pipeline(args)
+            distilled = name_distilled(pipeline) if command == "evaluate" else None
+            check_pipeline(pipeline, args.model)
+            data = load_data(args, network_shape(pipeline, args), accelerator.is_main_process)
+            path = settle_chain(pipeline, args, data.levels)
+            return pipeline, data, {"gaussian_path": path, "distilled": distilled}
 
-        self.pipeline, data = main_first(accelerator, load, command, ValueError, OSError)
+        self.pipeline, data, self.told = main_first(accelerator, load, command, ValueError, OSError)
         record = broadcast_object_list([data.record])[0]  # with the main process's fingerprints
         self.data: ScoringData = dataclasses.replace(data, record=record)
         self.unet = self.pipeline.unet.to(accelerator.device).eval()
+        self.network = self.pipeline.network
         self.weights = fingerprint_of(self.unet)
+        self.told |= {"name_or_path": args.model, "revision": args.revision, "weights_sha256": self.weights}
         self.dims = self.batch([0])[0].numel()
         self.discrete = self.data.levels is not None
         self.unit = "bits/dim" if self.discrete else "nats/dim of density"
@@ -178,7 +228,8 @@ class Checkpoint:
     def model(self, x_t: Tensor, timesteps: Tensor, **conditioning: Tensor) -> Tensor:
         """The network, under the run's mixed precision."""
         with self.accelerator.autocast():
-            return self.unet(x_t.to(self.unet.dtype), timesteps, **conditioning).sample.float()
+            output = self.network(x_t.to(self.unet.dtype), timesteps, **conditioning)
+            return (output if isinstance(output, Tensor) else output.sample).float()
 
     def batch(self, positions: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images to score."""
@@ -202,6 +253,9 @@ class Checkpoint:
             "processes": [described(process) for process in processes],
             **more,
         }
+        if self.pipeline.path is not None:  # networks of two paths have chains that look alike
+            path = vars(self.pipeline.path).values()
+            content["path"] = hashlib.sha256(torch.stack(list(path)).numpy().tobytes()).hexdigest()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

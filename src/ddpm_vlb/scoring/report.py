@@ -7,6 +7,7 @@ from typing import Any
 from ddpm_vlb import DDPMVLBScheduler, ReverseProcess, VLBEstimate
 from ddpm_vlb.runtime.image_data import data_name
 from ddpm_vlb.runtime.reporting import describe, score
+from ddpm_vlb.scoring.ode import ode_lines
 
 
 def both_clippings(reverse: ReverseProcess, clip: bool | None = None) -> tuple[ReverseProcess, ReverseProcess]:
@@ -95,6 +96,27 @@ def path_taken(scheduler: DDPMVLBScheduler, steps: int, spacing: str | None) -> 
     return f"spacing {spacing or scheduler.config.timestep_spacing!s}"
 
 
+def path_lines(model: dict[str, Any]) -> list[str]:
+    """What is said of a network that is no DDPM's: its path and chain, and what a distilled one is.
+
+    Args:
+        model: of a metrics.json.
+    """
+    lines, path, distilled = [], model.get("gaussian_path"), model.get("distilled")
+    if path is not None:
+        low, high = path["ratios"]
+        whose = "the checkpoint's own" if path["stored"] else "chosen here"
+        lines.append(
+            f"A network of {path['kind']} ({path['scheduler']}): the bound is that of a chain of {path['steps']} "
+            f"steps, noise-to-signal ratios {low:.4g} to {high:.4g}, {whose}."
+        )
+    if distilled is not None:
+        lines.append(
+            f"{distilled} is of a distilled network, trained to jump to the data: this is its score as a denoiser."
+        )
+    return lines
+
+
 def report(metrics: dict[str, Any], folder: Path) -> None:
     """Print an evaluation.
 
@@ -113,6 +135,8 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
     if metrics["estimator"] == "full" != metrics["options"]["estimator"]:
         print(f"Every step was taken once, not drawn: --calls_per_image is enough for all {steps}.")
     print(f"{images}, {steps} steps{f' ({path})' if path else ''}, {calls} (+ {extra} {what}).")
+    for line in path_lines(metrics["model"]) + ([] if metrics.get("ode") is None else ode_lines(metrics)):
+        print(line)
     if not metrics["data"]["levels"]:
         print("Continuous data: a density, which depends on the scale of the data and is no code length of images.")
     print(f"metrics.json, vlb_terms.png and per_image.png are in {folder}.")

@@ -24,6 +24,7 @@ from ddpm_vlb.runtime.stopping import end, lost_contact
 
 MANIFEST = "checkpoint.json"
 RUN_FILE = ".run.json"
+EARLIER = {"--path": "ddpm"}  # what checkpoints from before there was such an option do not say
 KEYS = {"step", "run", "fixed", "free", "files"}
 _PREFIX = "checkpoint-"
 _KINDS = ("checkpoint", "superseded", "diverged")
@@ -242,7 +243,7 @@ class Checkpoints:
                     f"{at} is damaged: its checksum differs. Remove {path.name} to go on from the one before"
                 )
         for key, value in self.fixed.items():
-            before = manifest["fixed"].get(key)
+            before = manifest["fixed"].get(key, EARLIER.get(key))
             if isinstance(before, dict) and isinstance(value, dict):  # say what differs, not all
                 differing = [name for name in before | value if before.get(name) != value.get(name)]
                 before, value = ({name: side.get(name) for name in differing} for side in (before, value))

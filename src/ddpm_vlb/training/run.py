@@ -8,22 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
-from torch import Tensor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ddpm_vlb import (
-    DDPMVLBPipeline,
-    DDPMVLBScheduler,
-    ImportanceTimesteps,
-    LossSecondMomentTimesteps,
-    LowDiscrepancyTimesteps,
-    ReverseProcess,
-    UniformTimesteps,
-    beta_start_for_levels,
-    covariance_eigenvalues,
-)
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, LossSecondMomentTimesteps, describe_path
 from ddpm_vlb.runtime.image_data import ImageData
 from ddpm_vlb.runtime.image_sets import Images
 from ddpm_vlb.runtime.launching import main_first
@@ -35,30 +25,19 @@ from ddpm_vlb.training.average import build_average, full, is_sharded
 from ddpm_vlb.training.checkpoints import Checkpoints, Progress
 from ddpm_vlb.training.global_batches import GlobalBatches, Noise
 from ddpm_vlb.training.kept_pilot import KeptPilot
+from ddpm_vlb.training.paths import (
+    build_path,
+    build_sampler,
+    chain_network,
+    measured_sigma_data,
+    weights_of_simple,
+)
 
 # Options that say what the network's output means.
 CHAIN = (
     *("ddpm_num_steps", "ddpm_beta_schedule", "ddpm_beta_start", "ddpm_beta_end", "rescale_betas_zero_snr"),
-    *("prediction_type", "variance_type"),
+    *("prediction_type", "variance_type", "path"),
 )
-TimestepSampler = UniformTimesteps | ImportanceTimesteps | LossSecondMomentTimesteps
-
-
-def build_scheduler(args: argparse.Namespace, levels: int) -> DDPMVLBScheduler:
-    """The chain to train; its first noise matches the bin width of data with few levels."""
-    few = min(args.ddpm_beta_end, max(1e-4, beta_start_for_levels(levels, beta_end=args.ddpm_beta_end)))
-    beta_start = args.ddpm_beta_start or few
-    return DDPMVLBScheduler(
-        num_train_timesteps=args.ddpm_num_steps,
-        beta_schedule=args.ddpm_beta_schedule,
-        beta_start=beta_start,
-        beta_end=args.ddpm_beta_end,
-        rescale_betas_zero_snr=args.rescale_betas_zero_snr,
-        prediction_type=args.prediction_type,
-        variance_type=args.variance_type,
-        timestep_spacing=args.timestep_spacing,
-        levels=levels,
-    )
 
 
 def configured_unet(name: str, data: ImageData, out_channels: int) -> UNet2DModel:
@@ -133,35 +112,12 @@ def build_unet(args: argparse.Namespace, data: ImageData) -> UNet2DModel:
     )
 
 
-def build_parts(args: argparse.Namespace, data: ImageData) -> tuple[DDPMVLBScheduler, UNet2DModel]:
-    """The chain and the network."""
-    scheduler, unet = build_scheduler(args, data.levels), build_unet(args, data)
-    return scheduler, unet.to(memory_format=torch.channels_last) if args.channels_last else unet
-
-
-def build_sampler(
-    args: argparse.Namespace, reverse: ReverseProcess, train: Images, accelerator: Accelerator
-) -> TimestepSampler:
-    """The timestep sampler of --timestep_sampler; it draws the whole global batch, on every process alike."""
-    steps = len(reverse.forward)
-    if args.timestep_sampler == "gaussian":
-
-        def make() -> Tensor | None:
-            if not accelerator.is_main_process:
-                return None
-            return covariance_eigenvalues(torch.cat(list(train.batches(256, limit=2048))))
-
-        # Of one process: another machine's rounding would draw other t.
-        made = main_first(accelerator, make, "train", ValueError, OSError)
-        eigenvalues = broadcast_object_list([made])[0]
-        alphas_cumprod = reverse.forward.log_alphas_cumprod.exp()
-        return ImportanceTimesteps.from_gaussian_model(alphas_cumprod, eigenvalues, 0.1)
-    kinds = {
-        "uniform": UniformTimesteps,
-        "low_discrepancy": LowDiscrepancyTimesteps,
-        "loss_second_moment": LossSecondMomentTimesteps,
-    }
-    return kinds[args.timestep_sampler](steps)
+def build_parts(
+    args: argparse.Namespace, data: ImageData, sigma_data: float | None
+) -> tuple[DDPMVLBScheduler, SchedulerMixin | None, UNet2DModel]:
+    """The chain, the scheduler of stock beside it, and the network."""
+    chain, unet = build_path(args, data.levels, sigma_data), build_unet(args, data)
+    return *chain, unet.to(memory_format=torch.channels_last) if args.channels_last else unet
 
 
 def build_loader(
@@ -205,11 +161,13 @@ def term_weights(args: argparse.Namespace) -> dict[str, float]:
 class Run:
     """What the parts of a training run share, and what a recipe finds on `run`.
 
-    `args`, the options; `accelerator`; `data`, the training, validation and test images; `scheduler` and its `reverse`
-    (p; `reverse.forward` is q); `sampler` of t; `unet`, `optimizer` and `lr_scheduler`, as Accelerate prepares them;
-    `ema`, the average or None; `batches` and `loader`, which images a step takes; `noise`, of single images;
-    `term_weights`, of the loss's terms by name; `progress.step`, the optimizer steps done; `max_steps`; `checkpoints`;
-    `folder`; `publisher`, of uploads, or None; `stop`, which notes that the run was asked to stop.
+    `args`, the options; `accelerator`; `data`, the training, validation and test images; `scheduler`, the chain, and
+    its `reverse` (p; `reverse.forward` is q); `path`, that of another --path than ddpm, or None, and `stock`, the
+    scheduler that is saved with it; `sampler` of t; `unet`, `optimizer` and `lr_scheduler`, as Accelerate prepares
+    them; `network`, `unet` as the chain calls it; `simple_weights`, of L_simple at each step; `ema`, the average or
+    None; `batches` and `loader`, which images a step takes; `noise`, of single images; `term_weights`, of the loss's
+    terms by name; `progress.step`, the optimizer steps done; `max_steps`; `checkpoints`; `folder`; `publisher`, of
+    uploads, or None; `stop`, which notes that the run was asked to stop.
 
     Args:
         args: the options of `ddpm-vlb train`.
@@ -225,11 +183,17 @@ class Run:
         self.args, self.accelerator, self.data, self.folder = args, accelerator, data, folder
         self.publisher: Publisher | None = None
         self.stop = Stop()
-        self.scheduler, unet = main_first(accelerator, lambda: build_parts(args, data), "train", ValueError, OSError)
+        sigma_data = measured_sigma_data(args, data.train, accelerator)
+        self.scheduler, self.stock, unet = main_first(
+            accelerator, lambda: build_parts(args, data, sigma_data), "train", ValueError, OSError
+        )
+        pipeline = self.pipeline(unet)
+        self.path, self._described_path = pipeline.path, describe_path(pipeline)
         self.reverse = self.scheduler.reverse_process(accelerator.device)
         # L_simple's, which takes the mean half alone: L_vlb trains the other one.
         self.of_the_mean = dataclasses.replace(self.reverse, variance_type="fixed_small")
-        self.sampler = build_sampler(args, self.reverse, data.train, accelerator)
+        self.simple_weights = weights_of_simple(args, self.path, self.reverse)
+        self.sampler = build_sampler(args, self.reverse, self.path, data.train, accelerator)
         self.network_config = unet.config
         self.has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())
         self.batches = GlobalBatches(
@@ -249,6 +213,7 @@ class Run:
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=self.max_steps
         )
         self.unet, self.optimizer, self.lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+        self.network = chain_network(self.path, self.unet)
         self.input_dtype = next(self.unet.parameters()).dtype  # half under DeepSpeed, which keeps masters of its own
         self.skips_on_device = bool(optimizer.defaults["fused"]) and not is_sharded(accelerator)
         # The next step's t depend on the losses of this one.
@@ -317,7 +282,9 @@ class Run:
 
     def pipeline(self, network: UNet2DModel) -> DDPMVLBPipeline:
         """The pipeline of a network."""
-        pipeline = DDPMVLBPipeline(unet=network, scheduler=self.scheduler)
+        pipeline = DDPMVLBPipeline(unet=network, scheduler=self.stock or self.scheduler)
+        if self.stock is not None:
+            pipeline.chain = self.scheduler
         pipeline.set_progress_bar_config(desc="Sampling", leave=False)
         return pipeline
 
@@ -331,6 +298,7 @@ class Run:
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device),
             },
+            **({} if self.path is None else {"path": self._described_path}),
             "data": self.data.record,
             "options": vars(self.args),
             "versions": versions(),

@@ -27,6 +27,7 @@ from ddpm_vlb.runtime.image_sets import Images
 from ddpm_vlb.scoring.checkpoint import FORMAT, described, fingerprint_of
 from ddpm_vlb.scoring.report import both_clippings
 from ddpm_vlb.scoring.sweep import PartialScores, run_sweep, shared
+from ddpm_vlb.training.paths import chain_network
 from ddpm_vlb.training.run import Run
 
 MOST_CALLS = 2**14  # network calls for the test images, unless their number is given
@@ -74,14 +75,14 @@ class Scoring:
     """
 
     def __init__(self, run: Run, network: torch.nn.Module, images: Images, calls_per_image: int, what: str):
-        self.run, self.network, self.images = run, network, images
+        self.run, self.network, self.images = run, chain_network(run.path, network), images
         self.calls, self.what = calls_per_image, what
         self.processes = both_clippings(run.reverse)
 
     def model(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The network, under the run's mixed precision."""
         with self.run.accelerator.autocast():
-            return self.network(x_t, timesteps).sample.float()
+            return self.network(x_t, timesteps).float()
 
     def batch(self, positions: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images to score."""

@@ -1,0 +1,115 @@
+"""The likelihood of a checkpoint's probability-flow ODE beside its bound, for `ddpm-vlb evaluate --ode`."""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_vlb import GaussianPath, ReverseProcess, estimate_ode, spaced_ratios
+from ddpm_vlb.scoring.checkpoint import Checkpoint
+from ddpm_vlb.scoring.sweep import units
+
+PROBES = 2
+_OF_DECODER = """
+    variance_type clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value
+""".split()
+
+
+def ode_path(run: Checkpoint, calls: int) -> GaussianPath:
+    """The checkpoint's path on as many levels as the calls take, over the range of the chain that is scored.
+
+    Args:
+        run: the checkpoint.
+        calls: network calls, four for each Runge-Kutta step over two levels.
+    """
+    pipeline, steps = run.pipeline, calls // 2 + 1
+    forward = pipeline.chain.reverse_process(dtype=torch.float64).forward
+    abar = forward.log_alphas_cumprod.exp()
+    known = (1 / abar - 1).sqrt()
+    known = known[known.isfinite()]
+    ratios = spaced_ratios(float(known[0]), float(known[-1]), steps)
+    if pipeline.path is None:
+        return GaussianPath.ddpm(abar, ratios, pipeline.chain.config.prediction_type)
+    return GaussianPath.from_config(pipeline.scheduler, ratios)
+
+
+def ode_process(path: GaussianPath, reverse: ReverseProcess, shape: tuple[int, ...]) -> ReverseProcess:
+    """The chain of the ODE's levels, with the decoder of the process that is scored.
+
+    Args:
+        path: its levels.
+        reverse: the process.
+        shape: of an image, (C, *).
+    """
+    first = reverse.to("cpu", torch.float64).coefficients(0, torch.zeros(1, *shape, dtype=torch.float64))
+    log_variance = first.log_variance_offset.squeeze()
+    return path.reverse_process(
+        reverse.levels,
+        decoder_log_variance=float(log_variance) if log_variance.ndim == 0 else log_variance.reshape(shape),
+        decoder_slope=float(first.variance_slope),
+        **{name: getattr(reverse, name) for name in _OF_DECODER},
+    )
+
+
+def score_ode(run: Checkpoint, reverse: ReverseProcess, calls: int | None, bound: Tensor) -> dict[str, Any] | None:
+    """The ODE's entry of metrics.json, computed by the main process; None where it was not asked for.
+
+    Args:
+        run: the checkpoint.
+        reverse: the process that was scored.
+        calls: network calls for each image.
+        bound: of each image, in the run's unit, (N,).
+    """
+    if calls is None or not run.accelerator.is_main_process:
+        return None
+    started, path, unit = time.perf_counter(), ode_path(run, calls), 1.0 if run.discrete else math.log(2)
+    network = path.network(run.unet)
+    size = max(1, run.values_per_call // (4 * run.dims))
+
+    def model(x_t: Tensor, timesteps: Tensor, **conditioning: Tensor) -> Tensor:
+        with run.accelerator.autocast():
+            return network(x_t.to(run.unet.dtype), timesteps, **conditioning).float()
+
+    def batches() -> Iterator[Any]:
+        for group in units(range(len(bound)), size):
+            yield run.batch(group)
+
+    process = ode_process(path, reverse, tuple(run.batch([0])[0].shape[1:])).to(run.accelerator.device, torch.float32)
+    estimate = estimate_ode(model, process, batches(), PROBES, run.args.seed, size * run.dims)
+    per_image, gaps = estimate.per_image * unit, bound - estimate.per_image * unit
+    value = float(per_image.mean())
+    return {
+        "bits_per_dim": value if run.discrete else None,
+        "nats_per_dim": None if run.discrete else value,
+        "probe_se": estimate.probe_se * unit,
+        "image_se": None if math.isnan(estimate.image_se) else estimate.image_se * unit,
+        "difference": float(gaps.mean()),
+        "difference_se": float(gaps.std() / len(gaps) ** 0.5) if len(gaps) > 1 else None,
+        "network_calls_per_image": estimate.network_calls_per_image,
+        "probes": PROBES,
+        "ratios": [float(path.ratios[0]), float(path.ratios[-1])],
+        "per_image": per_image.tolist(),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def ode_lines(metrics: dict[str, Any]) -> list[str]:
+    """What is printed of it.
+
+    Args:
+        metrics: of `ddpm-vlb evaluate --ode`.
+    """
+    ode, unit = metrics["ode"], metrics["unit"]
+    value = ode["bits_per_dim"] if ode["bits_per_dim"] is not None else ode["nats_per_dim"]
+    images, paired = ("n/a" if error is None else f"{error:.4f}" for error in (ode["image_se"], ode["difference_se"]))
+    calls, bound = ode["network_calls_per_image"], metrics["seconds"] - ode["seconds"]
+    return [
+        f"ODE: {value:.4f} +- {ode['probe_se']:.4f} (probes) +- {images} (images) {unit}, {calls} network calls each, "
+        f"with {ode['probes']} backward passes a call",
+        f"  bound - ODE: {ode['difference']:+.4f} +- {paired} on the same images; {ode['seconds']:.0f} s, the bound "
+        f"{bound:.0f} s",
+        f"  an estimate, no bound: with few calls the integral is off, to either side: compare --ode {2 * calls}.",
+    ]
