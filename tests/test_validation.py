@@ -143,16 +143,16 @@ def test_identity_survives():
 
 
 def test_coverage():
-    """The paired 95 % interval holds the population's difference, in closed form, in 95 % of 200 sets of 30 images.
+    """The paired 95 % interval holds the population's difference, in closed form, in 95 % of 120 sets of 30 images.
 
     An image's draws depend on its position, so that the sets of one data set are independent; 2.045 is Student's for
-    29 degrees, and four binomial errors are 6 %.
+    29 degrees, and four binomial errors are 8 %.
     """
     true = population_bits(factor=0.8) - population_bits(factor=0.95)
-    ours = Validation(images(6000), process(), 4, pilot=PILOT)
-    gaps = (ours(network(0.8)) - ours(network(0.95))).per_image.reshape(200, 30)
+    ours = Validation(images(3600), process(), 4, pilot=PILOT)
+    gaps = (ours(network(0.8)) - ours(network(0.95))).per_image.reshape(120, 30)
     held = (gaps.mean(1) - true).abs() < 2.045 * gaps.std(1) / 30**0.5
-    assert 0.89 <= float(held.double().mean()) < 1
+    assert 0.87 <= float(held.double().mean()) < 1
 
 
 # --- validation
@@ -292,7 +292,7 @@ def test_a_loss_is_its_mean_over_t(name):
     The variance of 500 values of kurtosis up to 10 is known to 4 * sqrt(9 / 500), half of itself.
     """
     loss, weights = LOSSES[name]
-    pilot = fit_pilot(network(), process(), images(100, seed=1), also=[loss])
+    pilot = fit_pilot(network(), process(), images(100, seed=1), 512, also=[loss])
     ours = validation(500, pilot=pilot, term=loss)
     estimate = ours(network())
     expected = expected_loss(ours.images, weights), expected_bits(ours.images, factor=FACTOR)
