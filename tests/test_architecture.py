@@ -29,6 +29,7 @@ ORDER = (
     "schedules",
     "devices",
     "forward_process",
+    "reverse_tables",
     "reverse_process",
     "checks",
     "path_configurations",

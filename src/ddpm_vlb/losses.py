@@ -24,7 +24,8 @@ from .bin_mass import log_bin_mass
 from .checks import check_trained
 from .distributions import DiagonalGaussian, gaussian_kl, promote_half
 from .forward_process import Diffused, gather, timesteps_beside
-from .reverse_process import Coefficients, ReverseProcess
+from .reverse_process import ReverseProcess
+from .reverse_tables import Coefficients
 
 # Processes whose first batch was looked at: on a GPU a look at each would have to be waited for.
 _LOOKED: dict[bool, weakref.WeakSet[ReverseProcess]] = {True: weakref.WeakSet(), False: weakref.WeakSet()}

@@ -24,6 +24,7 @@ _CODE = {
     "distributions": "DiagonalGaussian",
     "schedules": "make_betas",
     "forward_process": "ForwardProcess",
+    "reverse_tables": "Coefficients",
     "reverse_process": "ReverseProcess",
     "checks": "check_model",
     "path_configurations": "read_path",

@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .devices import send
 from .distributions import DiagonalGaussian, ordinary_tensors, promote_half
-from .forward_process import Diffused, ForwardProcess, Posterior, gather, posterior_coefficients
+from .forward_process import Diffused, ForwardProcess, gather
+from .reverse_tables import Coefficients, mean_tables, small_table, variance_tables, with_decoder
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 """What the mean half of a network's output can be."""
@@ -39,34 +39,6 @@ class Prediction(NamedTuple):
 
     p: DiagonalGaussian
     x_0: Tensor
-
-
-class Coefficients(NamedTuple):
-    """The coefficients of equations 1 to 3 at some steps, shaped to multiply x_t.
-
-    With the variance output v (0 if there is none), log sigma_t^2 = log_variance_offset + variance_slope v and
-    u = ratio_offset + variance_slope v.
-    """
-
-    x_t_to_x_0: Tensor
-    output_to_x_0: Tensor
-    x_0_to_mean: Tensor
-    x_t_to_mean: Tensor
-    posterior_log_variance: Tensor
-    log_variance_offset: Tensor
-    ratio_offset: Tensor
-    variance_slope: Tensor
-
-    def log_variance(self, variance_output: Tensor | None) -> Tensor:
-        """log sigma_t^2, which may be written into where there is a variance output.
-
-        Args:
-            variance_output: the variance half of the network's output, if there is one.
-        """
-        if variance_output is None:
-            return self.log_variance_offset
-        # In two passes: a single one over one tensor and two numbers is slow on the CPU.
-        return (variance_output * self.variance_slope).add_(self.log_variance_offset)
 
 
 # float32 tells no more levels of [-1, 1] apart.
@@ -150,9 +122,11 @@ class ReverseProcess:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"`eta` must lie in [0, 1], from DDIM to DDPM, but got {self.eta!r:.80}.")
         self._check_variances()
-        means, small, (log_variance, ratio, slope) = self._means(), self._small(), self._variances()
+        means = mean_tables(self.forward, self.prediction_type, self.eta)
+        small = small_table(self.forward, self.eta)
+        log_variance, ratio, slope = variance_tables(self.forward, self.variance_type, self.x_0_mse, self.eta)
         if self.decoder_log_variance is not None:
-            log_variance = self._with_decoder(log_variance)
+            log_variance = with_decoder(log_variance, self.decoder_log_variance)
             slope = torch.cat([torch.full_like(slope[:1], self.decoder_slope), slope[1:]])
         if log_variance.ndim > 1:  # the table's rows are scalars
             object.__setattr__(self, "_log_variance", log_variance)
@@ -175,63 +149,6 @@ class ReverseProcess:
         first = self.decoder_log_variance
         if first is not None and not bool(torch.as_tensor(first).isfinite().all()):
             raise ValueError("`decoder_log_variance` must be finite, but is not.")
-
-    def _posterior(self) -> Posterior:
-        """Equation 3 of the forward process with our eta, in float64 from the root, cast once."""
-        root = self.forward.log_alphas_cumprod.cpu()
-        return posterior_coefficients(root, torch.cat([root.new_zeros(1), root[:-1]]), self.eta)
-
-    def _means(self) -> list[Tensor]:
-        """The first four tables of `Coefficients`, from the forward process's finished ones."""
-        q = self.forward
-        zero, one = torch.zeros_like(q.betas), torch.ones_like(q.betas)
-        x_0 = {
-            "epsilon": (q.sqrt_recip_alphas_cumprod, -q.sqrt_recipm1_alphas_cumprod),
-            "sample": (zero, one),
-            "v_prediction": (q.sqrt_alphas_cumprod, -q.sqrt_one_minus_alphas_cumprod),
-        }[self.prediction_type]
-        if self.eta < 1:
-            posterior = self._posterior()
-            return [*x_0, _cast(posterior.x_0, q.betas), _cast(posterior.x_t, q.betas)]
-        return [*x_0, q.posterior_mean_coef_x_0, q.posterior_mean_coef_x_t]
-
-    def _small(self) -> Tensor:
-        """log betatilde_t, of DDIM's posterior with its eta; the first step's stays the borrowed one."""
-        small = self.forward.posterior_log_variance
-        if self.eta == 1:
-            return small
-        scaled = small + (2 * math.log(self.eta) if self.eta > 0 else -math.inf)
-        return torch.cat([small[:1], scaled[1:]])
-
-    def _variances(self) -> tuple[Tensor, Tensor, Tensor]:
-        """log sigma^2 and u at v = 0, and their slope in v."""
-        q = self.forward
-        zero, one, small = torch.zeros_like(q.betas), torch.ones_like(q.betas), self._small()
-        if self.x_0_mse is not None and self.eta > 0:
-            posterior, m = self._posterior(), self.x_0_mse.cpu().double()
-            beside = (-1, *[1] * (m.ndim - 1))
-            log_variance = (posterior.variance.reshape(beside) + posterior.x_0.square().reshape(beside) * m).log()
-            log_variance = _cast(log_variance, q.betas)
-            return log_variance, zero if m.ndim > 1 else log_variance - small, zero
-        span = q.log_variance_range
-        # The first step of fixed_large borrows the second's betatilde as fixed_small does, which is u = 0.
-        large = torch.cat([zero[:1], span[1:]])
-        log_variance, ratio, slope = {
-            "fixed_small": (small, zero, zero),
-            "fixed_large": (small + large, large, zero),
-            "learned": (zero, -small, one),
-            "learned_range": (small + 0.5 * span, 0.5 * span, 0.5 * span),
-        }[self.variance_type.removesuffix("_log")]
-        if self.eta == 1:
-            return log_variance, ratio, slope
-        return torch.cat([log_variance[:1], small[1:]]), zero, torch.cat([slope[:1], zero[1:]])
-
-    def _with_decoder(self, log_variance: Tensor) -> Tensor:
-        """The log variances with the decoder's own in the first step."""
-        first = _cast(torch.as_tensor(self.decoder_log_variance), log_variance)
-        if first.ndim and log_variance.ndim == 1:
-            log_variance = log_variance.reshape(-1, *[1] * first.ndim).expand(-1, *first.shape)
-        return torch.cat([first.expand(log_variance.shape[1:])[None], log_variance[1:]])
 
     @property
     def learns_variance(self) -> bool:
@@ -405,11 +322,6 @@ class ReverseProcess:
         signal = gather(self.forward.sqrt_alphas_cumprod, diffused.t, diffused.x_t)
         sigma = gather(self.forward.sqrt_one_minus_alphas_cumprod, diffused.t, diffused.x_t)
         return signal * diffused.noise - sigma * diffused.x_0
-
-
-def _cast(value: Tensor, like: Tensor) -> Tensor:
-    """The value in the other's precision, cast before it is moved: MPS has no float64."""
-    return send(value.to(like.dtype), like.device)
 
 
 def _same_kind(first: float | Tensor | None, old: ForwardProcess, new: ForwardProcess) -> float | None:
