@@ -93,7 +93,8 @@ def values_in_a_call(values_per_call: int | None, device: torch.device) -> int:
     """How many values a network call takes.
 
     Args:
-        values_per_call: as asked for; None: what keeps the device busy.
+        values_per_call: as asked for; None goes by the device alone and measures nothing, lest what a run gives
+            depend on its timing.
         device: of the network.
     """
     if values_per_call is not None:

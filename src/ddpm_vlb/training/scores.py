@@ -76,14 +76,15 @@ class Scoring:
     """
 
     def __init__(self, run: Run, network: torch.nn.Module, images: Images, calls_per_image: int, what: str):
-        self.run, self.network, self.images = run, chain_network(run.path, network), images
+        self.run, self.network, self.images = run, network, images
+        self._of_the_chain = chain_network(run.path, network)
         self.calls, self.what = calls_per_image, what
         self.processes = both_clippings(run.reverse)
 
     def model(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The network, under the run's mixed precision."""
         with self.run.accelerator.autocast():
-            return self.network(x_t, timesteps).float()
+            return self._of_the_chain(x_t, timesteps).float()
 
     def batch(self, positions: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images to score."""
