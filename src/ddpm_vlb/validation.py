@@ -117,7 +117,8 @@ class Validation:
         scorer = VLBEstimator(
             model, self.reverse, self.pilot, self.calls_per_image, self.num_replicates, self.seed, also=self._also
         )
-        chosen, parts = torch.as_tensor(range(len(self)) if positions is None else positions), list[Scores]()
+        chosen = torch.tensor(list(range(len(self)) if positions is None else positions), dtype=torch.int64)
+        parts = list[Scores]()
         with _evaluating(model):
             for own in chosen.split(scorer.images_per_unit(self.images)):
                 x_0, told = self.images[own.to(self.images.device)], rows_of(self.conditioning, own)
