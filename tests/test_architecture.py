@@ -42,6 +42,7 @@ ORDER = (
     "pilot",
     "scores",
     "estimation",
+    "validation",
     "ode",
     "respacing",
     "optimal_paths",
