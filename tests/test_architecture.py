@@ -43,6 +43,7 @@ ORDER = (
     "pilot",
     "scores",
     "estimation",
+    "validation",
     "ode",
     "respacing",
     "optimal_paths",

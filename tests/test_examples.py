@@ -16,7 +16,8 @@ from ddpm_vlb import fit_pilot
 
 FOLDER = Path(__file__).parents[1] / "examples"
 PROGRAMS = (
-    "class_conditional digits dit_latents outlier_scores policy_gradient score_stock_checkpoint signals_1d".split()
+    "class_conditional digits dit_latents flow_matching outlier_scores score_stock_checkpoint signals_1d".split()
+    + ["policy_gradient"]
 )
 LINES = {"policy_gradient": 150}  # two programs in one, training and tuning
 UNIFORM = 4.0875  # log2(17) bits/dim
@@ -46,7 +47,7 @@ def test_a_program_fits_on_a_page_and_stands_alone(name):
     assert len(text.splitlines()) <= LINES.get(name, 100)
     tree = ast.parse(text)
     assert f"python examples/{name}.py" in ast.get_docstring(tree)
-    installed = {"ddpm_vlb", "diffusers", "numpy", "PIL", "sklearn", "torch"}
+    installed = {"accelerate", "ddpm_vlb", "diffusers", "numpy", "PIL", "sklearn", "torch"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= installed | sys.stdlib_module_names
@@ -106,6 +107,15 @@ def test_linear_coder(program):
     assert latents.shape == (200, 4, 2, 2)
     torch.testing.assert_close(latents.square().mean(0), torch.ones(4, 2, 2), rtol=1e-4, atol=0)
     torch.testing.assert_close(coder.encode(coder.decode(latents)), latents, rtol=1e-3, atol=1e-4)
+
+
+@runs("flow_matching")
+def test_flow_matching(program, tmp_path):
+    """The best ten steps are better than ten even ones, and stock diffusers loads what is saved."""
+    scores = program.main(steps=8, num_test=4, num_fit=32, folder="trained")
+    assert 0 < scores["the best 10"].bits_per_dim < min(scores["10 even steps"].bits_per_dim, UNIFORM)
+    assert Image.open(tmp_path / "flow_matching.png").size == (320, 192)
+    assert isinstance(DDPMPipeline.from_pretrained(tmp_path / "trained"), DDPMPipeline)
 
 
 @runs("signals_1d")

@@ -271,9 +271,7 @@ def test_the_card_s_code_of_stock_runs(name, tmp_path):
     pipe.chain.store_few_steps([StoredPath((39, 20, 0), "network", 0.0)])
     pipe.save_pretrained(tmp_path)
     card = str(model_card(pipe, str(tmp_path)))
-    assert (
-        "a chain with fixed variance (`fixed_small`), of 40 steps with noise-to-signal ratios from 0.05 to 100" in card
-    )
+    assert "40 steps with noise-to-signal ratios from 0.05 to 100, with fixed variance" in card
     stock = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[name != "flow"]
     assert ("sigmas=np" in stock) == (name != "edm") == ("sampled by ddpm-vlb alone" not in card)
     names: dict = {}

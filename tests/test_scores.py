@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_vlb import VLBEstimator, VLBScores, estimate_from_scores, fit_pilot
 from ddpm_vlb.scores import curve_sums
 
-ROWS = ("positions", "kl", "decoder", "prior", "noise_variance")
+ROWS = ("positions", "kl", "decoder", "prior", "noise_variance", "images")
 
 
 def estimator(calls_per_image: int = 8, seed: int = 0, **options) -> VLBEstimator:
@@ -33,7 +33,8 @@ def made(n: int, calls: int = 8, seed: int = 0) -> VLBScores:
     """Arbitrary numbers in the place of scores."""
     kl, decoder, prior, variance = torch.rand(4, n, generator=torch.Generator().manual_seed(seed)).double()
     curve = curve_sums(torch.arange(n)[:, None] % T, kl[:, None], T)
-    return VLBScores(torch.arange(n), kl, 5 * decoder, 0.1 * prior, variance / 50, curve, 16, calls)
+    images, draws = torch.arange(n) + 100, torch.tensor([[1, calls, 3]])
+    return VLBScores(torch.arange(n), kl, 5 * decoder, 0.1 * prior, variance / 50, curve, 16, calls, images, draws)
 
 
 def assert_equal(actual: VLBScores, expected: VLBScores, tolerance: float = 0.0) -> None:
@@ -44,6 +45,7 @@ def assert_equal(actual: VLBScores, expected: VLBScores, tolerance: float = 0.0)
         )
     torch.testing.assert_close(actual.curve, expected.curve, rtol=1e-12, atol=1e-12)
     assert (actual.dims, actual.calls) == (expected.dims, expected.calls)
+    assert torch.equal(actual.draws, expected.draws)
 
 
 # --- merge
@@ -91,12 +93,13 @@ OTHER_RUNS = {
     "calls": lambda: replace(made(3), positions=torch.arange(3, 6), calls=9),
     "size": lambda: replace(made(3), positions=torch.arange(3, 6), dims=17),
     "chain": lambda: replace(made(3), positions=torch.arange(3, 6), curve=torch.zeros(6, T - 1).double()),
+    "seed": lambda: replace(made(3), positions=torch.arange(3, 6), draws=torch.tensor([[2, 8, 3]])),
 }
 
 
 @pytest.mark.parametrize("other", OTHER_RUNS.values(), ids=OTHER_RUNS)
 def test_scores_of_different_runs_are_not_merged(other):
-    """Another number of network calls, image size or chain is another run."""
+    """Another number of network calls, image size, chain or seed is another run."""
     with pytest.raises(ValueError, match="other runs"):
         VLBScores.merge([made(3), other()])
 
@@ -120,7 +123,8 @@ def test_combined_sweeps_are_weighted_by_their_calls():
         expected = sum(w * getattr(sweep, name).numpy() for w, sweep in zip(weights, sweeps))
         np.testing.assert_allclose(getattr(combined, name), expected, rtol=1e-14)
     assert combined.calls == 48 and combined.dims == 16
-    assert torch.equal(combined.positions, sweeps[0].positions)
+    assert torch.equal(combined.positions, sweeps[0].positions) and torch.equal(combined.images, sweeps[0].images)
+    assert torch.equal(combined.draws, torch.cat([sweep.draws for sweep in sweeps]))
     assert torch.equal(combined.curve, sweeps[1].curve)  # of the sweep with the most calls
     assert_equal(VLBScores.combine(sweeps[:1]), sweeps[0], 1e-15)
 
@@ -155,8 +159,9 @@ def test_sweeps_draw_independently():
 
 
 def test_sweeps_over_different_images_are_not_combined():
-    """Other images, or another number of them, are no further sweep."""
-    for other in (made(4), replace(made(5), positions=torch.arange(1, 6))):
+    """Other images, at their place or another, or another number of them, are no further sweep."""
+    others = {"positions": torch.arange(1, 6), "images": torch.arange(5)}
+    for other in (made(4), *(replace(made(5), **{name: own}) for name, own in others.items())):
         with pytest.raises(ValueError, match="different images"):
             VLBScores.combine([made(5), other])
 
@@ -197,7 +202,7 @@ def test_estimate_is_made_of_means_and_variances():
     scores = made(30)
     result = scores.estimate()
     unit = 1 / (16 * math.log(2))
-    kl, decoder, prior, variance = (getattr(scores, name).numpy() for name in ROWS[1:])
+    kl, decoder, prior, variance = (getattr(scores, name).numpy() for name in ROWS[1:5])
     total = (kl + decoder + prior) * unit
     assert result.bits_per_dim == pytest.approx(total.mean(), rel=1e-12)
     assert result.nats_per_dim == pytest.approx(total.mean() * math.log(2), rel=1e-12)

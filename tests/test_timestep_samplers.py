@@ -16,6 +16,7 @@ from ddpm_vlb import (
     covariance_eigenvalues,
     gaussian_model_terms,
     make_betas,
+    spaced_ratios,
     vlb_term,
 )
 
@@ -319,6 +320,20 @@ def test_gaussian_model_probabilities_follow_the_terms():
     torch.testing.assert_close(sampler.probabilities, 0.8 * terms / terms.sum() + 0.2 / T, rtol=1e-12, atol=0)
     constant = ImportanceTimesteps.from_gaussian_model(ABAR, torch.zeros(3))
     torch.testing.assert_close(constant.probabilities, torch.full((T,), 1 / T, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("steps", [100, 1000])
+def test_the_decoder_s_draws_do_not_depend_on_how_close_the_levels_are(steps):
+    """By SNR_0 mmse_0 / 2 it has its share of the integral 1/2 of mmse over SNR, whose rest the levels divide."""
+    abar = 1 / (1 + spaced_ratios(0.05, 100.0, steps).square())
+    terms = gaussian_model_terms(abar, EIGENVALUES, decoder_by_snr=True)
+    snr = 1 / 0.05**2
+    own = 0.5 * (snr * EIGENVALUES / (snr * EIGENVALUES + 1)).mean()
+    torch.testing.assert_close(terms[0], own, rtol=1e-9, atol=0)
+    assert torch.equal(terms[1:], gaussian_model_terms(abar, EIGENVALUES)[1:])
+    rest = 0.5 * ((snr * EIGENVALUES + 1) / (EIGENVALUES / 100**2 + 1)).log().mean()
+    p = ImportanceTimesteps.from_gaussian_model(abar, EIGENVALUES, decoder_by_snr=True).probabilities
+    assert float(p[0]) == pytest.approx(float(0.9 * own / (own + rest) + 0.1 / steps), rel=0.08)
 
 
 def test_gaussian_model_reduces_the_variance_of_the_bound():

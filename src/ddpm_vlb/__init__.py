@@ -3,8 +3,8 @@
 from .checks import check_data
 from .counter_noise import counter_keys, counter_normal
 from .distributions import DiagonalGaussian
-from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, enough_replicates, estimate_vlb
-from .evaluation import VLBTerms, evaluate_vlb, image_generator, values_in_a_call
+from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, estimate_vlb
+from .evaluation import VLBTerms, enough_replicates, evaluate_vlb, image_generator, values_in_a_call
 from .few_step_store import STORED_FILES
 from .forward_process import Diffused, ForwardProcess
 from .gaussian_model import GaussianModel, covariance_eigenvalues, gaussian_model_terms
@@ -24,7 +24,7 @@ from .respacing import ALL_SPACINGS, TIMESTEP_SPACINGS, VARIANCES, SquaredErrors
 from .reverse_process import PREDICTION_TYPES, VARIANCE_TYPES, Prediction, ReverseProcess
 from .schedules import BETA_SCHEDULES, beta_start_for_levels, make_betas, rescale_betas_zero_snr
 from .scheduling_ddpm_vlb import DDPMVLBScheduler
-from .scores import VLBEstimate, VLBScores, compacted, estimate_from_scores, merge_scores
+from .scores import VLBDifference, VLBEstimate, VLBScores, compacted, estimate_from_scores, merge_scores
 from .step_log_probs import Trajectory, step_kl, step_log_prob
 from .step_statistics import FEW_IMAGES, MIN_IMAGES, StepStatistics, collect_statistics, spread_knots
 from .timestep_samplers import (
@@ -34,6 +34,7 @@ from .timestep_samplers import (
     UniformTimesteps,
 )
 from .transition_costs import crossfitted_cost, step_costs
+from .validation import Validation
 from .walk import DDPMVLBSchedulerOutput
 
 __version__ = "0.1.0"
@@ -76,10 +77,12 @@ __all__ = [
     "StoredPath",
     "Trajectory",
     "UniformTimesteps",
+    "VLBDifference",
     "VLBEstimate",
     "VLBEstimator",
     "VLBScores",
     "VLBTerms",
+    "Validation",
     "beta_start_for_levels",
     "check_data",
     "collect_statistics",

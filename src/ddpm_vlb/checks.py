@@ -165,19 +165,20 @@ def checked_batches(batches: Iterable[Batch], levels: int | None) -> Iterator[To
         yield x_0, dict(conditioning or {})
 
 
-def check_same_chain(reverse: ReverseProcess, also: Sequence[ReverseProcess]) -> None:
+def check_same_chain(reverse: ReverseProcess, also: Sequence[Any]) -> None:
     """Refuse reverse processes of another chain.
 
     Args:
         reverse: one of the chain.
-        also: the others.
+        also: the others; losses among them are of every chain.
 
     Raises:
         ValueError: other timesteps or another schedule.
     """
-    for name in ("timesteps", "log_alphas_cumprod") if also else ():
+    others = [own for own in also if isinstance(own, ReverseProcess)]
+    for name in ("timesteps", "log_alphas_cumprod") if others else ():
         table = getattr(reverse.forward, name).cpu()
-        if any(not torch.equal(getattr(other.forward, name).cpu(), table) for other in also):
+        if any(not torch.equal(getattr(other.forward, name).cpu(), table) for other in others):
             raise ValueError(
                 "`also` must hold reverse processes of the same chain: one network output serves them all."
             )

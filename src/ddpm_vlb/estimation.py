@@ -31,7 +31,18 @@ from .checks import (
     checked_batches,
 )
 from .devices import read_later, send
-from .evaluation import image_generator, launch_terms, one_behind, rows_of, values_in_a_call
+from .evaluation import (
+    MIN_DEGREES,
+    Loss,
+    digest,
+    enough_replicates,
+    fitting_replicates,
+    image_generator,
+    launch_terms,
+    one_behind,
+    rows_of,
+    values_in_a_call,
+)
 from .losses import prior_kl
 from .pilot import ControlVariate, Pilot, PreparedImages, fit_pilot, max_pilot_images
 from .reverse_process import ReverseProcess
@@ -50,8 +61,6 @@ ESTIMATORS = ("importance", "full")
 """Of `VLBEstimator`: by importance sampling of t, or the loop over all steps."""
 SECOND_DRAWS = 64
 """Images that the full loop visits twice, for its noise standard error."""
-FEWEST_DEGREES = 5  # with one, a third of the errors is beyond two of itself
-MIN_DEGREES = 20  # of freedom of the noise standard error; with so many, one error in 17 is beyond two of it
 
 
 class _Draws(NamedTuple):
@@ -80,7 +89,8 @@ class VLBEstimator:
         seed: with an image's position it determines its draws.
         estimator: "importance" or "full".
         also: further reverse processes of the same chain, scored from the same network outputs (unclipped beside
-            clipped, one variance beside another). Give them to `fit_pilot` too.
+            clipped, one variance beside another), and training losses, loss(reverse, model_output, diffused) -> (B,),
+            whose mean over t is estimated. Give them to `fit_pilot` too.
         values_per_call: (image, t) pairs are stacked up to this many values for each network call; None takes 2^16 on
             the CPU and 2^20 elsewhere.
 
@@ -97,7 +107,7 @@ class VLBEstimator:
     num_replicates: int | None = None
     seed: int = 0
     estimator: str = "importance"
-    also: Sequence[ReverseProcess] = ()
+    also: Sequence[ReverseProcess | Loss] = ()
     values_per_call: int | None = None
     _sampler: ImportanceTimesteps = field(init=False, repr=False)
 
@@ -108,7 +118,7 @@ class VLBEstimator:
         if self.estimator == "full":
             object.__setattr__(self, "calls_per_image", steps)
         else:
-            fitting = _fitting_replicates(self.calls_per_image)
+            fitting = fitting_replicates(self.calls_per_image)
             replicates = fitting if self.num_replicates is None else self.num_replicates
             if self.calls_per_image < 2 or replicates < 2 or self.calls_per_image % replicates:
                 raise ValueError(
@@ -151,7 +161,7 @@ class VLBEstimator:
     def score(
         self, x_0: Tensor, positions: Sequence[int], conditioning: Conditioning | None = None, sweep: int = 0
     ) -> Scores:
-        """Score images: one `VLBScores` for `reverse`, and one for each process of `also`.
+        """Score images: one `VLBScores` for `reverse`, and one for each entry of `also`.
 
         Args:
             x_0: images (B, C, *) in [-1, 1] on the levels.
@@ -160,7 +170,8 @@ class VLBEstimator:
             sweep: number of the pass over the data; passes draw independently.
 
         Raises:
-            ValueError: data outside [-1, 1], off its levels or not finite; a network in training mode.
+            ValueError: data outside [-1, 1], off its levels or not finite; a network in training mode; a loss that
+                does not give one value for each image.
             FloatingPointError: NaN or infinity from the network, with the timestep and the image.
         """
         check_model(self.model)
@@ -178,14 +189,17 @@ class VLBEstimator:
             known = control.total(images[1])
         prior = read_later(prior_kl(self.reverse, send(x_0, self.reverse.forward.betas.device)))
         terms, deviation, expected = self._stream(x_0, draws, where, conditioning, images)
-        scores = []
-        for i in range(1 + len(self.also)):
+        scores, drawn = [], self._identity(sweep)
+        digests = torch.tensor([digest(image) for image in x_0.cpu()])
+        for i, process in enumerate((self.reverse, *self.also)):
+            loss = not isinstance(process, ReverseProcess)
             own = i if i < len(known) else 0  # a process that the pilot did not know takes its first one's slopes
-            centred = terms[i] - deviation[own]
-            weighted = (centred - expected[own]) * draws.weights
+            share = 0.0 if loss and i >= len(known) else 1.0  # which are no loss's
+            centred = terms[i] - share * deviation[own]
+            weighted = (centred - share * expected[own]) * draws.weights
             first = draws.t == 0
-            kl = torch.where(first, 0.0, weighted).sum(2) + known[own, :, :1]
-            decoder = torch.where(first, weighted, 0.0).sum(2) + known[own, :, 1:]
+            kl = torch.where(first, 0.0, weighted).sum(2) + share * known[own, :, :1]
+            decoder = torch.where(first, weighted, 0.0).sum(2) + share * known[own, :, 1:]
             replicates = kl.shape[1]
             variance = (kl + decoder).var(1) / replicates if replicates > 1 else torch.full_like(kl[:, 0], torch.nan)
             scores.append(
@@ -193,14 +207,24 @@ class VLBEstimator:
                     positions=where,
                     kl=kl.mean(1),
                     decoder=decoder.mean(1),
-                    prior=prior().double(),
+                    prior=torch.zeros_like(known[0, :, 0]) if loss else prior().double(),
                     noise_variance=variance,
                     curve=curve_sums(draws.t.flatten(1), centred.flatten(1), len(self.reverse.forward)),
                     dims=x_0[0].numel(),
                     calls=self.calls_per_image,
+                    images=digests,
+                    draws=drawn,
+                    loss=loss,
                 )
             )
         return tuple(scores)
+
+    def _identity(self, sweep: int) -> Tensor:
+        """Digests of the seed, of the kind and number of draws, and of the pilot that they are made with, (1, 3)."""
+        assert isinstance(self.pilot, Pilot)
+        sampled = self.estimator == "importance"
+        plan = f"{self.estimator}/{self.calls_per_image}/{self.num_replicates if sampled else 1}"
+        return torch.tensor([[digest(f"{self.seed}/{sweep}"), digest(plan), self.pilot.digest if sampled else 0]])
 
     def _draw(self, positions: list[int], sweep: int) -> _Draws:
         generators = [image_generator(self.seed, position, sweep) for position in positions]
@@ -264,7 +288,7 @@ def estimate_vlb(
     num_replicates: int | None = None,
     seed: int = 0,
     estimator: str = "importance",
-    also: Sequence[ReverseProcess] = (),
+    also: Sequence[ReverseProcess | Loss] = (),
     values_per_call: int | None = None,
     on_images: Callable[[int], object] | None = None,
 ) -> VLBEstimate:
@@ -355,31 +379,3 @@ def _groups(batches: Iterable[Told], scorer: VLBEstimator) -> Iterator[Told]:
     for x_0, conditioning in batches:
         for index in torch.arange(len(x_0)).split(scorer.images_per_unit(x_0)):
             yield x_0[index.to(x_0.device)], rows_of(conditioning, index)
-
-
-def enough_replicates(calls: int, images: int) -> int | None:
-    """Replicates that give the noise SE some 20 degrees of freedom, which few images alone do not; None for many.
-
-    Args:
-        calls: network calls for each image, at least 2.
-        images: how many are scored.
-
-    Raises:
-        ValueError: fewer than 5 degrees in any case, with which the error would be far too small too often.
-    """
-    if images >= MIN_DEGREES:
-        return None
-    if images * (calls - 1) < FEWEST_DEGREES:
-        raise ValueError(
-            f"`calls_per_image` {calls} is too few for the error of {images} image(s): take at least "
-            f"{1 + -(-FEWEST_DEGREES // images)}, or score more images."
-        )
-    divisors = [r for r in range(2, calls + 1) if calls % r == 0]
-    return next((r for r in divisors if images * (r - 1) >= MIN_DEGREES), divisors[-1])
-
-
-def _fitting_replicates(calls: int) -> int:
-    """The most replicates of at least 16 calls each that divide `calls`, or else the fewest, at least 2."""
-    divisors = [r for r in range(2, max(calls, 0) + 1) if calls % r == 0]
-    long = [r for r in divisors if calls // r >= 16]
-    return max(long) if long else min(divisors, default=2)

@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 from .checks import Conditioning, Model, check_conditioning, check_data, check_model
 from .devices import read_later, send
+from .forward_process import Diffused
 from .losses import nats_to_bits_per_dim, prior_kl, vlb_term
 from .reverse_process import ReverseProcess
 
+Loss = Callable[[ReverseProcess, Tensor, Diffused], Tensor]
+"""A training loss: loss(reverse, model_output, diffused) returns one value for each image, as `simple_loss` does."""
+FEWEST_DEGREES = 5  # with one, a third of the errors is beyond two of itself
+MIN_DEGREES = 20  # of freedom of the noise standard error; with so many, one error in 17 is beyond two of it
 CPU_VALUES, DEVICE_VALUES = 2**16, 2**20  # in a network call: what keeps a cache warm, and a device busy
 
 
@@ -40,6 +45,22 @@ def image_generator(seed: int, position: int, sweep: int = 0) -> torch.Generator
     key = f"{seed}/{position}" if sweep == 0 else f"{seed}/{position}/{sweep}"
     digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def digest(*content: str | Tensor) -> int:
+    """64 bits that tell contents apart, an int64; of numbers their values in float64, whatever their type.
+
+    Args:
+        content: texts and tensors.
+    """
+    bits = hashlib.blake2b(digest_size=8)
+    for own in content:
+        if isinstance(own, str):
+            bits.update(own.encode())
+        else:
+            values = own.detach().cpu().to(torch.promote_types(own.dtype, torch.float64)).contiguous()
+            bits.update(values.flatten().view(torch.uint8).numpy().data)
+    return int.from_bytes(bits.digest(), "little", signed=True)
 
 
 def model_output(model: Model, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning | None = None) -> Tensor:
@@ -72,7 +93,8 @@ def values_in_a_call(values_per_call: int | None, device: torch.device) -> int:
     """How many values a network call takes.
 
     Args:
-        values_per_call: as asked for; None: what keeps the device busy.
+        values_per_call: as asked for; None goes by the device alone and measures nothing, lest what a run gives
+            depend on its timing.
         device: of the network.
     """
     if values_per_call is not None:
@@ -83,7 +105,7 @@ def values_in_a_call(values_per_call: int | None, device: torch.device) -> int:
 @torch.no_grad()
 def launch_terms(
     model: Model,
-    reverses: Sequence[ReverseProcess],
+    reverses: Sequence[ReverseProcess | Loss],
     x_0: Tensor,
     t: Tensor,
     noise: Tensor,
@@ -94,7 +116,8 @@ def launch_terms(
 
     Args:
         model: the network, as in `evaluate_vlb`.
-        reverses: reverse processes of one chain, all scored from one network output.
+        reverses: reverse processes of one chain, all scored from one network output, the first of them no loss; or
+            losses, of which a T-th is the term.
         x_0: the pairs' data (P, C, *); it goes where `reverses` live.
         t: their chain indices (P,).
         noise: their epsilon (P, C, *).
@@ -105,12 +128,15 @@ def launch_terms(
         What waits for the terms: float64 on the CPU, one row for each of `reverses`, (V, P). It raises
         FloatingPointError: NaN or infinity, with the timestep and the image.
     """
-    forward = reverses[0].forward
+    reverse, *others = reverses
+    assert isinstance(reverse, ReverseProcess)
+    forward = reverse.forward
     device = forward.betas.device
     diffused = forward.diffuse(*(send(own, device) for own in (x_0, t, noise)))
     told = {name: send(rows, device) for name, rows in (conditioning or {}).items()}
     output = model_output(model, diffused.x_t, forward.timesteps[diffused.t], told)
-    terms = torch.stack([vlb_term(reverse, output, diffused) for reverse in reverses])
+    first = vlb_term(reverse, output, diffused)
+    terms = torch.stack([first, *(_further_term(own, reverse, output, diffused).to(first) for own in others)])
     # The output is looked at too: clipping would make an infinite one look harmless.
     whole = output.flatten(1).sum(1, dtype=terms.dtype)
     come = read_later(torch.cat([terms, whole[None]]))
@@ -128,6 +154,20 @@ def launch_terms(
         return values[:-1]
 
     return read
+
+
+def _further_term(own: ReverseProcess | Loss, reverse: ReverseProcess, output: Tensor, diffused: Diffused) -> Tensor:
+    """The bound's term of another process, or a loss's part of its mean over the chain, (P,)."""
+    if isinstance(own, ReverseProcess):
+        return vlb_term(own, output, diffused)
+    values = own(reverse, output, diffused)
+    if not isinstance(values, Tensor) or values.shape != diffused.t.shape:
+        came = f"the shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"A loss must return one value for each of {len(diffused.t)} images, but returned {came}: leave out the "
+            "mean over the batch, as `simple_loss` does."
+        )
+    return values / len(reverse.forward)
 
 
 def one_behind(launched: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
@@ -196,3 +236,31 @@ def evaluate_vlb(
     terms = terms.to(torch.promote_types(x_0.dtype, torch.float32)).to(x_0.device)
     prior = prior_kl(reverse, send(x_0, device)).to(x_0.device)
     return VLBTerms(prior, terms, nats_to_bits_per_dim(prior + terms.sum(1), x_0[0].numel()))
+
+
+def enough_replicates(calls: int, images: int) -> int | None:
+    """Replicates that give the noise SE some 20 degrees of freedom, which few images alone do not; None for many.
+
+    Args:
+        calls: network calls for each image, at least 2.
+        images: how many are scored.
+
+    Raises:
+        ValueError: fewer than 5 degrees in any case, with which the error would be far too small too often.
+    """
+    if images >= MIN_DEGREES:
+        return None
+    if images * (calls - 1) < FEWEST_DEGREES:
+        raise ValueError(
+            f"`calls_per_image` {calls} is too few for the error of {images} image(s): take at least "
+            f"{1 + -(-FEWEST_DEGREES // images)}, or score more images."
+        )
+    divisors = [r for r in range(2, calls + 1) if calls % r == 0]
+    return next((r for r in divisors if images * (r - 1) >= MIN_DEGREES), divisors[-1])
+
+
+def fitting_replicates(calls: int) -> int:
+    """The most replicates of at least 16 calls each that divide `calls`, or else the fewest, at least 2."""
+    divisors = [r for r in range(2, max(calls, 0) + 1) if calls % r == 0]
+    long = [r for r in divisors if calls // r >= 16]
+    return max(long) if long else min(divisors, default=2)

@@ -159,12 +159,14 @@ def covariance_eigenvalues(x_0: Tensor, max_dims: int = 2048) -> Tensor:
     return GaussianModel.fit(x_0, max_dims).eigenvalues
 
 
-def gaussian_model_terms(alphas_cumprod: Tensor, eigenvalues: Tensor) -> Tensor:
+def gaussian_model_terms(alphas_cumprod: Tensor, eigenvalues: Tensor, decoder_by_snr: bool = False) -> Tensor:
     """L_t of Gaussian data with the best possible network, nats per dimension, float64 (T,); t = 0 copies t = 1.
 
     Args:
         alphas_cumprod: alphabar_t of the chain, (T,).
         eigenvalues: eigenvalues of the data's covariance, (D,), not negative.
+        decoder_by_snr: give t = 0 SNR_0 mmse_0 / 2 instead, as on levels so close that the copy says nothing of all
+            that lies below the first one, those of a path even in log SNR for example.
 
     Source: Kingma et al. 2021, eq. 13, with the minimum mean squared error of Gaussian data.
     """
@@ -174,4 +176,6 @@ def gaussian_model_terms(alphas_cumprod: Tensor, eigenvalues: Tensor) -> Tensor:
     mmse = (lam * noise / (abar * lam + noise)).mean(1)
     snr = (abar / noise).squeeze(1)
     terms = 0.5 * (snr[:-1] - snr[1:]) * mmse[1:]
-    return torch.cat([terms[:1], terms]) if len(terms) else mmse
+    if len(terms) == 0:
+        return mmse
+    return torch.cat([0.5 * snr[:1] * mmse[:1] if decoder_by_snr else terms[:1], terms])

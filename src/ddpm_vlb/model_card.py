@@ -115,8 +115,8 @@ def _what(pipeline: Any, scores: Sequence[tuple[Metrics, Metrics]]) -> str:
         low, high = path["ratios"]
         lines = [
             f"{kind} model of {path['kind']} (`{path['scheduler']}`) of {_shape(pipeline)}: {network}. {made} It is "
-            f"scored, and sampled by ddpm-vlb, as a chain {variance}of {path['steps']} steps with noise-to-signal "
-            f"ratios from {low:.4g} to {high:.4g}."
+            f"scored, and sampled by ddpm-vlb, on a chain of {path['steps']} steps with noise-to-signal ratios from "
+            f"{low:.4g} to {high:.4g}, {variance.removesuffix(', ')}."
         ]
     if scores:
         (score, data), whose = scores[0], "its" if path is None else "that chain's"

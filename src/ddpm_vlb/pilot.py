@@ -16,6 +16,7 @@ Sources: Nichol & Dhariwal 2021, eq. 18; Owen 2013, "Monte Carlo theory", sectio
 and 9.2 (mixtures).
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .checks import Conditioning, Model, check_conditioning, check_data, check_model, check_same_chain
-from .evaluation import image_generator, launch_terms, one_behind, rows_of, values_in_a_call
+from .evaluation import Loss, digest, image_generator, launch_terms, one_behind, rows_of, values_in_a_call
 from .gaussian_model import GaussianModel
 from .reverse_process import ReverseProcess
 
@@ -146,6 +147,13 @@ class Pilot:
     control: ControlVariate | None = None
     num_calls: int = 0
 
+    @functools.cached_property
+    def digest(self) -> int:
+        """64 bits that tell the draws made with it, and what they are compared to, from another pilot's."""
+        state = self.state_dict()
+        state["probabilities"] = state["probabilities"].double() / state["probabilities"].sum(dtype=torch.float64)
+        return digest(*(part for name in sorted(state) if name != "num_calls" for part in (name, state[name])))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything as tensors, to be saved."""
         state = {"probabilities": self.probabilities, "num_calls": torch.tensor(self.num_calls)}
@@ -180,7 +188,7 @@ def fit_pilot(
     uniform_fraction: float = 0.005,
     control_variate: bool = True,
     conditioning: Conditioning | None = None,
-    also: Sequence[ReverseProcess] = (),
+    also: Sequence[ReverseProcess | Loss] = (),
     values_per_call: int | None = None,
 ) -> Pilot:
     """Run the pilot, best on *other* images than those to be scored (the training set's).
@@ -196,8 +204,8 @@ def fit_pilot(
             thought unimportant.
         control_variate: fit one; it needs two different images and 128 calls spent, and is left out with fewer.
         conditioning: as in `evaluate_vlb`, N rows.
-        also: further reverse processes of the same chain that are to be scored from the same network outputs; each
-            gets slopes of its own and an equal share of p_t.
+        also: further reverse processes of the same chain, or losses, that are to be scored from the same network
+            outputs; each gets slopes of its own and an equal share of p_t.
         values_per_call: as in `evaluate_vlb`.
 
     Raises:

@@ -4,21 +4,35 @@ r"""Scores of images, mergeable and savable, and the estimate of a data set's bo
 2. noise standard error: from the variances of the images' estimates given the image. Image standard error: from the
    spread between images, less the part that noise explains. The two are independent; their squares add.
 3. the L_t curve: at each step the mean over all draws there; images are the independent units of its error
+4. two estimates of the same images with the same draws are compared image by image: the mean of the differences, and
+   their spread over the root of the number of images
 
-Sources: Owen 2013, "Monte Carlo theory", chapter 2; Cochran 1977, "Sampling techniques", sections 2.11 and 10.4.
+Sources: Owen 2013, "Monte Carlo theory", chapters 2 and 8.6 (common random numbers); Cochran 1977, "Sampling
+techniques", sections 2.11 and 10.4.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Identity(NamedTuple):
+    """What two estimates must share to be subtracted: `VLBScores` has its `positions`, `images` and `draws`."""
+
+    positions: Tensor
+    images: Tensor
+    draws: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class VLBScores:
     """What is known of some images' bounds: mergeable, savable, in nats and float64.
+
+    Of a training loss in `also` the same numbers are its own: `kl` and `decoder` add up to its mean over t.
 
     Args:
         positions: the images' positions in the data, (N,), int64.
@@ -29,6 +43,9 @@ class VLBScores:
         curve: sums by step for the L_t curve, (6, T).
         dims: number of dimensions D of one image.
         calls: network calls for each image.
+        images: digests of the images themselves, (N,), int64.
+        draws: digests of the seed, of the kind and number of draws, and of the pilot, a row for each sweep, (S, 3).
+        loss: of a training loss, not of the bound.
     """
 
     positions: Tensor
@@ -39,6 +56,9 @@ class VLBScores:
     curve: Tensor
     dims: int
     calls: int
+    images: Tensor
+    draws: Tensor
+    loss: bool = False
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -55,9 +75,10 @@ class VLBScores:
         """
         if not parts:
             raise ValueError("There are no scores to merge: no images were scored.")
-        if len({(part.dims, part.calls, part.curve.shape) for part in parts}) > 1:
+        kinds = {(own.dims, own.calls, own.curve.shape, own.loss, str(own.draws.tolist())) for own in parts}
+        if len(kinds) > 1:
             raise ValueError(
-                "The scores to merge differ in image size, network calls or chain: they are of other runs."
+                "The scores to merge differ in image size, network calls, chain or draws: they are of other runs."
             )
         positions = torch.cat([part.positions for part in parts])
         order = positions.argsort()
@@ -65,10 +86,10 @@ class VLBScores:
             raise ValueError("An image is in two of the scores to merge: it would count twice.")
         rows = {
             name: torch.cat([getattr(part, name) for part in parts])[order]
-            for name in ("positions", "kl", "decoder", "prior", "noise_variance")
+            for name in ("positions", "kl", "decoder", "prior", "noise_variance", "images")
         }
         curve = torch.stack([part.curve for part in parts]).sum(0) if len(parts) > 1 else parts[0].curve
-        return cls(**rows, curve=curve, dims=parts[0].dims, calls=parts[0].calls)
+        return replace(parts[0], **rows, curve=curve)  # type: ignore[arg-type]
 
     @classmethod
     def combine(cls, sweeps: Sequence["VLBScores"]) -> "VLBScores":
@@ -84,7 +105,8 @@ class VLBScores:
         """
         if not sweeps:
             raise ValueError("There are no sweeps to combine.")
-        if any(not torch.equal(sweep.positions, sweeps[0].positions) for sweep in sweeps):
+        same = [(own.positions.tolist(), own.images.tolist()) for own in sweeps]
+        if any(own != same[0] for own in same):
             raise ValueError("The sweeps to combine scored different images.")
         if len({(sweep.dims, sweep.curve.shape) for sweep in sweeps}) > 1:
             raise ValueError("The sweeps to combine differ in image size or chain.")
@@ -96,7 +118,8 @@ class VLBScores:
         )
         variance = torch.stack([share**2 * sweep.noise_variance for share, sweep in zip(shares, sweeps)]).sum(0)
         largest = max(sweeps, key=lambda sweep: sweep.calls)
-        return replace(largest, kl=kl, decoder=decoder, noise_variance=variance, calls=calls)
+        draws = torch.cat([sweep.draws for sweep in sweeps])
+        return replace(largest, kl=kl, decoder=decoder, noise_variance=variance, calls=calls, draws=draws)
 
     def with_second_draw(self, second: "VLBScores") -> "VLBScores":
         """The same scores with the noise variance that a second, independent draw on some of the images shows.
@@ -114,8 +137,9 @@ class VLBScores:
         return replace(self, noise_variance=self.noise_variance.index_put((where,), gap.square() / 2))
 
     def estimate(self) -> "VLBEstimate":
-        """The estimate of the data set's bound, in bits/dim."""
-        unit = 1 / (self.dims * math.log(2))
+        """The estimate of the data set's bound, in bits/dim, or of its mean training loss."""
+        unit = 1.0 if self.loss else 1 / (self.dims * math.log(2))
+        per_step = self.curve.shape[1] if self.loss else unit  # a loss's terms are T-ths of it
         kl, decoder, prior = self.kl * unit, self.decoder * unit, self.prior * unit
         per_image = kl + decoder + prior
         noise_se, image_se = standard_errors(per_image, self.noise_variance * unit**2)
@@ -130,8 +154,10 @@ class VLBScores:
             per_image=per_image,
             per_image_se=self.noise_variance.sqrt() * unit,
             network_calls_per_image=self.calls,
-            term_mean=mean * unit,
-            term_se=error * unit,
+            term_mean=mean * per_step,
+            term_se=error * per_step,
+            unit="of the loss" if self.loss else "bits/dim",
+            identity=Identity(self.positions, self.images, self.draws),
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -145,12 +171,15 @@ class VLBScores:
         Args:
             state: what `state_dict` returned.
         """
-        return cls(**{**state, "dims": int(state["dims"]), "calls": int(state["calls"])})  # type: ignore[arg-type]
+        numbers = {"dims": int(state["dims"]), "calls": int(state["calls"]), "loss": bool(state["loss"])}
+        return cls(**{**state, **numbers})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
 class VLBEstimate:
     """An estimate of the bound over a data set, in bits/dim (of density, where the decoder is continuous).
+
+    `first - second` is the `VLBDifference` of two that share their images and draws.
 
     Args:
         bits_per_dim: the estimate, the mean over images.
@@ -166,7 +195,10 @@ class VLBEstimate:
         network_calls_per_image: calls that each image's estimate took.
         term_mean: mean L_t at each chain index, NaN where none was drawn, (T,).
         term_se: its standard error from t, noise and images, NaN where fewer than two images were drawn, (T,).
-        also: the estimates of the further reverse processes, in their order.
+        also: the estimates of the further reverse processes and losses, in their order.
+        unit: "bits/dim", or "of the loss", whose numbers are its own: `bits_per_dim` its mean over t, `term_mean` the
+            loss at each t.
+        identity: what it is an estimate of, and with which draws.
     """
 
     bits_per_dim: float
@@ -181,12 +213,22 @@ class VLBEstimate:
     term_mean: Tensor = field(repr=False)
     term_se: Tensor = field(repr=False)
     also: tuple["VLBEstimate", ...] = ()
+    unit: str = "bits/dim"
+    identity: Identity | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        return (
-            f"{self.bits_per_dim:.3f} +- {self.noise_se:.3f} (noise) +- {self.image_se:.3f} (images) bits/dim, "
-            f"{self.num_images} images"
-        )
+        places = 3 if self.unit == "bits/dim" else _places(self.noise_se)
+        value, noise, images = (f"{own:.{places}f}" for own in (self.bits_per_dim, self.noise_se, self.image_se))
+        return f"{value} +- {noise} (noise) +- {images} (images) {self.unit}, {self.num_images} images"
+
+    def __sub__(self, other: "VLBEstimate") -> "VLBDifference":
+        """This one less another of the same images and draws: negative where this one is the better."""
+        reason = _unpaired(self, other)
+        if reason is not None:
+            raise ValueError(f"`first - second` must be of estimates with {reason}.")
+        gap = self.per_image - other.per_image
+        spread = float(gap.std()) if len(gap) > 1 else math.nan
+        return VLBDifference(float(gap.mean()), spread / math.sqrt(len(gap)), gap, self.unit)
 
     @property
     def num_images(self) -> int:
@@ -197,6 +239,68 @@ class VLBEstimate:
     def nats_per_dim(self) -> float:
         """The estimate in nats/dim, the unit for the density of continuous data."""
         return self.bits_per_dim * math.log(2)
+
+
+@dataclass(frozen=True, eq=False)
+class VLBDifference:
+    """`first - second` of two `VLBEstimate`s of the same images with the same draws: below 0 the first is the better.
+
+    Args:
+        bits_per_dim: the mean over images of the first's estimate less the second's.
+        se: its standard error, the spread of the images' differences over the root of their number. The noise of the
+            draws and the choice of images both move these differences, so that it answers "which is better on images
+            like these"; for these very images alone it is too large, never too small. NaN for one image.
+        per_image: each image's difference, (N,).
+        unit: of the estimates.
+
+    Source: the module's list, 4.
+    """
+
+    bits_per_dim: float
+    se: float
+    per_image: Tensor = field(repr=False)
+    unit: str = "bits/dim"
+
+    @property
+    def verdict(self) -> str:
+        """Of the first: "better" or "worse" where 0 is beyond two standard errors, else "cannot be told"."""
+        if abs(self.bits_per_dim) > 2 * self.se:
+            return "better" if self.bits_per_dim < 0 else "worse"
+        return "cannot be told"
+
+    def __str__(self) -> str:
+        places = _places(self.se)
+        return f"{self.bits_per_dim:+.{places}f} +- {self.se:.{places}f} {self.unit}: {self.verdict}"
+
+
+def _places(error: float) -> int:
+    """Decimal places that show two digits of an error, at least 3."""
+    return max(3, 1 - math.floor(math.log10(error))) if 0 < error < math.inf else 3
+
+
+def _unpaired(first: VLBEstimate, second: VLBEstimate) -> str | None:
+    """What two estimates lack to be subtracted, and what to do; None where they lack nothing."""
+    a, b = first.identity, second.identity
+    if first.unit != second.unit:
+        return f"one unit, but are {first.unit} and {second.unit}: subtract bounds from bounds, and losses from losses"
+    if a is None or b is None:
+        return "an identity, which a `VLBEstimate` made by hand lacks: take those of `VLBScores.estimate`"
+    if not torch.equal(a.images, b.images):
+        return (
+            f"the same images in the same order, but theirs differ ({len(a.images)} and {len(b.images)} images): "
+            "score both on the same"
+        )
+    if not torch.equal(a.positions, b.positions):
+        return "the same positions of the images, which decide their draws, but theirs differ: count both alike"
+    remedies = {
+        "seed": "give both the same `seed`, and as many sweeps",
+        "draws": "give both the same `estimator`, `calls_per_image` and `num_replicates`",
+        "pilot": "fit one and give it to both, `pilot=pilot`",
+    }
+    for i, (name, remedy) in enumerate(remedies.items()):
+        if not torch.equal(a.draws[:, i], b.draws[:, i]):
+            return f"the same {name}, but theirs differ: {remedy}"
+    return None
 
 
 Scores = tuple[VLBScores, ...]

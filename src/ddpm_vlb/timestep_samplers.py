@@ -125,6 +125,7 @@ class ImportanceTimesteps:
         uniform_fraction: float = 0.1,
         rank: int = 0,
         world_size: int = 1,
+        decoder_by_snr: bool = False,
     ) -> "ImportanceTimesteps":
         """The sampler for L_vlb that needs no warm-up: p_t from a Gaussian model of the data (item 5 above).
 
@@ -134,13 +135,14 @@ class ImportanceTimesteps:
             uniform_fraction: share of p_t that is uniform, in (0, 1]: real data is not Gaussian.
             rank: this process's index among `world_size`.
             world_size: number of processes.
+            decoder_by_snr: as of `gaussian_model_terms`; for the chain of a path.
 
         Raises:
             ValueError: `uniform_fraction` outside (0, 1], or sizes out of range.
         """
         if not 0 < uniform_fraction <= 1:
             raise ValueError(f"`uniform_fraction` must lie in (0, 1], but got {uniform_fraction!r}.")
-        terms = gaussian_model_terms(alphas_cumprod, eigenvalues)
+        terms = gaussian_model_terms(alphas_cumprod, eigenvalues, decoder_by_snr)
         total = terms.sum()
         share = terms / total if total > 0 else torch.zeros_like(terms)
         uniform = uniform_fraction if total > 0 else 1.0

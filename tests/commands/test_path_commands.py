@@ -1,5 +1,6 @@
 """`evaluate` and `optimize-timesteps` on checkpoints of flow matching, EDM and their kin."""
 
+import argparse
 from dataclasses import replace
 
 import datasets
@@ -23,6 +24,8 @@ from scoring_support import FEW, network, options_for, run_evaluate, write_split
 
 from ddpm_vlb import DDPMVLBPipeline, GaussianPath, estimate_ode, estimate_vlb, fit_pilot, path_chain, spaced_ratios
 from ddpm_vlb.commands import optimize_timesteps
+from ddpm_vlb.runtime.publisher import OURS
+from ddpm_vlb.runtime.staging import stage_result
 
 RATIOS = spaced_ratios(0.01, 100.0, 20)
 SHORT = "--num_fit_images 20 --num_knots 6 --num_images 8".split()
@@ -170,3 +173,15 @@ def test_odes_that_are_refused(options, words, capsys):
     with pytest.raises(SystemExit):
         run_evaluate("--model", "m", *options.split())
     assert words in capsys.readouterr().err
+
+
+def test_a_published_run_has_its_chain(tmp_path):
+    """What is staged for the Hub has the chain beside stock's files, and a card that says which it is."""
+    folder = stored(tmp_path / "flow", FlowMatchEulerDiscreteScheduler())
+    options = argparse.Namespace(hub_include_code=False, hub_license="mit")
+    stage_result(folder, "me/flow", {}, options)(tmp_path)
+    staged = DDPMVLBPipeline.from_pretrained(tmp_path)
+    assert len(staged.chain) == 20 and (tmp_path / "chain/scheduler_config.json").is_file()
+    card = (tmp_path / "README.md").read_text()
+    assert "- flow-matching" in card and "20 steps with noise-to-signal ratios from 0.01 to 100" in card
+    assert "chain/scheduler_config.json" in OURS

@@ -43,6 +43,8 @@ def scores_of(positions, seed=0, also=1):
             torch.rand(6, T, generator=generator, dtype=torch.float64),
             dims=4,
             calls=4,
+            images=torch.tensor(positions),
+            draws=torch.tensor([[1, 2, 3]]),
         )
         for _ in range(1 + also)
     )

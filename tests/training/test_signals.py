@@ -43,12 +43,12 @@ def test_a_signal_saves_the_step(tmp_path, few, straight, number, options):
     check_same(tmp_path / "checkpoint-30", straight / "checkpoint-30")
 
 
-@pytest.mark.parametrize("where", ["score_validation", "sample"])
-def test_a_signal_during_the_validation(tmp_path, few, straight, where):
-    """It ends, and the next step saves."""
+@pytest.mark.parametrize("where, step", [("score_validation", 7), ("sample", 8)])
+def test_a_signal_during_the_validation(tmp_path, few, straight, where, step):
+    """It ends; its step is saved, to be validated later, or the next one where only the pictures are missing."""
     hook = functools.partial(before, where, send)
     process = ran(tmp_path, EVERY, "--validation_steps 7", *few, hooks=[hook])
-    assert "Stopped at step 8 by SIGTERM." in process.out and "Traceback" not in process.err
+    assert f"Stopped at step {step} by SIGTERM." in process.out and "Traceback" not in process.err
     ran(tmp_path, EVERY, RESUME, *few)
     pilot = "custom_checkpoint_2.pkl"  # of the validations, of which the other run had none
     check_same(tmp_path / "checkpoint-30", straight / "checkpoint-30", but=[pilot])

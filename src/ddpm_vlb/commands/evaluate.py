@@ -4,6 +4,7 @@
     ddpm-vlb evaluate --model google/ddpm-cifar10-32 --dataset_name cifar10 --image_column img
     ddpm-vlb evaluate --model runs/digits --tolerance 0.002
     ddpm-vlb evaluate --model runs/digits --estimator full --num_images 96
+    ddpm-vlb evaluate --model my/flow --ratios 0.01 80 --ode
 
 Any DDPMPipeline with a DDPMScheduler will do, ours or stock, from a folder or the Hub, and so will a network of flow
 matching or EDM with its own scheduler, which is scored on a chain of --ratios. Writes metrics.json, vlb_terms.png (L_t

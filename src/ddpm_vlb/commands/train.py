@@ -38,7 +38,7 @@ from ddpm_vlb.scoring.checkpoint import fingerprint_of
 from ddpm_vlb.scoring.report import bound_lines, clips, entry, in_one_line
 from ddpm_vlb.scoring.sweep import Stopped
 from ddpm_vlb.training.run import Run
-from ddpm_vlb.training.scores import USUAL_CALLS, FinalScores, score_validation, to_score
+from ddpm_vlb.training.scores import USUAL_CALLS, FinalScores, network_to_keep, score_validation, to_score
 
 Loop = Callable[[Run, Callable[[Run], object]], bool]
 SNAPSHOT_STEPS = 100
@@ -70,16 +70,18 @@ def sample(run: Run, network: UNet2DModel, num_images: int, steps: int) -> Tenso
     return images[0].cpu()
 
 
-def validate(run: Run) -> None:
-    """Validation bits/dim, scored on all processes, and a grid of samples, to the tracker; none if asked to stop."""
+def validate(run: Run) -> bool:
+    """Validation bits/dim, scored on all processes, and a grid of samples, to the tracker; False if asked to stop."""
     network = run.averaged_network()
     try:
         estimate = score_validation(run, network)
+    except Stopped:
+        return False  # on all processes
+    with contextlib.suppress(Stopped):  # of which the training loop hears with the next step, on all processes
         if run.accelerator.is_main_process:
             tell(run, network, estimate, sample(run, network, 16, drawn_steps(run)))
-    except Stopped:
-        pass  # the training loop hears of it with the next step, on all processes
     run.accelerator.wait_for_everyone()
+    return True
 
 
 def drawn_steps(run: Run) -> int:
@@ -162,7 +164,7 @@ def finish(run: Run) -> dict[str, Any] | None:
     All processes score; the main one does the rest and returns the metrics. Raises `Stopped` if asked to stop.
     """
     args, data, folder, accelerator = run.args, run.data, run.folder, run.accelerator
-    network = run.averaged_network()
+    network = network_to_keep(run)
     kept: dict[str, Any] = {}
     if accelerator.is_main_process:
         if is_saved(run, network):  # a run that was resumed after its end: what was measured of it is still true

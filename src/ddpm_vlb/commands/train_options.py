@@ -144,6 +144,15 @@ def build_parser() -> Parser:
     output.add_argument("--logging_dir", default="logs", help="Its folder, inside --output_dir.")
     output.add_argument("--validation_steps", type=positive_int, default=500, help="Validate every so many steps.")
     output.add_argument(
+        "--validation_calls", type=at_least_two, default=16, help="Network calls for each of 64 validation images."
+    )
+    output.add_argument(
+        "--keep_best", action=SWITCH, default=False, help="Keep the network of the best validation, not the last."
+    )
+    output.add_argument(
+        "--patience", type=positive_int, help="End after so many validations in a row that are surely worse."
+    )
+    output.add_argument(
         "--checkpointing_steps",
         type=not_negative_int,
         default=500,

@@ -24,6 +24,7 @@ from ddpm_vlb.training.loop import (
     batches,
     compiled,
     gradient_norm,
+    lacks_validation,
     next_batch,
     saves,
     skip,
@@ -164,9 +165,11 @@ def train(run: Run, validate: Callable[[Run], object]) -> bool:
 
     Args:
         run: the run.
-        validate: called every --validation_steps.
+        validate: called every --validation_steps, before the step is saved; False says that it was asked to stop.
     """
     accelerator, progress = run.accelerator, run.progress
+    if lacks_validation(run) and validate(run) is False:
+        return False
     source, statistics = batches(run), Statistics(run)
     with tqdm(
         total=run.max_steps, initial=progress.step, desc="Training", disable=not accelerator.is_local_main_process
@@ -181,12 +184,12 @@ def train(run: Run, validate: Callable[[Run], object]) -> bool:
                 numbers = statistics.take()
                 bar.set_postfix({name: f"{numbers[name]:.3g}" for name in ("loss", "lr") if name in numbers})
                 accelerator.log(numbers, step=statistics.step)
+            if validates(run, progress.step) and not stop:
+                stop = validate(run) is False
             if stop or saves(run, progress.step):
                 run.checkpoints.save(progress.step)
             if stop:
                 return False
-            if validates(run, progress.step):
-                validate(run)
     return True
 
 

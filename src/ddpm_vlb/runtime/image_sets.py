@@ -218,7 +218,11 @@ def holds_arrays(data: datasets.Dataset, column: str) -> bool:
 def encoded_images(data: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
     """The columns, the first of which holds images, left encoded: decoding is ours, so that a bad file is named."""
     try:
-        return data.select_columns(columns).cast_column(columns[0], datasets.Image(decode=False))
+        selected, stored = data.select_columns(columns), str(getattr(data.features[columns[0]], "dtype", ""))
+        # pandas 3 makes large strings of a CSV file's, and datasets 4.0 reads no images from those.
+        if stored in {"large_string", "large_binary"}:
+            selected = selected.cast_column(columns[0], datasets.Value(stored.removeprefix("large_")))
+        return selected.cast_column(columns[0], datasets.Image(decode=False))
     except Exception as error:
         raise ValueError(f"Column {columns[0]!r} does not hold images: {data.features[columns[0]]}.") from error
 

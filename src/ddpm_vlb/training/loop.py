@@ -238,3 +238,9 @@ def saves(run: Run, step: int) -> bool:
 def validates(run: Run, step: int) -> bool:
     """Whether a validation follows a step."""
     return step % run.args.validation_steps == 0 and step != run.max_steps
+
+
+def lacks_validation(run: Run) -> bool:
+    """Whether the run goes on from a step whose validation it was stopped in, or before."""
+    step = run.progress.step
+    return step > 0 and validates(run, step) and step not in run.validations.so_far.history

@@ -131,7 +131,9 @@ def build_sampler(
     if args.timestep_sampler == "gaussian":
         eigenvalues = _of_the_main_process(accelerator, lambda: covariance_eigenvalues(_some(train)))
         alphas_cumprod = reverse.forward.log_alphas_cumprod.exp()
-        return ImportanceTimesteps.from_gaussian_model(alphas_cumprod, eigenvalues, UNIFORM_SHARE)
+        return ImportanceTimesteps.from_gaussian_model(
+            alphas_cumprod, eigenvalues, UNIFORM_SHARE, decoder_by_snr=path is not None
+        )
     if args.timestep_sampler == "sigma":
         assert path is not None  # else the parser has refused it
         share = UNIFORM_SHARE if args.objective == "hybrid" else 0.0  # L_vlb is also of steps that are hardly drawn

@@ -24,7 +24,6 @@ from ddpm_vlb.runtime.stopping import Stop, own_process_group
 from ddpm_vlb.training.average import build_average, full, is_sharded
 from ddpm_vlb.training.checkpoints import Checkpoints, Progress
 from ddpm_vlb.training.global_batches import GlobalBatches, Noise
-from ddpm_vlb.training.kept_pilot import KeptPilot
 from ddpm_vlb.training.paths import (
     build_path,
     build_sampler,
@@ -32,6 +31,7 @@ from ddpm_vlb.training.paths import (
     measured_sigma_data,
     weights_of_simple,
 )
+from ddpm_vlb.training.validations import Validations
 
 # Options that say what the network's output means.
 CHAIN = (
@@ -166,8 +166,8 @@ class Run:
     scheduler that is saved with it; `sampler` of t; `unet`, `optimizer` and `lr_scheduler`, as Accelerate prepares
     them; `network`, `unet` as the chain calls it; `simple_weights`, of L_simple at each step; `ema`, the average or
     None; `batches` and `loader`, which images a step takes; `noise`, of single images; `term_weights`, of the loss's
-    terms by name; `progress.step`, the optimizer steps done; `max_steps`; `checkpoints`; `folder`; `publisher`, of
-    uploads, or None; `stop`, which notes that the run was asked to stop.
+    terms by name; `progress.step`, the optimizer steps done; `max_steps`; `validations`, those so far; `checkpoints`;
+    `folder`; `publisher`, of uploads, or None; `stop`, which notes that the run was asked to stop.
 
     Args:
         args: the options of `ddpm-vlb train`.
@@ -224,8 +224,8 @@ class Run:
         stateful: list[Any] = [self.progress] + ([] if self.ema is None else [self.ema])
         if isinstance(self.sampler, LossSecondMomentTimesteps):
             stateful.append(self.sampler)
-        self.validation_pilot = KeptPilot()
-        stateful.append(self.validation_pilot)
+        self.validations = Validations(data.validation, self.reverse, args.validation_calls, args.seed, args.keep_best)
+        stateful.append(self.validations)
         accelerator.register_for_checkpointing(*stateful)
         prepare = None if self.ema is None else self.ema.gather
         self.checkpoints = Checkpoints(accelerator, folder, args.checkpoints_total_limit, *self._identity(), prepare)
@@ -239,7 +239,7 @@ class Run:
             "--seed": args.seed,
             **{f"--{name}": getattr(args, name) for name in CHAIN},
             "--timestep_sampler": args.timestep_sampler,
-            "--use_ema": args.use_ema,
+            **{f"--{name}": getattr(args, name) for name in ("use_ema", "validation_calls", "keep_best")},
             "the network": {k: v for k, v in self.network_config.items() if not k.startswith("_")},
             "training images": {
                 **{k: self.data.record[k] for k in ("num_images", "size", "levels", "test_fingerprint")},
@@ -256,7 +256,11 @@ class Run:
         return fixed, {k: v for k, v in kept.items() if k not in PATHS and not k.startswith("hub_")}
 
     def take_options(self) -> None:
-        """Give the optimizer and its schedule this run's options, where a checkpoint has brought others."""
+        """Give the optimizer and its schedule this run's options, where a checkpoint has brought others.
+
+        The run is at its end where the checkpoint's validations are.
+        """
+        self.heed_patience()
         args, schedule = self.args, self.lr_scheduler.scheduler
         schedule.base_lrs = [args.learning_rate for _ in schedule.base_lrs]
         for group, factor in zip(self.optimizer.param_groups, schedule.lr_lambdas, strict=True):
@@ -266,6 +270,16 @@ class Run:
                 betas=(args.adam_beta1, args.adam_beta2),
                 weight_decay=args.adam_weight_decay,
                 eps=args.adam_epsilon,
+            )
+
+    def heed_patience(self) -> None:
+        """End the run with this step after --patience validations that were surely worse than the best."""
+        step, best = self.progress.step, self.validations.so_far.best
+        if step < self.max_steps and self.validations.exhausted(self.args.patience):
+            self.max_steps = step
+            self.accelerator.print(
+                f"--patience {self.args.patience}: so many validations in a row, up to step {step}, are worse than "
+                f"that of step {best} by over two standard errors. The training ends; a larger --patience goes on."
             )
 
     def averaged_network(self) -> UNet2DModel:
@@ -294,6 +308,7 @@ class Run:
             "train": {
                 "seconds": self.progress.seconds,
                 "steps": self.progress.step,
+                **({"kept_step": self.validations.so_far.best} if self.args.keep_best else {}),
                 "skipped_steps": self.progress.skipped,
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from ddpm_vlb import (
@@ -24,7 +25,7 @@ from ddpm_vlb import (
     values_in_a_call,
 )
 from ddpm_vlb.runtime.image_sets import Images
-from ddpm_vlb.scoring.checkpoint import described, fingerprint_of
+from ddpm_vlb.scoring.checkpoint import FORMAT, described, fingerprint_of
 from ddpm_vlb.scoring.report import both_clippings
 from ddpm_vlb.scoring.sweep import PartialScores, run_sweep, shared
 from ddpm_vlb.training.paths import chain_network
@@ -75,14 +76,15 @@ class Scoring:
     """
 
     def __init__(self, run: Run, network: torch.nn.Module, images: Images, calls_per_image: int, what: str):
-        self.run, self.network, self.images = run, chain_network(run.path, network), images
+        self.run, self.network, self.images = run, network, images
+        self._of_the_chain = chain_network(run.path, network)
         self.calls, self.what = calls_per_image, what
         self.processes = both_clippings(run.reverse)
 
     def model(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The network, under the run's mixed precision."""
         with self.run.accelerator.autocast():
-            return self.network(x_t, timesteps).float()
+            return self._of_the_chain(x_t, timesteps).float()
 
     def batch(self, positions: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images to score."""
@@ -128,6 +130,7 @@ class Scoring:
     def key(self, weights: str, positions: Sequence[int]) -> str:
         """A hash over all that the scores of the images at these positions depend on, the same on all processes."""
         content = {
+            "format": FORMAT,
             "weights": weights,
             "data": self.run.data.record,
             "images": [list(positions), self.calls, self.run.args.seed],
@@ -139,7 +142,7 @@ class Scoring:
 
 
 def score_validation(run: Run, network: torch.nn.Module) -> VLBEstimate:
-    """The bound of the first 64 validation images, by 16 calls each.
+    """The bound of the first 64 validation images, which may end the run: --patience.
 
     Args:
         run: the run.
@@ -148,12 +151,37 @@ def score_validation(run: Run, network: torch.nn.Module) -> VLBEstimate:
     Raises:
         Stopped: the run was asked to stop.
     """
-    images = selected(run.data.validation, range(min(64, len(run.data.validation))))
-    scoring = Scoring(run, network, images, 16, "validation images")
-    kept = run.validation_pilot
-    if kept.pilot is None:  # of an earlier network it is as unbiased, and little less precise
-        kept.pilot = shared(run.accelerator, scoring.pilot)
-    return estimate_from_scores(scoring.sweep(kept.pilot))
+    validations = run.validations
+    images = selected(run.data.validation, range(len(validations.so_far)))
+    scoring = Scoring(run, network, images, run.args.validation_calls, "validation images")
+    if validations.so_far.pilot is None:  # of an earlier network it is as unbiased, and little less precise
+        validations.so_far.pilot = shared(run.accelerator, scoring.pilot)
+    estimate = validations.add(scoring.sweep(validations.so_far.pilot), run.progress.step, network)
+    run.heed_patience()
+    return estimate
+
+
+def network_to_keep(run: Run) -> UNet2DModel:
+    """The averaged network of the last step, or under --keep_best that of the best validation; on all processes.
+
+    Args:
+        run: the run.
+
+    Raises:
+        Stopped: the run was asked to stop.
+    """
+    network, step, history = run.averaged_network(), run.progress.step, run.validations.so_far.history
+    if not run.args.keep_best:
+        return network
+    if step not in history:
+        score_validation(run, network)
+    best = run.validations.so_far.best
+    assert best is not None
+    if best != step:
+        last = history[step] - history[best]
+        run.accelerator.print(f"--keep_best: the network of step {best} is kept. The last, of {step}, is {last}.")
+        network.load_state_dict(run.validations.best_weights)
+    return network
 
 
 class FinalScores:

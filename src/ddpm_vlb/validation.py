@@ -1,0 +1,191 @@
+r"""Validation that decides: one estimate of the bound after another, as a network is trained, made to be compared.
+
+1. the images, the seed and the pilot stay, and so do all draws of t and noise: what two networks' estimates differ by
+   is the networks, but for a noise that is common to both and cancels
+2. the difference's standard error is that of the images' differences (`VLBDifference`)
+3. the best so far is the lowest estimate, with common draws the one that no other is better than by the paired mean;
+   *surely* better is another thing: its difference is beyond two paired standard errors
+
+Sources: Owen 2013, "Monte Carlo theory", section 8.6 (common random numbers); the estimator's own.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checks import Conditioning, Model, check_conditioning, check_data
+from .estimation import VLBEstimator
+from .evaluation import Loss, enough_replicates, rows_of
+from .pilot import Pilot, fit_pilot, pilot_positions
+from .reverse_process import ReverseProcess
+from .scores import Scores, VLBEstimate, VLBScores, compacted, estimate_from_scores, merge_scores
+
+Label = int | str
+
+
+class Validation:
+    """The bound of some images under the network of the moment, in numbers that can be subtracted.
+
+    Call it with the network, at any time and from anywhere: `validation(unet, step)` is a `VLBEstimate`, and
+    `validation.history[step] - validation.history[earlier]` says better, worse or cannot be told. A module is scored
+    in evaluation mode and left in the mode that it was found in; nothing is drawn from global generators.
+
+    The pilot is fitted to the first network, and serves those that come of it: it makes an estimate precise, never
+    right or wrong. Another network, chain or data needs another: make a new `Validation`, whose estimates cannot be
+    compared with those of the old one.
+
+    Args:
+        images: x_0 (N, C, *) in [-1, 1] on the levels, the same at every call.
+        reverse: p, on the device to score on.
+        calls_per_image: network calls for each image and validation, at least 2.
+        seed: with an image's position it determines its draws.
+        conditioning: the network's further arguments by name, each a tensor of N rows.
+        pilot: from `fit_pilot`, best of training images; None fits one at the first call, to these images.
+        term: a training loss, loss(reverse, model_output, diffused) -> (B,), such as `simple_loss`: the estimates are
+            then of its mean over all t, and so is what they decide; their `also` has the bound, of the same calls.
+
+    Raises:
+        ValueError: images off their levels, conditioning of another number, or too few calls for their errors.
+
+    Source: the module's list.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        reverse: ReverseProcess,
+        calls_per_image: int = 8,
+        seed: int = 0,
+        conditioning: Conditioning | None = None,
+        pilot: Pilot | None = None,
+        term: Loss | None = None,
+    ):
+        check_data(images, reverse.levels)
+        check_conditioning(conditioning, len(images))
+        self.images, self.reverse, self.conditioning = images, reverse, conditioning
+        self.calls_per_image, self.seed, self.pilot, self.term = calls_per_image, seed, pilot, term
+        self.num_replicates = enough_replicates(calls_per_image, len(images))
+        self.history: dict[Label, VLBEstimate] = {}
+        self._scores: dict[Label, Scores] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __call__(self, model: Model, label: Label | None = None) -> VLBEstimate:
+        """Score a network and keep the estimate: `add(score(model), label)`.
+
+        Args:
+            model: as in `score`.
+            label: as in `add`.
+
+        Raises:
+            ValueError, FloatingPointError: as both.
+        """
+        return self.add(self.score(model), label)
+
+    def fit(self, model: Model) -> Pilot:
+        """A pilot of these images, by some 1000 network calls; the first call keeps one by itself.
+
+        Args:
+            model: as in `score`.
+
+        Raises:
+            ValueError, FloatingPointError: as `fit_pilot`.
+        """
+        chosen = torch.tensor(pilot_positions(len(self), self.images[0].numel()))
+        x_0, told = self.images[chosen.to(self.images.device)], rows_of(self.conditioning, chosen)
+        with _evaluating(model):
+            return fit_pilot(model, self.reverse, x_0, seed=self.seed, conditioning=told, also=self._also)
+
+    def score(self, model: Model, positions: Sequence[int] | None = None) -> Scores:
+        """Score some of the images, as one of several processes does; fits the pilot where there is none.
+
+        Args:
+            model: the network, called as model(x_t, timesteps, **conditioning); returns a tensor or an object with
+                `.sample`.
+            positions: of the images, at least one; None for all.
+
+        Raises:
+            ValueError: as `VLBEstimator`.
+            FloatingPointError: NaN or infinity from the network, with the timestep and the image.
+        """
+        if self.pilot is None:
+            self.pilot = self.fit(model)
+        scorer = VLBEstimator(
+            model, self.reverse, self.pilot, self.calls_per_image, self.num_replicates, self.seed, also=self._also
+        )
+        chosen = torch.tensor(list(range(len(self)) if positions is None else positions), dtype=torch.int64)
+        parts = list[Scores]()
+        with _evaluating(model):
+            for own in chosen.split(scorer.images_per_unit(self.images)):
+                x_0, told = self.images[own.to(self.images.device)], rows_of(self.conditioning, own)
+                parts = compacted([*parts, scorer.score(x_0, own.tolist(), told)])
+        return merge_scores(parts)
+
+    def add(self, scores: Scores, label: Label | None = None) -> VLBEstimate:
+        """Keep the scores of all images as the newest estimate.
+
+        Args:
+            scores: of `score`, merged.
+            label: its name in `history`, such as the step, in the place of an earlier one of that name; None takes
+                the number of the estimate, from 0.
+
+        Raises:
+            ValueError: scores of some images only, or with other draws than the estimates before.
+        """
+        if scores[0].positions.tolist() != list(range(len(self))):
+            raise ValueError(
+                f"`scores` must be of all {len(self)} images, but are of {len(scores[0])}: merge those of all "
+                "processes, `merge_scores`."
+            )
+        estimate = self._estimate(scores)
+        for earlier in list(self.history.values())[:1]:
+            _ = estimate - earlier  # refuses one that cannot be compared
+        label = len(self.history) if label is None else label
+        self.history[label], self._scores[label] = estimate, scores
+        return estimate
+
+    @property
+    def best(self) -> Label | None:
+        """The label of the lowest estimate so far, the earliest of equals; None before the first."""
+        return min(self.history, key=lambda label: self.history[label].bits_per_dim, default=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pilot and the history, in tensors, to be saved."""
+        history = {label: [own.state_dict() for own in scores] for label, scores in self._scores.items()}
+        return {"pilot": {} if self.pilot is None else self.pilot.state_dict(), "history": history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with a saved pilot and history.
+
+        Args:
+            state_dict: what `state_dict` returned, of the same images, seed and calls.
+        """
+        pilot, history = state_dict["pilot"], state_dict["history"]
+        self.pilot = Pilot.from_state_dict(pilot) if pilot else None
+        self._scores = {label: tuple(map(VLBScores.from_state_dict, own)) for label, own in history.items()}
+        self.history = {label: self._estimate(own) for label, own in self._scores.items()}
+
+    @property
+    def _also(self) -> tuple[Loss, ...]:
+        return () if self.term is None else (self.term,)
+
+    def _estimate(self, scores: Scores) -> VLBEstimate:
+        """With the loss first, where there is one."""
+        return estimate_from_scores(scores if self.term is None else scores[::-1])
+
+
+@contextlib.contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """A module in evaluation mode for a while; each of its layers goes back to its own mode."""
+    modes = {layer: layer.training for layer in model.modules()} if isinstance(model, nn.Module) else {}
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        yield
+    finally:
+        for layer, training in modes.items():
+            layer.training = training
