@@ -23,6 +23,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from networks import one_block_unet
 
 from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
+from ddpm_vlb.path_configurations import EDM_SCHEDULERS, FLOW_SCHEDULERS, FLOW_SIGMA_SCHEDULERS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "schedulers.md").read_text()
 # Steps after which each sampler is right to the tolerances below: those of first order need the most.
@@ -323,12 +324,17 @@ def notes(name: str) -> set[str]:
 
 
 def test_every_scheduler_of_stock_is_on_the_page():
-    """A class of stock is in the table, with a test for its row, or among those left out."""
-    out = {name for cells in table("left out").values() for name in re.findall(r"`(\w+Scheduler)`", cells[0])}
-    assert set(ROWS) == set(STEPS) and not out & set(STEPS)
+    """A class of stock is in the table, with a test for its row, among the paths, or among those left out."""
+
+    def named(cells):
+        return set(re.findall(r"`(\w+Scheduler)`", " ".join(cells)))
+
+    out, paths = named(cells[0] for cells in table("left out").values()), named(table("scheduler in the checkpoint"))
+    assert set(ROWS) == set(STEPS) and not out & (set(STEPS) | paths)
+    assert paths == {*FLOW_SCHEDULERS, *FLOW_SIGMA_SCHEDULERS, *EDM_SCHEDULERS}
     stock = {name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")}
-    assert stock <= out | set(ROWS)
-    assert {cls.__name__ for cls in DDPMVLBScheduler().compatibles} - out <= set(ROWS)
+    assert stock <= out | paths | set(ROWS)
+    assert {cls.__name__ for cls in DDPMVLBScheduler().compatibles} - out - paths <= set(ROWS)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import safetensors.torch
 import torch
-from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import CMStochasticIterativeScheduler, EDMEulerScheduler
 from processes import reset_accelerate
 from scoring_support import FEW, edit_config, options_for, write_splits
 
@@ -64,10 +64,10 @@ def lose_a_weight(folder):
     safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
 
 
-def flow_matching(folder):
+def consistency(folder):
     """As stock's pipeline saves a network with such a scheduler."""
-    edit_config("model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])(folder)
-    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    edit_config("model_index.json", scheduler=["diffusers", "CMStochasticIterativeScheduler"])(folder)
+    CMStochasticIterativeScheduler().save_pretrained(folder / "scheduler")
 
 
 def pickles(folder):
@@ -78,7 +78,11 @@ def pickles(folder):
 
 NETWORK, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 CHECKPOINTS = [
-    ("evaluate", edit_config("model_index.json", unet=["diffusers", "AutoencoderKL"]), "AutoencoderKL.*no network"),
+    (
+        "evaluate",
+        edit_config("model_index.json", unet=["diffusers", "AutoencoderKL"]),
+        "AutoencoderKL, none of x_t",
+    ),
     ("sample-quality", edit_config("model_index.json", unet=["diffusers", "AutoencoderKL"]), "AutoencoderKL"),
     ("optimize-timesteps", edit_config(NETWORK, class_embed_type="timestep"), "embeddings of classes"),
     ("evaluate", lose_a_weight, "conv_out.bias"),
@@ -109,9 +113,9 @@ CHECKPOINTS = [
     ("evaluate", lambda folder: (folder / "data.json").mkdir(), "data.json must be a file"),
     ("sample-quality", lambda folder: (folder / "data.json").mkdir(), "data.json must be a file"),
     ("evaluate", edit_config(SCHEDULER, _class_name="UNet2DModel"), "`_class_name` is 'UNet2DModel'.*no scheduler"),
-    ("evaluate", flow_matching, "no chain of betas: a FlowMatchEulerDiscreteScheduler"),
-    ("optimize-timesteps", flow_matching, "no chain of betas: a FlowMatchEulerDiscreteScheduler"),
-    ("sample-quality", flow_matching, "no chain of betas: a FlowMatchEulerDiscreteScheduler"),
+    ("evaluate", consistency, "no chain of betas: a CMStochasticIterativeScheduler"),
+    ("optimize-timesteps", consistency, "no chain of betas: a CMStochasticIterativeScheduler"),
+    ("sample-quality", consistency, "no chain of betas: a CMStochasticIterativeScheduler"),
     ("evaluate", lambda folder: EDMEulerScheduler().save_pretrained(folder / "scheduler"), "EDMEulerScheduler"),
     ("evaluate", pickles, "use_safetensors=False.*save_pretrained"),
     ("sample-quality", pickles, "use_safetensors=False.*save_pretrained"),
