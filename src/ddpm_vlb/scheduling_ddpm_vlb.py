@@ -354,10 +354,11 @@ class DDPMVLBScheduler(ConfiguredScheduler):
         """
         if self.num_inference_steps is None and self._walk.path.variance != self._chains.variance:
             self._visit(self._chains.whole, self.timesteps.device)
-        previous, x_0 = self._walk.step(model_output, timestep, sample, generator)
+        walk = self._walk  # each look at it is a check
+        previous, x_0 = walk.step(model_output, timestep, sample, generator)
         if not return_dict:
             return previous, x_0
-        return DDPMVLBSchedulerOutput.drawn(previous, x_0, self._walk, (model_output, timestep, sample))
+        return DDPMVLBSchedulerOutput.drawn(previous, x_0, walk, (model_output, timestep, sample))
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise data to the given steps of the training chain; computed in float32, returned in the data's dtype.
