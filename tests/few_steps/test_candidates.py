@@ -3,8 +3,8 @@
 import torch
 from scoring_support import T
 
-from ddpm_vlb import GaussianPath, SquaredErrors, StoredPath
-from ddpm_vlb.few_steps.candidates import Candidate, chosen, respaced
+from ddpm_vlb import VARIANCES, GaussianPath, SquaredErrors, StoredPath
+from ddpm_vlb.few_steps.candidates import Candidate, chosen, respaced, variances_for
 
 
 def test_the_choice():
@@ -30,3 +30,11 @@ def test_an_optimal_variance_is_the_decoder_s_too():
     p = respaced(training, [0, 2], "analytic", SquaredErrors(torch.arange(3), mean))
     x = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     torch.testing.assert_close(p(x, x, 0).p.log_variance, torch.full_like(x, 0.003).log())
+
+
+def test_a_learned_path_is_not_compared_with_fixed_variances():
+    """Their decoder would be the second step's, far below the first noise of a fine chain."""
+    path = GaussianPath.edm([0.1, 1.0, 10.0])
+    learned = path.reverse_process(variance_type="learned_range")
+    assert variances_for(learned, of_path=True) == list(VARIANCES)
+    assert "fixed_large" in variances_for(learned) and "fixed_large" in variances_for(path.reverse_process(), True)

@@ -126,7 +126,7 @@ class Optimization(Checkpoint):
             )
         self.training = dataclasses.replace(scheduler.reverse_process(dtype=torch.float64), levels=self.data.levels)
         self.partial = Path(args.output_dir or args.model) / f"{PARTIAL}scores"
-        self.variances = variances_for(self.training)
+        self.variances = variances_for(self.training, self.pipeline.path is not None)
         self.fitted = self._fitted()
 
     def _fitted(self) -> list[int]:

@@ -48,8 +48,15 @@ class Candidate:
         return tuple(self.process.forward.timesteps.flip(0).tolist())
 
 
-def variances_for(reverse: ReverseProcess) -> list[str]:
-    """The variances that are compared for a network."""
+def variances_for(reverse: ReverseProcess, of_path: bool = False) -> list[str]:
+    """The variances that are compared for a network.
+
+    Args:
+        reverse: p of the training chain.
+        of_path: it is that of a Gaussian path; its own variance being learned, no decoder fits the fixed ones.
+    """
+    if of_path and reverse.learns_variance:
+        return list(VARIANCES)
     own = reverse.variance_type.removesuffix("_log")
     return [*VARIANCES, *(name for name in FIXED if name != own)]
 

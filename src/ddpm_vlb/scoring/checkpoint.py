@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
@@ -134,6 +135,8 @@ def settle_chain(pipeline: DDPMVLBPipeline, args: argparse.Namespace, levels: in
             )
         return told
     given = getattr(args, "ratios", None)
+    if given is not None and not given[0] < given[1] < math.inf:
+        raise ValueError(f"--ratios must be two numbers of which the second is larger and finite, but are {given}.")
     ratios = None if given is None else spaced_ratios(given[0], given[1], told["steps"])
     variance_type = pipeline.chain.config.variance_type
     pipeline.chain = path_chain(pipeline.scheduler, levels, ratios, variance_type)
