@@ -89,7 +89,7 @@ SIBLINGS = {
     "repositories": set(),
     "guidance": {"devices"},
     "finite_samples": set(),
-    "swapped_schedulers": {"scheduling_ddpm_vlb"},
+    "swapped_schedulers": {"path_configurations", "scheduling_ddpm_vlb"},
     "step_log_probs": {"distributions", "reverse_process"},
     "recorded_trajectories": {"scheduling_ddpm_vlb", "step_log_probs"},
 }

@@ -312,3 +312,14 @@ def test_an_index_outside_the_chain_is_refused():
         path.sigmas([2])
     with pytest.raises(IndexError, match="0 .. 1"):
         path.network(lambda x, t: x)(noise(1), torch.tensor([-1]))
+
+
+def test_the_network_s_mode_is_the_path_s():
+    """Whenever it changes, on either side; a function has none."""
+    path, unet = GaussianPath.flow([0.1, 0.5]), tiny_unet(out=1).train()
+    network = path.network(unet)
+    assert network.training
+    unet.eval()
+    assert not network.training
+    assert network.train() is network and unet.training
+    assert not path.network(lambda x, t: x).train().training

@@ -14,6 +14,7 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -30,12 +31,13 @@ from ddpm_vlb import (
     GaussianPath,
     SquaredErrors,
     StoredPath,
+    describe_path,
     model_card,
     path_chain,
     spaced_ratios,
     stock_sigmas,
 )
-from ddpm_vlb.path_checkpoints import ratios_of
+from ddpm_vlb.path_checkpoints import _REMADE, ratios_of
 
 SCHEDULERS = {
     "flow": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -112,9 +114,105 @@ def test_the_default_chain_is_not_saved(tmp_path):
     pipe = quiet(DDPMVLBPipeline(tiny_unet(out=1), SCHEDULERS["flow"]()))
     assert len(pipe.chain) == 1000 and pipe.chain is pipe.chain
     assert float(pipe.path.ratios[0]) == pytest.approx(0.8 / 255) and float(pipe.path.ratios[-1]) == pytest.approx(100)
-    pipe_of().save_pretrained(tmp_path)
+    with_steps().save_pretrained(tmp_path)
     pipe.save_pretrained(tmp_path)
     assert len(DDPMVLBPipeline.from_pretrained(tmp_path).chain) == 1000
+    assert not list((tmp_path / "chain").iterdir())
+
+
+def test_the_default_chain_is_of_the_network_that_there_is():
+    """One with a variance half has learned variance, and a scheduler that begins later has another first ratio."""
+    pipe = DDPMVLBPipeline(tiny_unet(out=1), SCHEDULERS["edm"]())
+    assert pipe.chain.config.variance_type == "fixed_small"
+    pipe.unet = tiny_unet()
+    assert pipe.chain.config.variance_type == "learned_range"
+    pipe = DDPMVLBPipeline(tiny_dit(), EDMEulerScheduler(sigma_min=0.01))
+    first = pipe.path.ratios[0]
+    pipe.register_modules(scheduler=EDMEulerScheduler(sigma_min=0.1))
+    assert [float(first), float(pipe.path.ratios[0])] == pytest.approx([0.01, 0.1])
+
+
+def test_latents_are_not_clipped_by_default():
+    """A transformer's data have no levels, wherever it comes from."""
+    chain = DDPMVLBPipeline(tiny_dit(), SCHEDULERS["flow"]()).chain
+    assert chain.levels is None and not chain.config.clip_sample and chain.config.variance_type == "learned_range"
+
+
+def with_steps():
+    """A pipeline of a flow whose chain stores a path of three steps."""
+    pipe = pipe_of()
+    pipe.chain.store_few_steps([StoredPath((39, 20, 0), "network", 0.0)])
+    return pipe
+
+
+def test_from_pipe_brings_the_chain(tmp_path):
+    """Of ours, and of a stock pipeline the one beside its files."""
+    pipe = with_steps()
+    pipe.save_pretrained(tmp_path)
+    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock).__name__ == "DDPMPipeline"
+    for source in (pipe, stock):
+        made = quiet(DDPMVLBPipeline.from_pipe(source))
+        assert torch.equal(ratios_of(made.chain), ratios_of(pipe.chain)) and 3 in made.chain.optimal_paths
+        assert torch.allclose(sample(made, steps=3), sample(pipe, steps=3), rtol=0, atol=1e-5)
+
+
+def test_from_pipe_without_a_chain(tmp_path, said):
+    """There is the default one, without a word where none is missing, and told of where the folder is gone."""
+    DDPMVLBPipeline(tiny_unet(out=1), SCHEDULERS["flow"]()).save_pretrained(tmp_path / "flow")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "flow")
+    assert len(DDPMVLBPipeline.from_pipe(stock).chain) == 1000 and "chain" not in said.text
+    (tmp_path / "flow").rename(tmp_path / "other")
+    assert len(DDPMVLBPipeline.from_pipe(stock).chain) == 1000 and "is gone" in said.text
+
+
+def test_noise_alone_is_written_as_json():
+    """sigma = 1 of a flow has no ratio, and metrics.json no infinity."""
+    pipe = pipe_of(ratios=torch.cat([RATIOS, torch.tensor([torch.inf]).double()]))
+    told = describe_path(pipe)
+    assert json.loads(json.dumps(told, allow_nan=False))["ratios"] == [pytest.approx(0.05), None]
+    assert "41 steps with noise-to-signal ratios from 0.05 to noise alone" in str(model_card(pipe, "flow"))
+
+
+def test_what_cannot_be_read_is_not_portable():
+    """A scheduler that was put in place of the one that the chain was set for."""
+    pipe = pipe_of()
+    assert pipe.portable
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    assert not pipe.portable
+
+
+OF_ANOTHER_DECODER = {
+    "learned": {"variance_type": "learned_range"},
+    "betas": {"trained_betas": [0.1, 0.2]},
+    "schedule": {"trained_betas": None},
+    "zero snr": {"rescale_betas_zero_snr": True},
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_DECODER)
+@pytest.mark.parametrize("how", ["from_config", "register_to_config"])
+def test_the_decoder_goes_with_its_chain(name, how):
+    """As if the scheduler had been made with the new values alone."""
+    given, chain = OF_ANOTHER_DECODER[name], path_chain(SCHEDULERS["flow"](), 17, RATIOS)
+    without = {key: own for key, own in chain.config.items() if key != "decoder_log_variance"}
+    expected = DDPMVLBScheduler.from_config(without | given).reverse_process()
+    if how == "from_config":
+        chain = DDPMVLBScheduler.from_config(chain.config, **given)
+    else:
+        chain.register_to_config(**given)
+    output, x = torch.ones(2, 2 if name == "learned" else 1, 1, 1) * 0.3, torch.zeros(2, 1, 1, 1)
+    assert torch.equal(chain.reverse_process()(output, x, 0)[0].log_variance, expected(output, x, 0)[0].log_variance)
+
+
+def test_the_decoder_stays_with_its_chain():
+    """Where other things change, the same betas are given, or it is given itself."""
+    config = path_chain(SCHEDULERS["flow"](), 17, RATIOS).config
+    betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+    for given in ({"clip_sample": False}, {"trained_betas": betas}, {"variance_type": "fixed_large"}):
+        assert DDPMVLBScheduler.from_config(config, **given).config["decoder_log_variance"] is not None
+    given = {"variance_type": "learned_range", "decoder_log_variance": -3.0}
+    assert DDPMVLBScheduler.from_config(config, **given).config["decoder_log_variance"] == -3.0
 
 
 def test_continuous_data_begins_where_stock_s_grid_does():
@@ -156,6 +254,7 @@ def test_chains_of_betas_have_no_path():
         pipe.chain = path_chain(SCHEDULERS["flow"](), 17)
 
 
+PREDICTS_FLOW = {"prediction_type": "flow_prediction"}
 REFUSED = {
     "invert_sigmas": lambda: DDPMVLBPipeline(tiny_unet(), FlowMatchEulerDiscreteScheduler(invert_sigmas=True)),
     "must be a DDPMVLBScheduler": lambda: setattr(pipe_of(), "chain", DDPMScheduler()),
@@ -163,6 +262,10 @@ REFUSED = {
     "for images of shape": lambda: setattr(pipe_of(), "chain", with_errors((1, 4, 4))),
     "`decoder_log_variance` must be a finite number": lambda: DDPMVLBScheduler(decoder_log_variance="0"),
     "describes a chain of betas, not a path": lambda: path_chain(DDPMScheduler()),
+    "betas: set `use_flow_sigmas=True`": lambda: path_chain(UniPCMultistepScheduler(**PREDICTS_FLOW)),
+    "network of flow matching, set `use_flow_sigmas=True`": lambda: DDPMVLBPipeline(
+        tiny_unet(out=1), DPMSolverMultistepScheduler(**PREDICTS_FLOW)
+    ),
 }
 
 
@@ -211,6 +314,16 @@ def test_the_chain_comes_from_the_hub(hub, said):
     assert "chain" not in said.text
 
 
+def test_from_pipe_takes_the_chain_from_the_cache(hub, monkeypatch, said):
+    """Of a stock pipeline from the Hub, once ours was loaded from there; else it is told of."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.with_name("other")))
+    monkeypatch.setattr("diffusers.configuration_utils.HF_HUB_CACHE", str(hub.with_name("other")), raising=False)
+    stock = DiffusionPipeline.from_pretrained("tester/flow")
+    assert len(DDPMVLBPipeline.from_pipe(stock).chain) == 1000 and "is not in the cache" in said.text
+    DDPMVLBPipeline.from_pretrained("tester/flow")
+    assert len(DDPMVLBPipeline.from_pipe(stock).chain) == 40
+
+
 def test_a_chain_that_cannot_be_asked_for_is_told_of(hub, tmp_path, said):
     """Where stock alone filled the cache, and the Hub is out of reach."""
     DiffusionPipeline.from_pretrained("tester/flow", cache_dir=tmp_path)
@@ -240,10 +353,19 @@ def test_stock_visits_the_steps_by_its_sigmas(name):
     )
 
 
-def test_no_sigmas_where_stock_takes_none():
-    """EDM's class takes ramp positions, Heun's nothing, and Karras' sigmas are made anew of what is given."""
-    others = [SCHEDULERS["edm"](), SCHEDULERS["heun"](), FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)]
-    assert [stock_sigmas(DDPMVLBPipeline(tiny_unet(out=1), own), [5, 0]) for own in others] == [None] * 3
+@pytest.mark.parametrize("name", ["edm", "heun"])
+def test_no_sigmas_where_stock_takes_none(name):
+    """EDM's class takes ramp positions, Heun's nothing."""
+    assert stock_sigmas(pipe_of(name), [5, 0]) is None
+
+
+@pytest.mark.parametrize("key", _REMADE)
+def test_no_sigmas_where_stock_remakes_them(key):
+    """Each option makes another grid of what is given; without it the sigmas are taken."""
+    pipe = pipe_of()
+    assert len(stock_sigmas(pipe, [5, 0])) == 2
+    pipe.scheduler.register_to_config(**{key: 0.1 if key == "shift_terminal" else True})
+    assert stock_sigmas(pipe, [5, 0]) is None
 
 
 def test_a_transformer_is_the_network(tmp_path):
@@ -262,6 +384,19 @@ def test_a_transformer_is_the_network(tmp_path):
         (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer": bad}))
         with pytest.raises(ValueError, match="transformer|system"):
             DDPMVLBPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["unet", "transformer"])
+def test_a_given_network_is_taken(part, tmp_path):
+    """In place of the folder's, whose weights are not read."""
+    vae = AutoencoderKL(latent_channels=2, norm_num_groups=2, block_out_channels=(4,))
+    DiTPipeline(tiny_dit(), vae, SCHEDULERS["flow"]()).save_pretrained(tmp_path)
+    (tmp_path / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    network = tiny_dit(seed=1)
+    assert DDPMVLBPipeline.from_pretrained(tmp_path, **{part: network}).unet is network
+    for unknown in ({"transfomer": network}, {"unet": network, "transformer": network}):
+        with pytest.raises(ValueError, match="leave them out"):
+            DDPMVLBPipeline.from_pretrained(tmp_path, **unknown)
 
 
 @pytest.mark.parametrize("name", ["flow", "unipc", "edm", "svd"])

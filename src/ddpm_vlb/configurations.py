@@ -56,17 +56,12 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         ("steps_offset",),
     ),
 }
-# What the network was trained with must survive a change of class even where it equals a default.
-MODEL_DEFINING = {
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "variance_type",
-    "prediction_type",
+_BETAS = {
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
     "rescale_betas_zero_snr",
 }
+# What the network was trained with must survive a change of class even where it equals a default.
+MODEL_DEFINING = _BETAS | {"variance_type", "prediction_type"}
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
@@ -114,7 +109,24 @@ def taken_over(config: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str,
     named = {key: config[key] for key in MODEL_DEFINING if config.get(key) is not None}
     # The DPM-Solvers and SA-Solver save `variance_type: null`.
     kept = {k: v for k, v in config.items() if k not in MODEL_DEFINING or v is not None}
+    if drops_decoder(config, given):
+        kept.pop("decoder_log_variance")
     return kept, named | given
+
+
+def drops_decoder(config: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether `decoder_log_variance` is another chain's, or takes a learned variance's place, once values change.
+
+    Args:
+        config: of a scheduler.
+        given: values in place of the configuration's.
+    """
+    if config.get("decoder_log_variance") is None or "decoder_log_variance" in given:
+        return False
+    before: Any = config
+    changed = {name for name, value in given.items() if not np.array_equal(value, before.get(name))}
+    learned = "variance_type" in changed and str(given["variance_type"]).startswith("learned")
+    return learned or bool(changed & _BETAS)
 
 
 def check_values(config: Mapping[str, Any]) -> None:

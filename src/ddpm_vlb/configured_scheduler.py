@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from .chains import Chains
-from .configurations import FEW_STEPS, OWN_DEFAULTS, check_values, normalized, portable_values
+from .configurations import FEW_STEPS, OWN_DEFAULTS, check_values, drops_decoder, normalized, portable_values
 from .distributions import ordinary_tensors
 from .respacing import StoredPath
 from .walk import Walk
@@ -84,6 +84,8 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         idle = self._others(kwargs, "num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
         if idle and self.config["trained_betas"] is not None and "trained_betas" not in kwargs:
             raise ValueError(f"`{idle[0]}` has no effect beside `trained_betas`: change those, or to None.")
+        if drops_decoder(self.config, kwargs):
+            kwargs["decoder_log_variance"] = None
         before = self._internal_dict
         super().register_to_config(**kwargs)
         try:

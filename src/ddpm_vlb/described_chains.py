@@ -13,7 +13,7 @@ import diffusers
 from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .path_configurations import is_path, read_path
+from .path_configurations import is_path, lacks_flow_sigmas, read_path
 
 # The classes whose defaults are ours: a configuration of theirs may leave anything out.
 _OUR_DEFAULTS = (None, "DDPMVLBScheduler", "DDPMScheduler", "DDPMParallelScheduler")
@@ -48,6 +48,8 @@ def check_described(config: Mapping[str, Any]) -> None:
         if is_path(config)
         else "Its checkpoint cannot be scored or sampled here."
     )
+    if lacks_flow_sigmas(config):
+        known = "If it is a network of flow matching, set `use_flow_sigmas=True`."
     raise ValueError(
         f"This scheduler's configuration describes no chain of betas: {why}. {known} If the network is a DDPM all the "
         "same, build `DDPMVLBScheduler(...)` with the betas of its training."

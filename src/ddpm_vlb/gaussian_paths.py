@@ -295,13 +295,20 @@ class PathNetwork(nn.Module):
     def __init__(self, path: GaussianPath, model: Model):
         super().__init__()
         self.model = model
-        # A function around a network in training mode has no mode of its own.
-        self.training = model.training if isinstance(model, nn.Module) else False
         n = (path.signal.square() + path.sigma.square()).sqrt()
         noise = path.sigma / n
         tables = (path.scale * n, path.timesteps, (path.signal / n - path.skip * n) / noise, -path.out / noise)
         self._float64 = torch.stack(tables, dim=1)
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @property
+    def training(self) -> bool:
+        """The network's mode; a function has none, whatever it is around."""
+        return isinstance(self.model, nn.Module) and self.model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """`train` sets the network's itself."""
 
     def _table(self, x: Tensor) -> Tensor:
         """The tables beside `x`, cast once."""

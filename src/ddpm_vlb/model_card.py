@@ -112,11 +112,11 @@ def _what(pipeline: Any, scores: Sequence[tuple[Metrics, Metrics]]) -> str:
             f"{variance}over {config.num_train_timesteps} steps. {made}"
         ]
     else:
-        low, high = path["ratios"]
+        low, high = ("noise alone" if r is None else f"{r:.4g}" for r in path["ratios"])
         lines = [
             f"{kind} model of {path['kind']} (`{path['scheduler']}`) of {_shape(pipeline)}: {network}. {made} It is "
             f"scored, and sampled by ddpm-vlb, on a chain of {path['steps']} steps with noise-to-signal ratios from "
-            f"{low:.4g} to {high:.4g}, {variance.removesuffix(', ')}."
+            f"{low} to {high}, {variance.removesuffix(', ')}."
         ]
     if scores:
         (score, data), whose = scores[0], "its" if path is None else "that chain's"

@@ -15,9 +15,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
+from .few_step_store import STORED_FILES
 from .gaussian_paths import GaussianPath, spaced_ratios
 from .path_configurations import is_path, read_path
 from .scheduling_ddpm_vlb import DDPMVLBScheduler
@@ -51,7 +52,8 @@ def path_chain(
         levels: number of levels of the data on [-1, 1]; None for continuous data, which nothing clips unless told.
         ratios: r = s / a, rising, (T,); None takes 1000, even in log SNR, from 0.4 bins of the data, or from the
             lowest of stock's own grid where it is continuous, to 100.
-        variance_type: as of `DDPMVLBScheduler`. A fixed one takes log r_1^2 for the decoder.
+        variance_type: as of `DDPMVLBScheduler`. A fixed one takes log r_1^2 for the decoder. That holds for the first
+            level: of fewer steps that begin later, the decoder has the variance type's own.
         options: further configuration of `DDPMVLBScheduler`.
 
     Raises:
@@ -83,11 +85,12 @@ def default_chain(scheduler: SchedulerMixin, network: Any) -> DDPMVLBScheduler:
 
     Args:
         scheduler: stock's.
-        network: whose output has a variance half, or not.
+        network: whose output has a variance half, or not; a transformer is one of latents, which nothing clips.
     """
     channels, out = network.config.get("in_channels"), network.config.get("out_channels")
     learned = channels is not None and out == 2 * channels
-    return path_chain(scheduler, variance_type="learned_range" if learned else "fixed_small")
+    levels = 256 if network.config.get("patch_size") is None else None
+    return path_chain(scheduler, levels, variance_type="learned_range" if learned else "fixed_small")
 
 
 def _lowest(scheduler: SchedulerMixin) -> float:
@@ -168,6 +171,29 @@ def load_chain(name: str | os.PathLike[str], where: dict[str, Any]) -> DDPMVLBSc
         return None
 
 
+def chain_with(pipeline: Any) -> DDPMVLBScheduler | None:
+    """The chain that goes with a pipeline, set or beside the files that it was loaded from; None where there is none.
+
+    The Hub is not asked.
+
+    Args:
+        pipeline: ours or a stock one.
+
+    Raises:
+        OSError, ValueError: as `load_chain`.
+    """
+    if hasattr(pipeline, "_chain"):
+        return pipeline._chain
+    name = pipeline.config.get("_name_or_path")
+    try:
+        return None if name is None else load_chain(name, {"local_files_only": True})
+    except OSError as error:
+        if not isinstance(error.__context__, HFValidationError):
+            raise
+        logger.warning(f"{name} is gone, and whether it had a {CHAIN_FOLDER}/: the default chain is taken.")
+        return None
+
+
 def _known_absent(name: str, where: dict[str, Any]) -> bool:
     file = f"{CHAIN_FOLDER}/{_CONFIG}"
     found = try_to_load_from_cache(name, file, where.get("cache_dir"), where.get("revision"))
@@ -182,7 +208,8 @@ def save_chain(chain: DDPMVLBScheduler | None, folder: Path) -> None:
         folder: where model_index.json lies.
     """
     if chain is None:
-        (folder / CHAIN_FOLDER / _CONFIG).unlink(missing_ok=True)
+        for stale in [file for pattern in (_CONFIG, *STORED_FILES) for file in (folder / CHAIN_FOLDER).glob(pattern)]:
+            stale.unlink()
     else:
         chain.save_pretrained(folder / CHAIN_FOLDER)
 
@@ -194,8 +221,8 @@ def describe_path(pipeline: Any) -> dict[str, Any] | None:
         pipeline: a `DDPMVLBPipeline`.
 
     Returns:
-        `kind`, the class `scheduler`, `ratios` (the first and the last r of `pipeline.chain`), its number of `steps`,
-        and whether it was `stored` in the checkpoint, or set.
+        `kind`, the class `scheduler`, `ratios` (the first and the last r of `pipeline.chain`, None where that is
+        infinite), its number of `steps`, and whether it was `stored` in the checkpoint, or set.
     """
     if not is_path(pipeline.scheduler):
         return None
@@ -203,7 +230,7 @@ def describe_path(pipeline: Any) -> dict[str, Any] | None:
     return {
         "kind": _KINDS[read_path(pipeline.scheduler).kind],
         "scheduler": type(pipeline.scheduler).__name__,
-        "ratios": [float(ratios[0]), float(ratios[-1])],
+        "ratios": [r if math.isfinite(r) else None for r in (float(ratios[0]), float(ratios[-1]))],
         "steps": len(ratios),
         "stored": pipeline._chain is not None,
     }

@@ -69,6 +69,33 @@ def is_path(config: Any) -> bool:
     return name in (*FLOW_SCHEDULERS, *_EDM_DEFAULTS) or (name == "EulerDiscreteScheduler" and _is_continuous(config))
 
 
+def readable(config: Any) -> bool:
+    """Whether `read_path` reads a scheduler.
+
+    Args:
+        config: as of `read_path`.
+    """
+    try:
+        read_path(config)
+    except ValueError:
+        return False
+    return True
+
+
+def lacks_flow_sigmas(config: Any) -> bool:
+    """Whether a network of a flow has a scheduler that walks one, but was not told to.
+
+    Args:
+        config: as of `read_path`.
+    """
+    try:
+        name, config = _named(config)
+    except ValueError:
+        return False
+    off = name in FLOW_SIGMA_SCHEDULERS and not config.get("use_flow_sigmas")
+    return off and config.get("prediction_type") == "flow_prediction"
+
+
 def read_path(config: Any) -> StockPath:
     """The path of a stock scheduler.
 
@@ -117,6 +144,11 @@ def _is_continuous(config: Mapping[str, Any]) -> bool:
 
 
 def _unknown(name: str, config: Mapping[str, Any]) -> str:
+    if lacks_flow_sigmas({**config, "_class_name": name}):
+        return (
+            f"`config` of {name} has `prediction_type='flow_prediction'`, of a network of flow matching, on the noise "
+            "levels of betas: set `use_flow_sigmas=True`."
+        )
     if any(key in config for key in ("beta_schedule", "trained_betas")):
         return (
             f"`config` of {name} describes a chain of betas, not a path in sigma: take "

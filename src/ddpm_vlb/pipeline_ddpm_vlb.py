@@ -13,16 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    UNet1DModel,
-    UNet2DModel,
-)
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet1DModel, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import logging
 from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
 
@@ -33,10 +26,11 @@ from .finite_samples import FiniteSamples
 from .gaussian_paths import GaussianPath
 from .guidance import Guidance, batch_count, called, check_no_embeddings, classes_of
 from .model_card import model_card
-from .path_checkpoints import check_chain, default_chain, load_chain, path_of, save_chain
+from .path_checkpoints import chain_with, check_chain, default_chain, load_chain, path_of, save_chain
 from .path_configurations import is_path
 from .recorded_trajectories import DDPMVLBPipelineOutput, Recorder, check_tensor_inputs
 from .repositories import (
+    HUB_OPTIONS,
     forget_origin,
     load_part,
     load_parts,
@@ -49,6 +43,7 @@ from .repositories import (
 from .sample_shapes import check_output_type, given_out, needed_shape, sample_shape
 from .scheduling_ddpm_vlb import _INDEX_IS_OURS, DDPMVLBScheduler
 from .swapped_schedulers import (
+    is_portable,
     mean_half_whole,
     not_finite,
     set_timesteps,
@@ -58,9 +53,7 @@ from .swapped_schedulers import (
 )
 from .walk import draw
 
-logger = logging.get_logger(DiffusionPipeline.__module__)
 _PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder", "card")
-_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 
 
 class DDPMVLBPipeline(DiffusionPipeline):
@@ -92,6 +85,11 @@ class DDPMVLBPipeline(DiffusionPipeline):
         self._default_chain: DDPMVLBScheduler | None = None
         self.register_modules(unet=unet, scheduler=scheduler)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("unet", "scheduler"):  # which the default chain was made for
+            self._default_chain = None
+        super().__setattr__(name, value)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a pipeline of ours or a stock DDPMPipeline, from a folder or the Hub.
@@ -102,14 +100,15 @@ class DDPMVLBPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a Hub repository.
-            kwargs: those of `DiffusionPipeline.from_pretrained`, and `subfolder`, where the pipeline lies in it.
-                Weights are read from safetensors only, unless `use_safetensors=False` asks for pickles.
+            kwargs: those of `DiffusionPipeline.from_pretrained`, and `subfolder`, where the pipeline lies in it; with
+                a `transformer`, the parts themselves and those of its weights. Weights are read from safetensors
+                only, unless `use_safetensors=False` asks for pickles.
 
         Raises:
             OSError, ValueError: as `DiffusionPipeline.from_pretrained`; a model_index.json that no pipeline saves.
         """
         kwargs.setdefault("use_safetensors", True)
-        where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         subfolder = kwargs.pop("subfolder", None)
         if subfolder is not None:
             return cls.from_pretrained(local_folder(pretrained_model_name_or_path, subfolder, where), **kwargs)
@@ -118,17 +117,13 @@ class DDPMVLBPipeline(DiffusionPipeline):
         check_index(index)
         if not kwargs.get("trust_remote_code"):
             check_no_code(index, Path(pretrained_model_name_or_path))
-        if "scheduler" not in kwargs:
-            if list(index.get("scheduler", ())) == ["diffusers", "DDPMScheduler"]:
-                kwargs["scheduler"] = load_part(
-                    DDPMVLBScheduler.from_pretrained, pretrained_model_name_or_path, "scheduler", where
-                )
-                # As the loader says of each component that it reads itself.
-                logger.info(f"Loaded scheduler as DDPMVLBScheduler from {pretrained_model_name_or_path}.")
+        if "scheduler" not in kwargs and list(index.get("scheduler", ())) == ["diffusers", "DDPMScheduler"]:
+            kwargs["scheduler"] = load_part(
+                DDPMVLBScheduler.from_pretrained, pretrained_model_name_or_path, "scheduler", where
+            )
         with weights_of(pretrained_model_name_or_path, kwargs["use_safetensors"]):
             if "transformer" in network_parts(index):
-                parts = load_parts(pretrained_model_name_or_path, index, where, kwargs)
-                pipeline = cls(parts["transformer"], parts["scheduler"])
+                pipeline = cls(*load_parts(pretrained_model_name_or_path, index, where, kwargs))
                 pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
             else:
                 pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -136,6 +131,24 @@ class DDPMVLBPipeline(DiffusionPipeline):
         if chain is not None:
             pipeline.chain = chain
         return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """A pipeline of the parts of another, and with its chain where the network walks a Gaussian path.
+
+        Args:
+            pipeline: ours or a stock one, whose chain lies beside the files that it was loaded from: in the folder,
+                or the Hub's repository as far as it is in the cache.
+            kwargs: those of `DiffusionPipeline.from_pipe`.
+
+        Raises:
+            OSError, ValueError: as `DiffusionPipeline.from_pipe`, and for a chain that cannot be read.
+        """
+        made = super().from_pipe(pipeline, **kwargs)
+        chain = chain_with(pipeline) if is_path(made.scheduler) else None
+        if chain is not None:
+            made.chain = chain
+        return made
 
     # diffusers' private name; its own would read a file of any size, and a test holds it to calling this one.
     _dict_from_json_file = staticmethod(read_config)
@@ -344,7 +357,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
     def chain(self) -> Any:
         """What the network is scored and sampled on: `scheduler` where that is a chain of betas, else the path's own.
 
-        Set it to what `path_chain` makes; where none was set or stored it is `path_chain(scheduler)`.
+        Set it to what `path_chain` makes; where none was set or stored it is `path_chain(scheduler)`, and for a
+        transformer, whose data are mostly latents, `path_chain(scheduler, levels=None)`.
         """
         if not is_path(self.scheduler):
             return self.scheduler
@@ -374,21 +388,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
     @property
     def portable(self) -> bool:
         """Whether stock's DDPMPipeline samples this network and scheduler rightly, and is what we save it as."""
-        config, chain, kind = self.unet.config, self.chain, type(self.scheduler)
-        flow = kind is FlowMatchEulerDiscreteScheduler and not self.scheduler.config.use_dynamic_shifting
-        if not flow and kind not in (DDPMVLBScheduler, DDPMScheduler):
-            return False
-        if config.get("class_embed_type") is not None or self.num_classes is not None:
-            return False
-        variance_type = chain.config.variance_type
-        if float(chain.alphas_cumprod[-1]) == 0 and chain.config.prediction_type == "epsilon":
-            return False
-        shape, learned = sample_shape(self.unet), variance_type == "learned_range" and not flow
-        if shape is None or len(shape) != 3:  # stock's makes images (H, W)
-            return False
-        return variance_type != "learned" and (
-            config.get("out_channels") == config.get("in_channels") * (2 if learned else 1)
-        )
+        return is_portable(self)
 
     def to_json_string(self) -> str:
         """model_index.json: stock's class names wherever stock can load and sample what they name."""

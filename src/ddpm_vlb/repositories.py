@@ -18,6 +18,12 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 logger = logging.get_logger(DiffusionPipeline.__module__)
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+_OF_WEIGHTS = (
+    *("dtype", "torch_dtype", "variant", "use_safetensors", "device_map", "max_memory", "low_cpu_mem_usage"),
+    *("offload_folder", "offload_state_dict", "disable_mmap"),
+)
+_PARTS = ("unet", "transformer", "scheduler")
 # What a repository carries so that diffusers runs our pipeline where the package is not installed; a name from each.
 _CODE = {
     "bin_mass": "log_bin_mass",
@@ -120,6 +126,13 @@ def load_part(load: Callable[..., Any], name: str | os.PathLike[str], part: str,
     Raises:
         OSError, ValueError: as `load`.
     """
+    loaded = _loaded(load, name, part, where)
+    # As diffusers' loader says of each component that it reads itself.
+    logger.info(f"Loaded {part} as {type(loaded).__name__} from {name}.")
+    return loaded
+
+
+def _loaded(load: Callable[..., Any], name: str | os.PathLike[str], part: str, where: dict[str, Any]) -> Any:
     if os.path.isdir(name):
         folder = Path(name, part)
         return load(folder if folder.is_dir() else name, **where)
@@ -136,26 +149,33 @@ def load_part(load: Callable[..., Any], name: str | os.PathLike[str], part: str,
 
 def load_parts(
     name: str | os.PathLike[str], index: dict[str, Any], where: dict[str, Any], given: dict[str, Any]
-) -> dict[str, Any]:
+) -> tuple[Any, Any]:
     """The transformer and the scheduler of a pipeline of more parts, and nothing else of it.
 
     Args:
         name: a folder, or the name of a Hub repository.
         index: the content of its model_index.json.
         where: arguments of `from_pretrained`.
-        given: to `DDPMVLBPipeline.from_pretrained`: what is of the weights is passed on, a scheduler is taken.
+        given: to `DDPMVLBPipeline.from_pretrained`: what is of the weights is passed on, a network (`unet` or
+            `transformer`) and a scheduler are taken.
 
     Raises:
-        OSError, ValueError: as `load_part`; a class that is none of diffusers' for its part.
+        OSError, ValueError: as `load_part`; a class that is none of diffusers' for its part; anything else given.
     """
-    loaded = {"scheduler": given["scheduler"]} if "scheduler" in given else {}
-    of_weights = {key: given[key] for key in ("dtype", "torch_dtype", "variant", "use_safetensors") if key in given}
-    parts: Any = (("transformer", ModelMixin, of_weights), ("scheduler", SchedulerMixin, {}))
-    for part, base, options in parts:
-        load = functools.partial(_stock_class(part, index[part], base).from_pretrained, **options)
-        if part not in loaded:
-            loaded[part] = load_part(load, name, part, where)
-    return loaded
+    parts = {"transformer" if part == "unet" else part: own for part, own in given.items() if part in _PARTS}
+    unknown = sorted(set(given) - {*_PARTS, *_OF_WEIGHTS, *HUB_OPTIONS, "trust_remote_code"})
+    if unknown or {"unet", "transformer"} <= given.keys():
+        raise ValueError(
+            f"`from_pretrained` of a pipeline with a transformer takes it or `unet`, `scheduler`, {list(_OF_WEIGHTS)} "
+            f"and the Hub's options, but got {unknown or ['unet', 'transformer']}: leave them out."
+        )
+    of_weights = {key: given[key] for key in _OF_WEIGHTS if key in given}
+    kinds: Any = (("transformer", ModelMixin, of_weights), ("scheduler", SchedulerMixin, {}))
+    for part, base, options in kinds:
+        if part not in parts:
+            load = functools.partial(_stock_class(part, index[part], base).from_pretrained, **options)
+            parts[part] = load_part(load, name, part, where)
+    return parts["transformer"], parts["scheduler"]
 
 
 def _stock_class(part: str, entry: tuple[str, str], base: type) -> Any:

@@ -1,4 +1,4 @@
-"""Any scheduler of diffusers in our pipeline: what its `set_timesteps` and `step` take, ours and stock's."""
+"""Any scheduler of diffusers in our pipeline: what its `set_timesteps` and `step` take, and what stock samples."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DDPMParallelScheduler, DDPMScheduler, UnCLIPScheduler
+from diffusers import DDPMParallelScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UnCLIPScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
+from .path_configurations import readable
 from .scheduling_ddpm_vlb import DDPMVLBScheduler
 
 logger = logging.get_logger(DiffusionPipeline.__module__)
@@ -26,6 +27,32 @@ def takes_variance(scheduler: SchedulerMixin) -> bool:
     """
     learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
     return learned and isinstance(scheduler, _TAKES_VARIANCE)
+
+
+def is_portable(pipeline: Any) -> bool:
+    """Whether stock's DDPMPipeline samples a pipeline's network and scheduler rightly, and is what we save it as.
+
+    Args:
+        pipeline: ours.
+    """
+    scheduler, config, shape = pipeline.scheduler, pipeline.unet.config, pipeline.sample_shape
+    flow = type(scheduler) is FlowMatchEulerDiscreteScheduler
+    if flow and (scheduler.config.use_dynamic_shifting or not readable(scheduler)):
+        return False
+    if not flow and type(scheduler) not in (DDPMVLBScheduler, DDPMScheduler):
+        return False
+    if config.get("class_embed_type") is not None or pipeline.num_classes is not None:
+        return False
+    if shape is None or len(shape) != 3:  # stock's makes images (H, W)
+        return False
+    chain = pipeline.chain
+    if float(chain.alphas_cumprod[-1]) == 0 and chain.config.prediction_type == "epsilon":
+        return False
+    variance_type = chain.config.variance_type
+    learned = variance_type == "learned_range" and not flow
+    return variance_type != "learned" and (
+        config.get("out_channels") == config.get("in_channels") * (2 if learned else 1)
+    )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from diffusers import UNet2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from processes import reset_accelerate
 from scoring_support import ROOT, TEST, TRAIN, T, launcher, refusal_of, strict_json
 from vision_models import SIZE, TINY, feature_models, save_feature_models
@@ -87,6 +87,15 @@ def test_what_a_run_leaves_behind(go, tmp_path, capsys):
     assert content["baseline"]["split"] == "train" and content["feature_model"]["num_features"] == 16
     out = capsys.readouterr().out
     assert re.search(r"^ +2 +default \(spacing leading\) +\d", out, re.M) and re.search(r"train images +\d", out)
+
+
+def test_the_chain_that_was_sampled_is_told(go, models, tmp_path):
+    """Of a network of a path that stores none: it has the data's levels."""
+    unet = DDPMVLBPipeline.from_pretrained(models["small"]).unet
+    DDPMVLBPipeline(unet, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "flow")
+    told = go(tmp_path / "flow", "grey")["model"]["gaussian_path"]
+    assert (told["steps"], told["stored"], told["kind"]) == (1000, False, "flow matching")
+    assert told["ratios"] == pytest.approx([0.8 / 255, 100])
 
 
 def test_the_numbers_are_those_of_the_pictures(go, models, sets, viewers, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm_vlb import DDPMVLBScheduler, StoredPath, estimate_vlb, fit_pilot
-from ddpm_vlb.scoring.report import both_clippings, bound_lines, clips, entry, in_one_line, path_taken
+from ddpm_vlb.scoring.report import both_clippings, bound_lines, clips, entry, in_one_line, path_lines, path_taken
 
 
 def called(x_t, timesteps):
@@ -63,3 +63,9 @@ def test_the_path_is_named():
     scheduler.store_few_steps([StoredPath((19, 5), "network", 0.0)])
     taken = [path_taken(scheduler, *chain) for chain in ((2, None), (3, None), (2, "leading"), (2, "optimal"))]
     assert taken == ["the stored path", "spacing trailing", "spacing leading", "the stored path"]
+
+
+def test_a_chain_to_noise_alone_is_told_of():
+    """metrics.json has no number there."""
+    path = {"kind": "EDM", "scheduler": "EDMEulerScheduler", "ratios": [0.05, None], "steps": 9, "stored": True}
+    assert "ratios 0.05 to noise alone" in path_lines({"gaussian_path": path})[0]

@@ -176,7 +176,7 @@ class Comparison:
             raise ValueError(f"--label_column {args.label_column} has no effect: nothing here takes labels.")
         limit = args.num_samples or MAX_SAMPLES
         scored = load_part(args, self.pipeline, args.split, labelled, max(limit, ENOUGH) if small else limit)
-        settle_chain(self.pipeline, args, scored.levels)
+        self.path = settle_chain(self.pipeline, args, scored.levels)
         self.test = replace(scored, images=scored.images[:limit], labels=scored.labels[:limit])
         if len(self.test.images) < 2:
             raise ValueError(f"The split {args.split!r} has one image: the distances need two at least.")
@@ -270,6 +270,7 @@ class Comparison:
                 "revision": args.revision,
                 "weights_sha256": fingerprint_of(self.pipeline.unet),
                 "timestep_spacing": self.pipeline.chain.config.timestep_spacing,
+                "gaussian_path": self.path,
             },
             "data": {
                 **{name: self.test.record[name] for name in DATA},

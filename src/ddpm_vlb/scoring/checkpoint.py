@@ -117,7 +117,8 @@ def network_shape(pipeline: DDPMVLBPipeline, args: argparse.Namespace) -> Networ
     """What the checkpoint says of its data."""
     shape = pipeline.sample_shape
     levels = stated = pipeline.chain.config.get("levels", 256)
-    if "levels" in args and stated != 256 and args.levels != stated:
+    path = describe_path(pipeline)  # whose chain by default states nothing
+    if "levels" in args and stated not in (256, args.levels) and (path is None or path["stored"]):
         raise ValueError(f"--levels {args.levels} contradicts the checkpoint, whose scheduler says `levels` {stated}.")
     if "levels" in args:
         levels = args.levels

@@ -104,11 +104,11 @@ def path_lines(model: dict[str, Any]) -> list[str]:
     """
     lines, path, distilled = [], model.get("gaussian_path"), model.get("distilled")
     if path is not None:
-        low, high = path["ratios"]
+        low, high = ("noise alone" if r is None else f"{r:.4g}" for r in path["ratios"])
         whose = "the checkpoint's own" if path["stored"] else "chosen here"
         lines.append(
             f"A network of {path['kind']} ({path['scheduler']}): the bound is that of a chain of {path['steps']} "
-            f"steps, noise-to-signal ratios {low:.4g} to {high:.4g}, {whose}."
+            f"steps, noise-to-signal ratios {low} to {high}, {whose}."
         )
     if distilled is not None:
         lines.append(
