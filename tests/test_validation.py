@@ -329,3 +329,10 @@ def test_a_loss_of_the_whole_batch_is_refused(made):
     """It would be every image's."""
     with pytest.raises(ValueError, match="one value for each of"):
         validation(term=lambda *given: made(simple_loss(*given)))(network())
+
+
+def test_no_estimate_is_overwritten_without_its_label():
+    ours = validation(8)
+    for label in (1, None, 1):
+        ours(network(), label)
+    assert list(ours.history) == [2, 1]  # in the order of time

@@ -10,6 +10,7 @@ Sources: Owen 2013, "Monte Carlo theory", section 8.6 (common random numbers); t
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -131,7 +132,7 @@ class Validation:
         Args:
             scores: of `score`, merged.
             label: its name in `history`, such as the step, in the place of an earlier one of that name; None takes
-                the number of the estimate, from 0.
+                the first free number from that of the estimates.
 
         Raises:
             ValueError: scores of some images only, or with other draws than the estimates before.
@@ -144,7 +145,10 @@ class Validation:
         estimate = self._estimate(scores)
         for earlier in list(self.history.values())[:1]:
             _ = estimate - earlier  # refuses one that cannot be compared
-        label = len(self.history) if label is None else label
+        if label is None:
+            label = next(number for number in itertools.count(len(self.history)) if number not in self.history)
+        for kept in (self.history, self._scores):  # whose order is that of time
+            kept.pop(label, None)
         self.history[label], self._scores[label] = estimate, scores
         return estimate
 

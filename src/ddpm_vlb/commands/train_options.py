@@ -147,10 +147,12 @@ def build_parser() -> Parser:
         "--validation_calls", type=at_least_two, default=16, help="Network calls for each of 64 validation images."
     )
     output.add_argument(
-        "--keep_best", action=SWITCH, default=False, help="Keep the network of the best validation, not the last."
+        "--keep_best", action=SWITCH, help="Keep the network of the best validation, not the last; on with --patience."
     )
     output.add_argument(
-        "--patience", type=positive_int, help="End after so many validations in a row that are surely worse."
+        "--patience",
+        type=positive_int,
+        help="End after so many validations in a row that are worse than the best; keeps the best.",
     )
     output.add_argument(
         "--checkpointing_steps",
@@ -194,6 +196,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.max_train_steps is not None and args.num_epochs is not None:
         parser.error("pass only one of --max_train_steps and --num_epochs")
     parser.refuse_idle(args, _idle(args))
+    if args.keep_best is None:  # what ends a run as overfitted must not keep that network
+        args.keep_best = args.patience is not None
     if args.variance_type is None:
         args.variance_type = "fixed_small" if args.objective == "simple" else "learned_range"
     if args.objective == "hybrid" and not args.variance_type.startswith("learned"):
