@@ -37,7 +37,6 @@ from ddpm_vlb import (
     estimate_ode,
     estimate_vlb,
     fit_pilot,
-    gaussian_model_terms,
     spaced_ratios,
     spaced_timesteps,
     spread_knots,
@@ -89,11 +88,9 @@ def edm_loss(unet: UNet2DModel, scheduler: EDMEulerScheduler, x_0: Tensor) -> Te
 def path_loss(images: Tensor) -> Callable[[UNet2DModel, Scheduler, Tensor], Tensor]:
     """L_vlb of a flow's network on its chain, t drawn where a Gaussian model of the images expects it."""
     reverse, path = chain_of("flow vlb", FlowMatchEulerDiscreteScheduler())
-    abar = reverse.forward.alphas_cumprod
-    terms = gaussian_model_terms(abar, covariance_eigenvalues(images))
-    # On levels this close the neighbour's term says nothing of the decoder's, which is that of all levels below it.
-    terms[0] = terms[1] * abar[0] / (1 - abar[0]) / (abar[0] / (1 - abar[0]) - abar[1] / (1 - abar[1]))
-    timesteps = ImportanceTimesteps(0.9 * terms / terms.sum() + 0.1 / len(terms))
+    timesteps = ImportanceTimesteps.from_gaussian_model(
+        reverse.forward.alphas_cumprod, covariance_eigenvalues(images), decoder_by_snr=True
+    )
 
     def loss(unet: UNet2DModel, scheduler: Scheduler, x_0: Tensor) -> Tensor:
         t, weights = timesteps.sample(len(x_0))

@@ -23,6 +23,7 @@ from diffusers import (
 )
 from networks import tiny_unet
 from path_networks import KINDS, RATIOS, rewritten
+from torch._dynamo.testing import CompileCounter
 
 from ddpm_vlb import DDPMVLBScheduler, GaussianPath, evaluate_vlb, spaced_ratios
 
@@ -232,6 +233,32 @@ def test_ddpm_at_the_steps_is_the_chain_itself():
     path = GaussianPath.ddpm(forward.alphas_cumprod, r)
     assert torch.allclose(path.timesteps, torch.arange(1000.0, dtype=torch.float64), atol=1e-6)
     torch.testing.assert_close(path.reverse_process().forward.betas, forward.betas, rtol=1e-9, atol=1e-13)
+
+
+def test_ddpm_takes_a_table_of_float32_for_what_it_is():
+    """The chain's own ratios lie within those of stock's rounded alphas_cumprod; a step off does not."""
+    stock, r = DDPMScheduler().alphas_cumprod, DDPMVLBScheduler().reverse_process(dtype=torch.float64).forward
+    r = r.sqrt_recipm1_alphas_cumprod
+    told = GaussianPath.ddpm(stock, r).timesteps
+    assert float((told - torch.arange(1000)).abs().max()) < 0.02
+    GaussianPath.ddpm(stock, ((1 - stock) / stock).sqrt())  # in its own precision
+    for off in (r[:1] * 0.998, r[-1:] * 1.002):
+        with pytest.raises(ValueError, match="knows no other noise"):
+            GaussianPath.ddpm(stock, off)
+
+
+def test_a_network_that_was_never_called_compiles_into_one_graph():
+    """Its tables are no part of the trace; they are kept where they were prepared."""
+    path = GaussianPath.flow([0.1, 0.5, 0.9])
+    cold, prepared = (path.network(lambda x, t: x * t.reshape(-1, 1)) for _ in range(2))
+    assert prepared.prepare("cpu") is prepared
+    counter, x = CompileCounter(), torch.ones(2, 3)
+    for network in (cold, prepared):
+        called = torch.compile(network, backend=counter, fullgraph=True)
+        for t in ([0, 1], [2, 0]):
+            torch.testing.assert_close(called(x, torch.tensor(t)), path.network(network.model)(x, torch.tensor(t)))
+    assert counter.frame_count == 2
+    assert not cold._tables and list(prepared._tables) == [(torch.device("cpu"), torch.float32)]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 33])

@@ -161,7 +161,7 @@ class GaussianPath:
 
         Args:
             alphas_cumprod: alphabar of the trained chain, (N,).
-            ratios: r = sqrt(1/abar - 1), rising within those of the chain. Times are linear in log r between steps.
+            ratios: r = sqrt(1/abar - 1), rising within the chain's, to its rounding; between, t is linear in log r.
             prediction_type: what the mean output means, "epsilon", "sample" or "v_prediction".
 
         Raises:
@@ -179,7 +179,8 @@ class GaussianPath:
         known = known[known.isfinite()]
         if not bool(((abar >= 0) & (abar < 1)).all()) or not bool((known.diff() > 0).all()):
             raise ValueError("`alphas_cumprod` must fall within [0, 1), but does not.")
-        if bool((ratios[0] < known[0] * (1 - 1e-9)) | (ratios[-1] > known[-1] * (1 + 1e-9))):
+        slack = 1e-9 + _rounding(alphas_cumprod) * torch.arange(1, len(known) + 1) / (2 - 2 * abar[: len(known)])
+        if bool((ratios[0] < known[0] * (1 - slack[0])) | (ratios[-1] > known[-1] * (1 + slack[-1]))):
             raise ValueError(
                 f"`ratios` must lie within those of the chain, {float(known[0]):.6g} to {float(known[-1]):.6g}, but "
                 f"reach from {float(ratios[0]):.6g} to {float(ratios[-1]):.6g}: the network knows no other noise."
@@ -310,12 +311,25 @@ class PathNetwork(nn.Module):
     def training(self, mode: bool) -> None:
         """`train` sets the network's itself."""
 
+    def prepare(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "PathNetwork":
+        """Make the tables of a device; else the first call there does or, compiled, each call anew.
+
+        Args:
+            device: of x'.
+            dtype: of x'; half precision is computed in float32.
+        """
+        with ordinary_tensors():
+            table = send(self._float64.to(dtype), device)
+        self._tables[table.device, dtype] = table
+        return self
+
     def _table(self, x: Tensor) -> Tensor:
         """The tables beside `x`, cast once."""
         key = x.device, x.dtype
         if key not in self._tables:
-            with ordinary_tensors():
-                self._tables[key] = send(self._float64.to(x.dtype), x.device)
+            if torch.compiler.is_compiling():
+                return self._float64.to(x.dtype).to(x.device)
+            self.prepare(*key)
         return self._tables[key]
 
     def forward(self, x_t: Tensor, timesteps: Tensor | int, **conditioning: Any) -> Tensor:
@@ -377,6 +391,11 @@ def _check_rising(name: str, levels: Tensor) -> None:
             f"`{name}` must rise from the data to the noise, but level {at} is not above the one before it. Stock "
             "stores them falling: `sigmas.flip(0)`, without the final 0."
         )
+
+
+def _rounding(values: Levels) -> float:
+    """The relative error of a factor in these products; 0 of plain numbers, which have all their digits."""
+    return torch.finfo(values.dtype).eps if isinstance(values, Tensor) and values.is_floating_point() else 0.0
 
 
 def _interpolate(x: Tensor, known: Tensor) -> Tensor:

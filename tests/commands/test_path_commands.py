@@ -17,6 +17,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     LCMScheduler,
+    TCDScheduler,
 )
 from networks import tiny_dit
 from processes import reset_accelerate
@@ -107,7 +108,7 @@ def test_a_dit_of_a_flow_is_scored_on_latents(tmp_path):
     assert np.isfinite(metrics["nats_per_dim"])
 
 
-@pytest.mark.parametrize("cls", [LCMScheduler, FlowMatchLCMScheduler])
+@pytest.mark.parametrize("cls", [LCMScheduler, TCDScheduler, FlowMatchLCMScheduler])
 def test_distilled_networks_are_scored_and_named(sets, tmp_path, capsys, cls):
     """Of betas or of a path."""
     folder = foreign(tmp_path / "model", cls())

@@ -6,7 +6,7 @@ import re
 import pytest
 from training_support import only_train, tiny
 
-from ddpm_vlb import DDPMVLBPipeline, model_card
+from ddpm_vlb import DDPMVLBPipeline, GaussianPath, model_card
 from ddpm_vlb.scoring.sweep import run_sweep
 from ddpm_vlb.training import scores
 
@@ -118,3 +118,16 @@ def test_parts_are_of_their_images(tmp_path):
     run = only_train(tmp_path, "--max_train_steps 1")
     kept = {scores.FinalScores(run, run.averaged_network(), own).store.key for own in (range(8), range(0, 16, 2))}
     assert len(kept) == 2
+
+
+@pytest.mark.parametrize("other", ["path", "tf32"])
+def test_parts_are_of_their_path_and_precision(tmp_path, other):
+    """The same weights read as EDM's, on a chain that looks alike, or multiplied in TF32, score otherwise."""
+    run = only_train(tmp_path, "--max_train_steps 1 --path flow")
+    network = run.averaged_network()
+    first = scores.FinalScores(run, network, range(8)).store.key
+    if other == "path":
+        run.path = GaussianPath.edm(run.path.ratios)
+    else:
+        run.args.allow_tf32 = True
+    assert scores.FinalScores(run, network, range(8)).store.key != first

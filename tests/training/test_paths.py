@@ -9,7 +9,7 @@ from diffusers import DDPMPipeline, DiffusionPipeline, EDMEulerScheduler, FlowMa
 from processes import fresh_accelerate  # noqa: F401
 from training_support import check_metrics, only_train, same_weights, tiny, until_training, weights
 
-from ddpm_vlb import DDPMVLBPipeline, spaced_ratios
+from ddpm_vlb import DDPMVLBPipeline, covariance_eigenvalues, spaced_ratios
 from ddpm_vlb.commands import train
 from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.runtime.staging import stage_result
@@ -82,6 +82,18 @@ def test_both_terms_of_the_hybrid_come_from_one_draw(tmp_path, few, path):
     torch.testing.assert_close((q * weights * simple).sum(), (p * raw).sum(), rtol=1e-5, atol=0)
     torch.testing.assert_close((q * weights * vlb).sum(), vlb.double().mean(), rtol=1e-6, atol=0)
     assert run.term_weights == {"simple": 1.0, "vlb": 0.001}
+
+
+def test_the_decoder_of_a_path_is_drawn_for_what_lies_below_it(tmp_path, few):
+    """By the Gaussian model, SNR_0 mmse_0 / 2, which on these levels is not the neighbour's L_t."""
+    run = only_train(tmp_path, f"{STEP} --objective vlb --path flow --timestep_sampler gaussian", *few)
+    eigenvalues = covariance_eigenvalues(torch.cat(list(run.data.train.batches(256, limit=2048))))
+    r2 = spaced_ratios(None, 100.0, 20, LEVELS).square()[:, None]
+    mmse = (eigenvalues * r2 / (eigenvalues + r2)).mean(1)
+    terms = 0.5 * (1 / r2[:, 0]).diff().neg() * mmse[1:]
+    terms = torch.cat([0.5 * mmse[:1] / r2[0], terms])
+    expected = 0.9 * terms / terms.sum() + 0.1 / 20
+    torch.testing.assert_close(run.sampler.probabilities[0], expected[0], rtol=1e-4, atol=0)
 
 
 def test_stock_samples_a_flow(tmp_path, few):

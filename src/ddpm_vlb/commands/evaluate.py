@@ -58,12 +58,11 @@ from ddpm_vlb.runtime.launching import patient_accelerator, prepare_output_dir
 from ddpm_vlb.runtime.reporting import plot_per_image, plot_vlb_terms, provenance
 from ddpm_vlb.runtime.stopping import leave, refused
 from ddpm_vlb.scoring.checkpoint import Checkpoint, default_folder
-from ddpm_vlb.scoring.ode import score_ode
-from ddpm_vlb.scoring.report import both_clippings, clips, entry, path_taken, report
+from ddpm_vlb.scoring.ode import CheckpointODE, has_ode, with_ode
+from ddpm_vlb.scoring.report import both_clippings, clips, entry, finished, path_taken, report
 from ddpm_vlb.scoring.sweep import PartialScores, Scores, run_sweep, shared
 
 PILOT_OPTIONS = "pilot_calls control_variate"
-PICTURES = ("vlb_terms.png", "per_image.png")
 
 
 def build_parser() -> Parser:
@@ -148,7 +147,7 @@ class Evaluation(Checkpoint):
         self.also = list(both[1:]) if self.discrete or clips(reverse) else []
         options = ["seed"] if self.estimator == "full" else f"seed calls_per_image tolerance {PILOT_OPTIONS}".split()
         told = {"estimator": self.estimator, **{name: getattr(args, name) for name in options}}
-        told |= {} if args.ode is None else {"ode": args.ode}
+        self.ode = None if args.ode is None else CheckpointODE.of(self, self.reverse, args.ode)
         self.run_key = self.key(both, options=told)
         self.partial = f"partial-{self.run_key[:16]}"
         self.asked_folder = Path(args.output_dir) if args.output_dir else default_folder(args.model)
@@ -282,7 +281,7 @@ def evaluate(run: Evaluation, store: PartialScores) -> tuple[VLBEstimate, dict[s
             "mean": _json_list(estimate.term_mean * scale),
             "se": _json_list(estimate.term_se * scale),
         },
-        "ode": score_ode(run, run.reverse, args.ode, estimate.per_image * scale),
+        "ode": None,
         "per_image": (estimate.per_image * scale).tolist(),
         "per_image_other_clipping": [(own.per_image * scale).tolist() for own in estimate.also],
         "model": {
@@ -302,11 +301,19 @@ def _json_list(values: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def finished(folder: Path, key: str) -> dict[str, Any] | None:
-    """The metrics of an earlier run of exactly this evaluation, or None."""
-    metrics = read_json(folder / "metrics.json")
-    whole = all((folder / name).is_file() for name in PICTURES)
-    return metrics if whole and metrics.get("key") == key else None
+def bound(run: Evaluation) -> dict[str, Any]:
+    """Score the bound and write it; returns the content of metrics.json."""
+    accelerator, folder = run.accelerator, run.folder
+    store = PartialScores(folder / run.partial, accelerator.print, run.run_key)
+    estimate, metrics = evaluate(run, store)
+    if accelerator.is_main_process:
+        plot_vlb_terms(estimate, folder / "vlb_terms.png", unit=run.unit)
+        plot_per_image(estimate, folder / "per_image.png", unit=run.unit)
+        write_json(metrics, folder / "metrics.json")
+    accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process:
+        shutil.rmtree(store.folder, ignore_errors=True)
+    return metrics
 
 
 @refused("evaluate")
@@ -319,25 +326,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     prepare_output_dir(folder)
     known = broadcast_object_list([finished(folder, run.run_key) if accelerator.is_main_process else None])[0]
     if known is not None:
+        whole = has_ode(known, args.ode)
+        what = "evaluation: nothing to do" if whole else "bound: only the ODE is scored"
+        accelerator.print(f"{folder / 'metrics.json'} already holds this {what}.")
+    elif accelerator.is_main_process:
+        if folder != run.asked_folder:
+            print(f"{run.asked_folder} holds another evaluation: this one goes to {folder}.")
+        if args.num_images and len(run.data.scored) < args.num_images:
+            print(f"The split {args.split!r} has only {len(run.data.scored)} images to score.")
+    metrics = bound(run) if known is None else known
+    if run.ode is not None and not has_ode(metrics, args.ode):
+        metrics = with_ode(run, run.ode, metrics)
         if accelerator.is_main_process:
-            print(f"{folder / 'metrics.json'} already holds this evaluation: nothing to do.")
-            report(known, folder)
-        leave(accelerator)
-        return known if accelerator.is_main_process else None
-    if accelerator.is_main_process and folder != run.asked_folder:
-        print(f"{run.asked_folder} holds another evaluation: this one goes to {folder}.")
-    if accelerator.is_main_process and args.num_images and len(run.data.scored) < args.num_images:
-        print(f"The split {args.split!r} has only {len(run.data.scored)} images to score.")
-    store = PartialScores(folder / run.partial, accelerator.print, run.run_key)
-    estimate, metrics = evaluate(run, store)
+            write_json(metrics, folder / "metrics.json")
     if accelerator.is_main_process:
-        plot_vlb_terms(estimate, folder / "vlb_terms.png", unit=run.unit)
-        plot_per_image(estimate, folder / "per_image.png", unit=run.unit)
-        write_json(metrics, folder / "metrics.json")
         report(metrics, folder)
     accelerator.wait_for_everyone()
-    if accelerator.is_local_main_process:
-        shutil.rmtree(store.folder, ignore_errors=True)
     leave(accelerator)
     return metrics if accelerator.is_main_process else None
 

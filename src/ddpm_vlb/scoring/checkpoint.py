@@ -25,6 +25,7 @@ from ddpm_vlb import (
     DISTILLED_SCHEDULERS,
     DDPMVLBPipeline,
     DDPMVLBScheduler,
+    GaussianPath,
     ReverseProcess,
     describe_path,
     path_chain,
@@ -255,11 +256,9 @@ class Checkpoint:
             "mixed_precision": self.accelerator.mixed_precision,
             "values_per_call": self.values_per_call,
             "processes": [described(process) for process in processes],
+            "path": hash_of_path(self.pipeline.path),
             **more,
         }
-        if self.pipeline.path is not None:  # networks of two paths have chains that look alike
-            path = vars(self.pipeline.path).values()
-            content["path"] = hashlib.sha256(torch.stack(list(path)).numpy().tobytes()).hexdigest()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -270,6 +269,13 @@ def fingerprint_of(module: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def hash_of_path(path: GaussianPath | None) -> str | None:
+    """A hash over a path's tables, as networks of two paths have chains that look alike; None of a chain of betas."""
+    if path is None:
+        return None
+    return hashlib.sha256(torch.stack(list(vars(path).values())).numpy().tobytes()).hexdigest()
 
 
 def described(reverse: ReverseProcess) -> list[Any]:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ def ode_path(run: Checkpoint, calls: int) -> GaussianPath:
     abar = forward.log_alphas_cumprod.exp()
     known = (1 / abar - 1).sqrt()
     known = known[known.isfinite()]
+    if len(known) < 2:
+        raise ValueError(
+            "--ode integrates between the chain's levels, of which it needs two with some signal, but the "
+            f"checkpoint's has {len(known)}: leave it out."
+        )
     ratios = spaced_ratios(float(known[0]), float(known[-1]), steps)
     if pipeline.path is None:
         return GaussianPath.ddpm(abar, ratios, pipeline.chain.config.prediction_type)
@@ -54,18 +59,54 @@ def ode_process(path: GaussianPath, reverse: ReverseProcess, shape: tuple[int, .
     )
 
 
-def score_ode(run: Checkpoint, reverse: ReverseProcess, calls: int | None, bound: Tensor) -> dict[str, Any] | None:
-    """The ODE's entry of metrics.json, computed by the main process; None where it was not asked for.
+class CheckpointODE(NamedTuple):
+    """A checkpoint's path and process as the ODE takes them, made before anything is scored."""
+
+    path: GaussianPath
+    process: ReverseProcess
+
+    @classmethod
+    def of(cls, run: Checkpoint, reverse: ReverseProcess, calls: int) -> "CheckpointODE":
+        """That of a checkpoint.
+
+        Args:
+            run: the checkpoint.
+            reverse: the process that is scored.
+            calls: network calls for each image.
+
+        Raises:
+            ValueError: a chain of one level.
+        """
+        path = ode_path(run, calls)
+        return cls(path, ode_process(path, reverse, tuple(run.batch([0])[0].shape[1:])))
+
+
+def has_ode(metrics: dict[str, Any], calls: int | None) -> bool:
+    """Whether metrics.json holds the ODE that is asked for; any does where none is.
+
+    Args:
+        metrics: its content.
+        calls: network calls for each image.
+    """
+    ode = metrics["ode"]
+    return calls is None or (ode is not None and ode["network_calls_per_image"] == calls)
+
+
+def with_ode(run: Checkpoint, own: CheckpointODE, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The content of metrics.json with the ODE beside the bound; the main process computes it, on others it is null.
 
     Args:
         run: the checkpoint.
-        reverse: the process that was scored.
-        calls: network calls for each image.
-        bound: of each image, in the run's unit, (N,).
+        own: its ODE.
+        metrics: with the bound of the same process, with or without an ODE.
     """
-    if calls is None or not run.accelerator.is_main_process:
-        return None
-    started, path, unit = time.perf_counter(), ode_path(run, calls), 1.0 if run.discrete else math.log(2)
+    bound = torch.tensor(metrics["per_image"], dtype=torch.float64)
+    scored = _score_ode(run, own, bound) if run.accelerator.is_main_process else None
+    return {**metrics, "options": {**metrics["options"], "ode": run.args.ode}, "ode": scored}
+
+
+def _score_ode(run: Checkpoint, own: CheckpointODE, bound: Tensor) -> dict[str, Any]:
+    started, path, unit = time.perf_counter(), own.path, 1.0 if run.discrete else math.log(2)
     network = path.network(run.unet)
     size = max(1, run.values_per_call // (4 * run.dims))
 
@@ -77,7 +118,7 @@ def score_ode(run: Checkpoint, reverse: ReverseProcess, calls: int | None, bound
         for group in units(range(len(bound)), size):
             yield run.batch(group)
 
-    process = ode_process(path, reverse, tuple(run.batch([0])[0].shape[1:])).to(run.accelerator.device, torch.float32)
+    process = own.process.to(run.accelerator.device, torch.float32)
     estimate = estimate_ode(model, process, batches(), PROBES, run.args.seed, size * run.dims)
     per_image, gaps = estimate.per_image * unit, bound - estimate.per_image * unit
     value = float(per_image.mean())
@@ -105,11 +146,11 @@ def ode_lines(metrics: dict[str, Any]) -> list[str]:
     ode, unit = metrics["ode"], metrics["unit"]
     value = ode["bits_per_dim"] if ode["bits_per_dim"] is not None else ode["nats_per_dim"]
     images, paired = ("n/a" if error is None else f"{error:.4f}" for error in (ode["image_se"], ode["difference_se"]))
-    calls, bound = ode["network_calls_per_image"], metrics["seconds"] - ode["seconds"]
+    calls = ode["network_calls_per_image"]
     return [
         f"ODE: {value:.4f} +- {ode['probe_se']:.4f} (probes) +- {images} (images) {unit}, {calls} network calls each, "
         f"with {ode['probes']} backward passes a call",
         f"  bound - ODE: {ode['difference']:+.4f} +- {paired} on the same images; {ode['seconds']:.0f} s, the bound "
-        f"{bound:.0f} s",
+        f"{metrics['seconds']:.0f} s in the start that finished it",
         f"  an estimate, no bound: with few calls the integral is off, to either side: compare --ode {2 * calls}.",
     ]

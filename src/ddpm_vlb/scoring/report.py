@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_vlb import DDPMVLBScheduler, ReverseProcess, VLBEstimate
+from ddpm_vlb.runtime.files import read_json
 from ddpm_vlb.runtime.image_data import data_name
 from ddpm_vlb.runtime.reporting import describe, score
 from ddpm_vlb.scoring.ode import ode_lines
+
+PICTURES = ("vlb_terms.png", "per_image.png")
 
 
 def both_clippings(reverse: ReverseProcess, clip: bool | None = None) -> tuple[ReverseProcess, ReverseProcess]:
@@ -81,6 +84,18 @@ def in_one_line(scores: dict[str, Any]) -> str:
     """
     name, other = _names(scores["clip_sample"])
     return f"{describe(scores)}, x_0_hat {name} ({other} {scores['by_clipping'][other]['bits_per_dim']:.3f})"
+
+
+def finished(folder: Path, key: str) -> dict[str, Any] | None:
+    """The metrics of an earlier run of exactly this bound, or None.
+
+    Args:
+        folder: of the results.
+        key: of the bound.
+    """
+    metrics = read_json(folder / "metrics.json")
+    whole = all((folder / name).is_file() for name in PICTURES)
+    return metrics if whole and metrics.get("key") == key else None
 
 
 def path_taken(scheduler: DDPMVLBScheduler, steps: int, spacing: str | None) -> str:

@@ -95,15 +95,18 @@ def _of_the_main_process(accelerator: Accelerator, make: Callable[[], Any]) -> A
     return broadcast_object_list([main_first(accelerator, measured, "train", ValueError, OSError)])[0]
 
 
-def chain_network(path: GaussianPath | None, network: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def chain_network(
+    path: GaussianPath | None, network: torch.nn.Module, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
     """A network as the chain calls one, (x_t, timesteps) to its output.
 
     Args:
         path: of the network; None for a chain of betas.
         network: a diffusers model, prepared or not.
+        device: of the run.
     """
     if path is not None:
-        return path.network(network)
+        return path.network(network).prepare(device)  # a compiled call makes no tables
     return lambda x_t, timesteps: network(x_t, timesteps).sample
 
 

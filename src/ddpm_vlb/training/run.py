@@ -213,7 +213,7 @@ class Run:
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=self.max_steps
         )
         self.unet, self.optimizer, self.lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
-        self.network = chain_network(self.path, self.unet)
+        self.network = chain_network(self.path, self.unet, accelerator.device)
         self.input_dtype = next(self.unet.parameters()).dtype  # half under DeepSpeed, which keeps masters of its own
         self.skips_on_device = bool(optimizer.defaults["fused"]) and not is_sharded(accelerator)
         # The next step's t depend on the losses of this one.

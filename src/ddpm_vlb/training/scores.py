@@ -25,7 +25,7 @@ from ddpm_vlb import (
     values_in_a_call,
 )
 from ddpm_vlb.runtime.image_sets import Images
-from ddpm_vlb.scoring.checkpoint import FORMAT, described, fingerprint_of
+from ddpm_vlb.scoring.checkpoint import FORMAT, described, fingerprint_of, hash_of_path
 from ddpm_vlb.scoring.report import both_clippings
 from ddpm_vlb.scoring.sweep import PartialScores, run_sweep, shared
 from ddpm_vlb.training.paths import chain_network
@@ -77,7 +77,7 @@ class Scoring:
 
     def __init__(self, run: Run, network: torch.nn.Module, images: Images, calls_per_image: int, what: str):
         self.run, self.network, self.images = run, network, images
-        self._of_the_chain = chain_network(run.path, network)
+        self._of_the_chain = chain_network(run.path, network, run.accelerator.device)
         self.calls, self.what = calls_per_image, what
         self.processes = both_clippings(run.reverse)
 
@@ -134,8 +134,9 @@ class Scoring:
             "weights": weights,
             "data": self.run.data.record,
             "images": [list(positions), self.calls, self.run.args.seed],
-            "precision": self.run.accelerator.mixed_precision,
+            "precision": [self.run.accelerator.mixed_precision, self.run.args.allow_tf32],
             "processes": [described(own) for own in self.processes],
+            "path": hash_of_path(self.run.path),
         }
         own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return broadcast_object_list([own])[0]
