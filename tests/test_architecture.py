@@ -34,6 +34,7 @@ ORDER = (
     "step_log_probs",
     "checks",
     "path_configurations",
+    "path_networks",
     "gaussian_paths",
     "path_losses",
     "losses",

@@ -8,7 +8,7 @@ from .evaluation import VLBTerms, enough_replicates, evaluate_vlb, image_generat
 from .few_step_store import STORED_FILES
 from .forward_process import Diffused, ForwardProcess
 from .gaussian_model import GaussianModel, covariance_eigenvalues, gaussian_model_terms
-from .gaussian_paths import GaussianPath, PathNetwork, spaced_ratios
+from .gaussian_paths import GaussianPath, spaced_ratios
 from .losses import hybrid_loss, nats_to_bits_per_dim, prior_kl, simple_loss, vlb_loss, vlb_term
 from .model_card import model_card
 from .ode import ODEEstimate, estimate_ode, ode_log_prob
@@ -16,6 +16,7 @@ from .optimal_paths import optimal_paths
 from .path_checkpoints import describe_path, path_chain, stock_sigmas
 from .path_configurations import DISTILLED_SCHEDULERS
 from .path_losses import SIGMA_SAMPLINGS, sigma_probabilities, simple_weights
+from .path_networks import PathNetwork
 from .pilot import ControlVariate, Pilot, fit_pilot, pilot_positions
 from .pipeline_ddpm_vlb import DDPMVLBPipeline
 from .recorded_trajectories import DDPMVLBPipelineOutput

@@ -35,6 +35,7 @@ _CODE = {
     "step_log_probs": "step_log_prob",
     "checks": "check_model",
     "path_configurations": "read_path",
+    "path_networks": "PathNetwork",
     "gaussian_paths": "GaussianPath",
     "respacing": "spaced_timesteps",
     "described_chains": "check_described",
