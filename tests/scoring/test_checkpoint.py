@@ -7,14 +7,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet1DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet1DModel
 from hub_server import HubServer
 from huggingface_hub import HfApi
+from networks import tiny_dit
 from scoring_support import write_splits
 from sharing_support import client_of
 from torch import nn
 
-from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, path_chain
 from ddpm_vlb.scoring.checkpoint import fingerprint_of, load_pipeline, network_shape
 from ddpm_vlb.scoring.data import NetworkShape, load_scoring_data
 
@@ -104,3 +105,15 @@ def test_signals_are_arrays_of_their_shape(tmp_path, channels):
         assert torch.equal(data.batch(data.scored, [4, 1])[0], torch.from_numpy(x_0[[4, 1]]))
     with pytest.raises(ValueError, match=rf"\({channels}, 63\), but the model takes \({channels}, 64\)"):
         load_scoring_data(network, image_column="z", **where)
+
+
+def test_levels_are_asked_for_where_no_chain_states_them():
+    """A transformer of images is scored on theirs; a chain that was set is contradicted."""
+    pipe, args = (
+        DDPMVLBPipeline(tiny_dit(), FlowMatchEulerDiscreteScheduler()),
+        argparse.Namespace(levels=17, model=""),
+    )
+    assert network_shape(pipe, args).levels == 17
+    pipe.chain = path_chain(pipe.scheduler, None)
+    with pytest.raises(ValueError, match="--levels 17 contradicts"):
+        network_shape(pipe, args)
