@@ -416,3 +416,12 @@ def test_the_card_s_code_of_stock_runs(name, tmp_path):
     exec(stock, names)
     assert names["x"].shape == (4, 1, 8, 8) and names["x"].isfinite().all()
     assert len(names["scheduler"].timesteps) == (50 if name == "edm" else 3)
+
+
+def test_a_scheduler_of_betas_in_a_path_s_pipeline_is_refused():
+    """The network would be told times, and sampled as what it is not."""
+    pipeline = DDPMVLBPipeline(tiny_unet(out=1), FlowMatchEulerDiscreteScheduler())
+    pipeline.chain = path_chain(pipeline.scheduler, levels=17)
+    pipeline.scheduler = DDPMScheduler()
+    with pytest.raises(ValueError, match="put the path's scheduler back"):
+        pipeline(num_inference_steps=2)

@@ -145,6 +145,24 @@ def check_chain(scheduler: SchedulerMixin, chain: Any) -> None:
     path_of(scheduler, chain)
 
 
+def without_path(scheduler: SchedulerMixin, chain: DDPMVLBScheduler | None) -> SchedulerMixin:
+    """A scheduler of betas, which is its own chain, unless the network is a path's.
+
+    Args:
+        scheduler: of the pipeline.
+        chain: of the path whose scheduler it had before; None where there was none.
+
+    Raises:
+        ValueError: the network's chain is a path's.
+    """
+    if chain is None:
+        return scheduler
+    raise ValueError(
+        f"`scheduler`, a {type(scheduler).__name__}, walks betas, but the network is that of a Gaussian path, whose chain "
+        "this pipeline holds: put the path's scheduler back, or make a new pipeline of the network."
+    )
+
+
 def load_chain(name: str | os.PathLike[str], where: dict[str, Any]) -> DDPMVLBScheduler | None:
     """The chain beside a pipeline's files; None where there is none.
 

@@ -26,7 +26,7 @@ from .finite_samples import FiniteSamples
 from .gaussian_paths import GaussianPath
 from .guidance import Guidance, batch_count, called, check_no_embeddings, classes_of
 from .model_card import model_card
-from .path_checkpoints import chain_with, check_chain, default_chain, load_chain, path_of, save_chain
+from .path_checkpoints import chain_with, check_chain, default_chain, load_chain, path_of, save_chain, without_path
 from .path_configurations import is_path
 from .recorded_trajectories import DDPMVLBPipelineOutput, Recorder, check_tensor_inputs
 from .repositories import (
@@ -361,7 +361,7 @@ class DDPMVLBPipeline(DiffusionPipeline):
         transformer, whose data are mostly latents, `path_chain(scheduler, levels=None)`.
         """
         if not is_path(self.scheduler):
-            return self.scheduler
+            return without_path(self.scheduler, self._chain)
         if self._chain is None and self._default_chain is None:
             self._default_chain = default_chain(self.scheduler, self.unet)
         return self._chain or self._default_chain

@@ -91,7 +91,7 @@ def test_an_ode_goes_beside_a_bound_that_is_there(score, straight, finished, cal
     assert metrics["seconds"] == straight["seconds"] and [path.name for path in finished.parent.iterdir()] == ["run"]
     for options in ("", "--ode 8"):
         assert score("small", "grey", options) == metrics
-        assert "nothing to do" in (out := capsys.readouterr().out) and "bound - ODE:" in out
+        assert "nothing to do" in (out := capsys.readouterr().out) and "unclipped as the ODE is, - ODE:" in out
     assert len(calls) == 8 * TEST and (finished / "metrics.json").read_bytes() == written
     assert score("small", "grey", "--ode 4")["ode"]["network_calls_per_image"] == 4
 

@@ -100,7 +100,8 @@ def with_ode(run: Checkpoint, own: CheckpointODE, metrics: dict[str, Any]) -> di
         own: its ODE.
         metrics: with the bound of the same process, with or without an ODE.
     """
-    bound = torch.tensor(metrics["per_image"], dtype=torch.float64)
+    unclipped = metrics["per_image_other_clipping"] if metrics["clip_sample"] else []  # as the ODE is
+    bound = torch.tensor(unclipped[0] if unclipped else metrics["per_image"], dtype=torch.float64)
     scored = _score_ode(run, own, bound) if run.accelerator.is_main_process else None
     return {**metrics, "options": {**metrics["options"], "ode": run.args.ode}, "ode": scored}
 
@@ -150,7 +151,7 @@ def ode_lines(metrics: dict[str, Any]) -> list[str]:
     return [
         f"ODE: {value:.4f} +- {ode['probe_se']:.4f} (probes) +- {images} (images) {unit}, {calls} network calls each, "
         f"with {ode['probes']} backward passes a call",
-        f"  bound - ODE: {ode['difference']:+.4f} +- {paired} on the same images; {ode['seconds']:.0f} s, the bound "
+        f"  bound, unclipped as the ODE is, - ODE: {ode['difference']:+.4f} +- {paired} on the same images; {ode['seconds']:.0f} s, the bound "
         f"{metrics['seconds']:.0f} s in the start that finished it",
         f"  an estimate, no bound: with few calls the integral is off, to either side: compare --ode {2 * calls}.",
     ]
