@@ -158,8 +158,8 @@ def without_path(scheduler: SchedulerMixin, chain: DDPMVLBScheduler | None) -> S
     if chain is None:
         return scheduler
     raise ValueError(
-        f"`scheduler`, a {type(scheduler).__name__}, walks betas, but the network is that of a Gaussian path, whose chain "
-        "this pipeline holds: put the path's scheduler back, or make a new pipeline of the network."
+        f"`scheduler`, a {type(scheduler).__name__}, walks betas, but the network is that of a Gaussian path, whose "
+        "chain this pipeline holds: put the path's scheduler back, or make a new pipeline of the network."
     )
 
 

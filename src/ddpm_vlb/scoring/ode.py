@@ -151,7 +151,7 @@ def ode_lines(metrics: dict[str, Any]) -> list[str]:
     return [
         f"ODE: {value:.4f} +- {ode['probe_se']:.4f} (probes) +- {images} (images) {unit}, {calls} network calls each, "
         f"with {ode['probes']} backward passes a call",
-        f"  bound, unclipped as the ODE is, - ODE: {ode['difference']:+.4f} +- {paired} on the same images; {ode['seconds']:.0f} s, the bound "
-        f"{metrics['seconds']:.0f} s in the start that finished it",
+        f"  bound, unclipped as the ODE is, - ODE: {ode['difference']:+.4f} +- {paired} on the same images; "
+        f"{ode['seconds']:.0f} s, the bound {metrics['seconds']:.0f} s in the start that finished it",
         f"  an estimate, no bound: with few calls the integral is off, to either side: compare --ode {2 * calls}.",
     ]
