@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
 import gpu_checks
 import gpu_speed
+from processes import fresh_accelerate  # noqa: F401
 
 CHECKS = gpu_checks.losses, gpu_checks.steps
 

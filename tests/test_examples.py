@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMPipeline
 from networks import tiny_unet
 from PIL import Image
+from processes import fresh_accelerate  # noqa: F401
 
 from ddpm_vlb import fit_pilot
 
