@@ -425,3 +425,12 @@ def test_a_scheduler_of_betas_in_a_path_s_pipeline_is_refused():
     pipeline.scheduler = DDPMScheduler()
     with pytest.raises(ValueError, match="put the path's scheduler back"):
         pipeline(num_inference_steps=2)
+
+
+def test_fewer_steps_that_begin_later_keep_the_decoder_of_their_first_level():
+    """Log r^2 of that level; a value of one's own is of the chain's first alone."""
+    chain = path_chain(FlowMatchEulerDiscreteScheduler(), 17, RATIOS)
+    last, start = len(RATIOS) - 1, float(RATIOS[1])
+    assert chain.reverse_process(timesteps=[1, last]).decoder_log_variance == pytest.approx(2 * np.log(start))
+    own = path_chain(FlowMatchEulerDiscreteScheduler(), 17, RATIOS, decoder_log_variance=-6.0)
+    assert own.reverse_process(timesteps=[1, last]).decoder_log_variance is None

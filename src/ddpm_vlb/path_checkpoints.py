@@ -52,9 +52,10 @@ def path_chain(
         levels: number of levels of the data on [-1, 1]; None for continuous data, which nothing clips unless told.
         ratios: r = s / a, rising, (T,); None takes 1000, even in log SNR, from 0.4 bins of the data, or from the
             lowest of stock's own grid where it is continuous, to 100.
-        variance_type: as of `DDPMVLBScheduler`. A fixed one takes log r_1^2 for the decoder. That holds for the first
-            level: of fewer steps that begin later, the decoder has the variance type's own.
-        options: further configuration of `DDPMVLBScheduler`.
+        variance_type: as of `DDPMVLBScheduler`. A fixed one takes log r_1^2 for the decoder, of the first level
+            that is visited.
+        options: further configuration of `DDPMVLBScheduler`. A `decoder_log_variance` of yours is of the first level
+            alone: of fewer steps that begin later, the decoder has the variance type's own.
 
     Raises:
         ValueError: a scheduler of no Gaussian path, or as `GaussianPath.from_config` and `DDPMVLBScheduler`.

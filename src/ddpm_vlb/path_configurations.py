@@ -60,10 +60,7 @@ def is_path(config: Any) -> bool:
     Args:
         config: as of `read_path`.
     """
-    try:
-        name, config = _named(config)
-    except ValueError:
-        return False
+    name, config = _named_or_none(config)
     if name in FLOW_SIGMA_SCHEDULERS:
         return bool(config.get("use_flow_sigmas"))
     return name in (*FLOW_SCHEDULERS, *_EDM_DEFAULTS) or (name == "EulerDiscreteScheduler" and _is_continuous(config))
@@ -88,10 +85,7 @@ def lacks_flow_sigmas(config: Any) -> bool:
     Args:
         config: as of `read_path`.
     """
-    try:
-        name, config = _named(config)
-    except ValueError:
-        return False
+    name, config = _named_or_none(config)
     off = name in FLOW_SIGMA_SCHEDULERS and not config.get("use_flow_sigmas")
     return off and config.get("prediction_type") == "flow_prediction"
 
@@ -137,6 +131,14 @@ def _named(config: Any) -> tuple[str, Mapping[str, Any]]:
             "scheduler itself."
         )
     return name, {key: value for key, value in config.items() if value is not None}
+
+
+def _named_or_none(config: Any) -> tuple[str | None, Mapping[str, Any]]:
+    """The same, of what has no class None and nothing."""
+    try:
+        return _named(config)
+    except ValueError:
+        return None, {}
 
 
 def _is_continuous(config: Mapping[str, Any]) -> bool:
