@@ -127,6 +127,15 @@ def test_return_dict():
     assert torch.equal(previous, result.prev_sample) and torch.equal(x_0, result.pred_original_sample)
 
 
+def test_the_output_is_filled_as_diffusers_fills_it():
+    """`step` passes over diffusers' slow way to fill its outputs: keys and attributes must be the same."""
+    result = DDPMVLBScheduler().step(randn(1), 10, randn(0))
+    by_diffusers = type(result)(result.prev_sample, result.pred_original_sample)
+    assert [*map(id, result.values())] == [*map(id, by_diffusers.values())] and list(result) == list(by_diffusers)
+    ours, theirs = ({name: id(value) for name, value in vars(own).items()} for own in (result, by_diffusers))
+    assert ours.pop("_step") and ours == theirs
+
+
 AT_ONE_STEP = {"int": int, "0-dim": torch.tensor, "batched": lambda t: torch.full((3,), t)}
 
 
