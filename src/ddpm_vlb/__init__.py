@@ -1,6 +1,7 @@
 """Likelihood training and evaluation of denoising diffusion models, for Hugging Face diffusers."""
 
 from .checks import check_data
+from .compression import BitsBackCodec, Decompressed, compress, decompress
 from .counter_noise import counter_keys, counter_normal
 from .distributions import DiagonalGaussian
 from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, estimate_vlb
@@ -55,11 +56,13 @@ __all__ = [
     "TIMESTEP_SPACINGS",
     "VARIANCES",
     "VARIANCE_TYPES",
+    "BitsBackCodec",
     "ControlVariate",
     "DDPMVLBPipeline",
     "DDPMVLBPipelineOutput",
     "DDPMVLBScheduler",
     "DDPMVLBSchedulerOutput",
+    "Decompressed",
     "DiagonalGaussian",
     "Diffused",
     "ForwardProcess",
@@ -88,10 +91,12 @@ __all__ = [
     "check_data",
     "collect_statistics",
     "compacted",
+    "compress",
     "counter_keys",
     "counter_normal",
     "covariance_eigenvalues",
     "crossfitted_cost",
+    "decompress",
     "describe_path",
     "enough_replicates",
     "estimate_from_scores",
