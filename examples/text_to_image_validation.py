@@ -119,9 +119,11 @@ def score(
     validation = validation_of(pipe, *data, args)
     validation.pilot = pilot
     found = validation(pipe.unet, name)
-    numbers = [math.log(2) * own for own in (found.bits_per_dim, found.noise_se, found.image_se)]
-    text = "{:.4f} +- {:.4f} (noise) +- {:.4f} (images) nats/dim of latents".format(*numbers)
-    print(f"{name}: {text}, {len(data[0])} images, {args.calls_per_image} network calls each")
+    value, noise, choice = (math.log(2) * own for own in (found.bits_per_dim, found.noise_se, found.image_se))
+    images = f"{choice:.4f}" if choice > 0 else "n/a"  # where the noise explains all of the images' spread
+    errors = f"+- {noise:.4f} (noise) +- {images} (images)"
+    calls = f"{len(found.per_image)} images, {args.calls_per_image} network calls each"
+    print(f"{name}: {value:.4f} {errors} nats/dim of latents, {calls}")
     return validation
 
 

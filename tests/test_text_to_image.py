@@ -174,13 +174,13 @@ def test_captions_are_told_without_guidance(program, base, data):
 
 
 def test_a_fine_tune_is_told_from_its_base(program, folders, images, capsys):
-    """By two calls for each of 24 images; the base is not told from itself."""
-    where = ["--model", folders["base"], "--images", str(images), "--calls_per_image", "2", "--compare"]
+    """By four calls for each of 24 images; the base is not told from itself."""
+    where = ["--model", folders["base"], "--images", str(images), "--calls_per_image", "4", "--compare"]
     difference = program.main([*where, folders["tuned"]])
     said = capsys.readouterr().out.splitlines()
     assert difference.verdict == "better" and difference.bits_per_dim < -5 * difference.se
     assert said[0].startswith(f"{folders['base']}: ") and said[1].startswith(f"{folders['tuned']}: ")
-    assert "nats/dim of latents, 24 images, 2 network calls each" in said[1]
+    assert "nats/dim of latents, 24 images, 4 network calls each" in said[1]
     assert said[2].startswith("difference: -") and said[2].endswith("nats/dim of latents: better")
     same = program.main([*where, folders["base"], "--num_images", "8"])
     assert same.bits_per_dim == same.se == 0 and same.verdict == "cannot be told"
