@@ -6,7 +6,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, DiTPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    UNet2DConditionModel,
+)
 from networks import tiny_dit
 from PIL import Image
 from processes import fresh_accelerate  # noqa: F401
@@ -86,7 +93,8 @@ def test_every_form_of_the_same_images(models, sets, home):
     x_0 = k.float() * (2 / 255) - 1
     pictures = [Image.fromarray(own) for own in k.permute(0, 2, 3, 1).numpy()]
     forms = [x_0, x_0.numpy(), k, k.numpy(), pictures, split]
-    first, *others = (score(models["colour"], own, calls_per_image=T) for own in forms)
+    pipe = DDPMVLBPipeline.from_pretrained(models["colour"])
+    first, *others = (score(pipe, own, calls_per_image=T) for own in forms)
     assert first.num_images == 6 and all(torch.equal(own.per_image, first.per_image) for own in others)
 
 
@@ -151,6 +159,21 @@ def test_pictures_of_fewer_levels_are_spread():
     assert torch.equal(first.per_image, again.per_image)
 
 
+def test_grey_images_may_lack_their_channel():
+    """(B, H, W) is (B, 1, H, W), and a coloured file whose channels are equal is grey."""
+    k = torch.arange(128).reshape(2, 8, 8).to(torch.uint8)
+    pictures = [Image.fromarray(own).convert("RGB") for own in k.numpy()]
+    first, *others = (score(pipe_of(), own, calls_per_image=T) for own in (k[:, None], k, pictures))
+    assert all(torch.equal(own.per_image, first.per_image) for own in others)
+
+
+def test_a_distilled_network_is_scored_on_its_betas():
+    """As evaluate does, and the pipeline keeps its scheduler."""
+    pipe = DDPMVLBPipeline(network(), LCMScheduler(T, **BETAS, beta_schedule="linear", clip_sample=True))
+    first, again = (score(own, X_0, calls_per_image=T) for own in (pipe, pipe_of()))
+    assert torch.equal(first.per_image, again.per_image) and isinstance(pipe.scheduler, LCMScheduler)
+
+
 # What is refused
 
 X_0 = torch.zeros(3, 1, 8, 8).long()
@@ -168,10 +191,14 @@ def refused(pattern, images, *args, pipe=None, **options):
         (X_0[:0], "`images` must hold at least one image, but is empty"),
         ([], "empty"),
         (X_0[:, :, :7], r"network's shape \(B, 1, 8, 8\), channels first, but have \(3, 1, 7, 8\)"),
-        (X_0[0], r"but have \(1, 8, 8\)"),
+        (X_0[0, 0], r"but have \(8, 8\)"),
+        (X_0 + 2**40, "levels 0 .. 255, but go from 1099511627776"),
         (X_0 + 256, "levels 0 .. 255, but go from 256 to 256"),
         (X_0 + 0.3, "must lie on the 256 levels"),
         (np.array(["a"]), "in numbers"),
+        ([np.zeros((1, 8, 8)), np.zeros((1, 8, 7))], "in numbers"),
+        ("a folder", "a data set with all its rows, but is a str"),
+        (datasets.Dataset.from_dict({"image": [[0]]}).to_iterable_dataset(), "all its rows, but is a IterableDataset"),
         ([Image.new("L", (8, 8)), Image.new("L", (9, 8))], "of one size"),
         ([Image.new("CMYK", (8, 8))], "number 0 must have a mode of .* but has CMYK"),
         ([Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))], r"1 channel\(s\), but has 3"),

@@ -48,9 +48,9 @@ def score(
         model_or_folder: a folder or a Hub name, scored on the accelerator where there is one, or a pipeline, on the
             device where it is: a `DDPMPipeline`, ours, or one of flow matching or EDM. Its scheduler says how many
             levels the data has (256 where it does not say), and whether x_0_hat is clipped.
-        images: x_0 (B, C, *) on its levels in [-1, 1], or integers 0 .. levels - 1, as a tensor or an array; a list
-            of PIL images; a data set of `datasets` with a column "image" of such; or several splits of one, of which
-            "test" is scored.
+        images: x_0 (B, C, *) on its levels in [-1, 1], or integers 0 .. levels - 1, as a tensor or an array, which
+            for one channel may be (B, *); a list of PIL images; a data set of `datasets` with a column "image" of
+            such; or several splits of one, of which "test" is scored.
         labels: of a class-conditional network, B integers from 0; None takes a data set's column "label".
         calls_per_image: network calls for each image, at least 2; with as many as the chain has steps, each is taken
             once. For an error bar of each image to rely on, give it some hundred.
@@ -97,7 +97,7 @@ def score(
 
 
 def check_scorable(pipeline: DDPMVLBPipeline, name: str) -> None:
-    """Refuse a chain without a bound, a network of another kind, and a checkpoint that is not whole.
+    """Refuse a network of another kind, a checkpoint that is not whole, and a chain without a bound.
 
     Args:
         pipeline: ours.
@@ -106,11 +106,6 @@ def check_scorable(pipeline: DDPMVLBPipeline, name: str) -> None:
     Raises:
         ValueError: such a checkpoint.
     """
-    if not isinstance(pipeline.chain, DDPMVLBScheduler):
-        raise ValueError(
-            f"{name} has a {type(pipeline.scheduler).__name__}, whose chain has no variational bound. Replace "
-            "it, `DDPMVLBScheduler.from_config(pipeline.scheduler.config)`, and save the pipeline again."
-        )
     unet = pipeline.unet
     _, *others = inspect.signature(unet.forward).parameters.values()
     needed = {own.name for own in others if own.default is own.empty and own.kind is own.POSITIONAL_OR_KEYWORD}
@@ -122,6 +117,11 @@ def check_scorable(pipeline: DDPMVLBPipeline, name: str) -> None:
     missing = [key for key, tensor in unet.state_dict().items() if tensor.is_meta]
     if missing:
         raise ValueError(f"{name}: its checkpoint lacks weights, such as {missing[:3]}.")
+    if not isinstance(pipeline.chain, DDPMVLBScheduler):
+        raise ValueError(
+            f"{name} has a {type(pipeline.scheduler).__name__}, whose chain has no variational bound. Replace "
+            "it, `DDPMVLBScheduler.from_config(pipeline.scheduler.config)`, and save the pipeline again."
+        )
 
 
 def _pipeline_of(model: Any) -> DDPMVLBPipeline:
@@ -221,6 +221,8 @@ class _Reader:
         if hasattr(images, "column_names") and hasattr(images, "select"):
             images, labels = self._columns(name, images, labels)
         x_0 = self._x_0(name, images)
+        if self.shape is not None and self.channels == 1 and x_0.shape[1:] == self.shape[1:]:
+            x_0 = x_0[:, None]
         if len(x_0) == 0:
             raise ValueError(f"`{name}` must hold at least one image, but is empty.")
         fits = x_0.ndim > 2 and x_0.shape[1] == self.channels if self.shape is None else x_0.shape[1:] == self.shape
@@ -260,20 +262,21 @@ class _Reader:
             x = torch.as_tensor(images if isinstance(images, Tensor) else np.asarray(images)).detach()
         except (TypeError, ValueError) as error:
             raise ValueError(f"`{name}` must be images of one shape and kind, in numbers, but: {error}") from error
-        return x.float() if x.is_floating_point() or x.numel() == 0 else self._of_levels(name, x.to(torch.int64))
+        return x.float() if x.is_floating_point() or x.numel() == 0 else self._of_levels(name, x.float())
 
     def _of_levels(self, name: str, k: Tensor) -> Tensor:
+        """x_0 of levels, which float32 holds exactly as far as there are any."""
         if self.levels is None:
             raise ValueError(
                 f"`{name}` must be floats, but are integers: the checkpoint is of continuous data (`levels` is None)."
             )
         if k.min() < 0 or k.max() >= self.levels:
             raise ValueError(
-                f"`{name}` must lie in the checkpoint's levels 0 .. {self.levels - 1}, but go from {k.min()} to "
-                f"{k.max()}. Requantise them; if the levels are more, say so: "
+                f"`{name}` must lie in the checkpoint's levels 0 .. {self.levels - 1}, but go from {k.min():.0f} to "
+                f"{k.max():.0f}. Requantise them; if the levels are more, say so: "
                 "`DDPMVLBScheduler.from_config(pipeline.scheduler.config, levels=...)`."
             )
-        return k.float() * (2 / (self.levels - 1)) - 1
+        return k * (2 / (self.levels - 1)) - 1
 
     def _of_pictures(self, name: str, pictures: Sequence[PIL.Image.Image]) -> Tensor:
         found = [self._picture(f"`{name}` number {i}", picture) for i, picture in enumerate(pictures)]
@@ -288,7 +291,7 @@ class _Reader:
         """Levels (C, H, W) as Pillow holds them; fewer levels than the data's are spread over them."""
         if picture.mode not in _LEVELS:
             raise ValueError(f"{name} must have a mode of {list(_LEVELS)}, but has {picture.mode}: `convert` it.")
-        k = torch.from_numpy(np.array(picture).astype(np.int64))
+        k = torch.from_numpy(np.array(picture)).float()
         k = k[None] if k.ndim == 2 else k.permute(2, 0, 1)
         if self.channels == 1 and bool((k == k[:1]).all()):
             k = k[:1]
