@@ -19,7 +19,7 @@ from PIL import Image
 from processes import fresh_accelerate  # noqa: F401
 from scoring_support import BETAS, T, network, run_evaluate, save_models, save_sets
 
-from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, estimate_vlb, fit_pilot, path_chain, score
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, checkpoint_scores, estimate_vlb, fit_pilot, path_chain, score
 from ddpm_vlb.commands import evaluate
 
 BLOCKS = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
@@ -116,6 +116,15 @@ def test_a_pilot_may_be_given(models, sets):
     pilot = fit_pilot(pipe.unet, pipe.scheduler.reverse_process(), x_0.train)
     again = score(pipe, x_0.test, calls_per_image=8, pilot=pilot)
     assert torch.equal(found.per_image, again.per_image) and (found - again).se == 0
+
+
+def test_many_images_go_in_batches(monkeypatch):
+    """Whose size moves the last bits at most: the draws are those of an image's position."""
+    pipe, x_0 = pipe_of(), torch.arange(23 * 64).reshape(23, 1, 8, 8) % 256
+    whole = score(pipe, x_0, calls_per_image=8)
+    monkeypatch.setattr(checkpoint_scores, "_BATCH", 5)
+    cut = score(pipe, x_0, calls_per_image=8)
+    torch.testing.assert_close(cut.per_image, whole.per_image, rtol=1e-6, atol=0)
 
 
 def test_a_network_in_training_is_left_so():

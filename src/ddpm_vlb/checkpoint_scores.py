@@ -53,7 +53,7 @@ def score(
             such; or several splits of one, of which "test" is scored.
         labels: of a class-conditional network, B integers from 0; None takes a data set's column "label".
         calls_per_image: network calls for each image, at least 2; with as many as the chain has steps, each is taken
-            once. For an error bar of each image to rely on, give it some hundred.
+            once. For an error bar of each image to rely on, give it 160.
         seed: of t and noise.
         num_inference_steps: score the chain of so many steps, the stored path where there is one; None: all.
         pilot: from `fit_pilot`, or other images to fit one to, best of training images. None takes those of another
@@ -316,7 +316,7 @@ class _Reader:
                 f"`{name}` must come with labels 0 .. {self.classes - 1} of the class-conditional network, but has "
                 f"none: {'pass `labels`' if name == 'images' else 'give a `Pilot`'}, or a data set with both columns."
             )
-        own = np.asarray(labels)
+        own = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
         whole = np.issubdtype(own.dtype, np.integer) and own.shape == (count,)
         if not whole or own.min() < 0 or own.max() >= self.classes:
             raise ValueError(
