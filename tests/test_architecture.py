@@ -67,6 +67,7 @@ ORDER = (
     "swapped_schedulers",
     "recorded_trajectories",
     "pipeline_ddpm_vlb",
+    "checkpoint_scores",
 )
 MATHEMATICS = ORDER[: ORDER.index("described_chains")]
 # Narrower than the order: what some modules may import of this package at all.
