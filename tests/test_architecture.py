@@ -67,6 +67,7 @@ ORDER = (
     "swapped_schedulers",
     "recorded_trajectories",
     "pipeline_ddpm_vlb",
+    "checkpoint_scores",
     "integer_gaussians",
     "rans",
     "seed_images",

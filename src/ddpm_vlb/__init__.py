@@ -1,5 +1,6 @@
 """Likelihood training and evaluation of denoising diffusion models, for Hugging Face diffusers."""
 
+from .checkpoint_scores import check_scorable, score
 from .checks import check_data
 from .compression import BitsBackCodec, Decompressed, compress, decompress
 from .counter_noise import counter_keys, counter_normal
@@ -89,6 +90,7 @@ __all__ = [
     "Validation",
     "beta_start_for_levels",
     "check_data",
+    "check_scorable",
     "collect_statistics",
     "compacted",
     "compress",
@@ -118,6 +120,7 @@ __all__ = [
     "pilot_positions",
     "prior_kl",
     "rescale_betas_zero_snr",
+    "score",
     "sigma_probabilities",
     "simple_loss",
     "simple_weights",

@@ -98,7 +98,7 @@ class Validation:
         """
         chosen = torch.tensor(pilot_positions(len(self), self.images[0].numel()))
         x_0, told = self.images[chosen.to(self.images.device)], rows_of(self.conditioning, chosen)
-        with _evaluating(model):
+        with evaluating(model):
             return fit_pilot(model, self.reverse, x_0, seed=self.seed, conditioning=told, also=self._also)
 
     def score(self, model: Model, positions: Sequence[int] | None = None) -> Scores:
@@ -120,7 +120,7 @@ class Validation:
         )
         chosen = torch.tensor(list(range(len(self)) if positions is None else positions), dtype=torch.int64)
         parts = list[Scores]()
-        with _evaluating(model):
+        with evaluating(model):
             for own in chosen.split(scorer.images_per_unit(self.images)):
                 x_0, told = self.images[own.to(self.images.device)], rows_of(self.conditioning, own)
                 parts = compacted([*parts, scorer.score(x_0, own.tolist(), told)])
@@ -183,8 +183,12 @@ class Validation:
 
 
 @contextlib.contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """A module in evaluation mode for a while; each of its layers goes back to its own mode."""
+def evaluating(model: Model) -> Iterator[None]:
+    """A module in evaluation mode for a while; each of its layers goes back to its own mode.
+
+    Args:
+        model: a module; a function has no mode.
+    """
     modes = {layer: layer.training for layer in model.modules()} if isinstance(model, nn.Module) else {}
     if isinstance(model, nn.Module):
         model.eval()

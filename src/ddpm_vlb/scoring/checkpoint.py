@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from ddpm_vlb import (
     DDPMVLBScheduler,
     GaussianPath,
     ReverseProcess,
+    check_scorable,
     describe_path,
     path_chain,
     spaced_ratios,
@@ -46,7 +46,7 @@ FORMAT = 5  # of partial results; raise it when their meaning changes
 def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
     """The checkpoint as a pipeline of ours that can be scored."""
     pipeline = read_pipeline(args)
-    check_pipeline(pipeline, args.model)
+    check_scorable(pipeline, f"--model {args.model}")
     return pipeline
 
 
@@ -72,16 +72,6 @@ def read_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
         raise ValueError(f"--model {args.model} cannot be loaded: {said}") from error
 
 
-def check_pipeline(pipeline: DDPMVLBPipeline, name: str) -> None:
-    """Refuse a chain without a bound, a network of another kind, and a checkpoint that is not whole."""
-    if not isinstance(pipeline.chain, DDPMVLBScheduler):
-        raise ValueError(
-            f"--model {name} has a {type(pipeline.scheduler).__name__}, whose chain has no variational bound. Replace "
-            "it, `DDPMVLBScheduler.from_config(pipeline.scheduler.config)`, and save the pipeline again."
-        )
-    _check_network(pipeline, name)
-
-
 def name_distilled(pipeline: DDPMVLBPipeline) -> str | None:
     """The scheduler of a distilled network, which is scored on the chain of its betas; None of another's."""
     name = type(pipeline.scheduler).__name__
@@ -97,21 +87,6 @@ def _reach_hub(args: argparse.Namespace) -> None:
     if try_to_load_from_cache(args.model, "model_index.json", args.cache_dir, args.revision) is None:
         with contextlib.suppress(HfHubHTTPError):  # the Hub's own answer comes again, and with retries
             HfApi().model_info(args.model, revision=args.revision, timeout=HF_HUB_ETAG_TIMEOUT)
-
-
-def _check_network(pipeline: DDPMVLBPipeline, name: str) -> None:
-    """Refuse a network of another kind, and a checkpoint that is not whole."""
-    unet = pipeline.unet
-    _, *others = inspect.signature(unet.forward).parameters.values()
-    needed = {own.name for own in others if own.default is own.empty and own.kind is own.POSITIONAL_OR_KEYWORD}
-    called = needed <= {"timestep"} and [own.name for own in others[:1]] == ["timestep"]
-    if not called or type(unet.config.get("in_channels")) is not int:
-        raise ValueError(f"--model {name}: its network is a {type(unet).__name__}, none of x_t, t and labels alone.")
-    if unet.config.get("class_embed_type") is not None and pipeline.num_classes is None:
-        raise ValueError(f"--model {name}: its network takes embeddings of classes, but labels are numbers here.")
-    missing = [key for key, tensor in unet.state_dict().items() if tensor.is_meta]
-    if missing:
-        raise ValueError(f"--model {name}: its checkpoint lacks weights, such as {missing[:3]}.")
 
 
 def network_shape(pipeline: DDPMVLBPipeline, args: argparse.Namespace) -> NetworkShape:
@@ -214,7 +189,7 @@ class Checkpoint:
         def load() -> tuple[DDPMVLBPipeline, ScoringData, dict[str, Any]]:
             pipeline = read_pipeline(args)
             distilled = name_distilled(pipeline) if command == "evaluate" else None
-            check_pipeline(pipeline, args.model)
+            check_scorable(pipeline, f"--model {args.model}")
             data = load_data(args, network_shape(pipeline, args), accelerator.is_main_process)
             path = settle_chain(pipeline, args, data.levels)
             return pipeline, data, {"gaussian_path": path, "distilled": distilled}

@@ -1,0 +1,252 @@
+"""examples/text_to_image_validation.py: latents as stock makes them, captions told, a fine-tune told from its base."""
+
+import importlib.util
+import json
+import string
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from PIL import Image
+from scoring_support import network
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ddpm_vlb import DDPMVLBScheduler, simple_loss
+
+WORDS = "dark light".split()
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+
+
+@pytest.fixture(scope="module")
+def program():
+    path = Path(__file__).parents[1] / "examples" / "text_to_image_validation.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder, in which `datasets` keeps its files too."""
+    folder = tmp_path_factory.mktemp("text_to_image")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        yield folder
+
+
+def tokenizer_of(folder):
+    """Of single letters, from the two files that every version of transformers reads."""
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *string.ascii_lowercase,
+        *(f"{c}</w>" for c in string.ascii_lowercase),
+    ]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=8)
+
+
+@pytest.fixture(scope="module")
+def base(home):
+    """A tiny pipeline of the parts that a Stable Diffusion has, with random weights."""
+    torch.manual_seed(0)
+    tokenizer = tokenizer_of(home / "words")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    coder = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4, sample_size=8, **coder)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    widths = {"block_out_channels": (16,), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
+    unet = UNet2DConditionModel(4, mid_block_type=None, cross_attention_dim=16, **blocks, **widths)
+    scheduler = PNDMScheduler(skip_prk_steps=True, **BETAS)
+    parts = (vae, CLIPTextModel(text).eval(), tokenizer, unet, scheduler, None, None)
+    return StableDiffusionPipeline(*parts, requires_safety_checker=False)
+
+
+@pytest.fixture(scope="module")
+def images(home):
+    """A folder of dark and light pictures, and captions that say which; a size that must be cut."""
+    rng, folder, lines = np.random.default_rng(0), home / "images", []
+    folder.mkdir()
+    for i in range(24):
+        k = rng.integers(0, 128, (8, 12, 3)) + 128 * (i % 2)
+        Image.fromarray(k.astype(np.uint8)).save(folder / f"{i:02d}.png")
+        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": WORDS[i % 2]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(program, images):
+    return program.load_captioned(str(images), "train", "image", "text", 64)
+
+
+@pytest.fixture(scope="module")
+def folders(program, home, base, data):
+    """The base, saved, and a fine-tune of it: the mean squared error on half the images."""
+    base.save_pretrained(home / "base")
+    tuned = StableDiffusionPipeline.from_pretrained(home / "base", safety_checker=None)
+    x, told = program.encode_images(tuned, data[0][:12], None, 1), program.encode_captions(tuned, data[1][:12])
+    reverse = DDPMVLBScheduler.from_config(base.scheduler.config, levels=None, clip_sample=False).reverse_process()
+    optimizer = torch.optim.AdamW(tuned.unet.parameters(), lr=3e-3)
+    for step in range(40):
+        diffused = reverse.forward.diffuse(x, torch.randint(1000, (12,), generator=seeded(step)), noise_like(x, step))
+        output = tuned.unet(diffused.x_t, diffused.t, encoder_hidden_states=told).sample
+        simple_loss(reverse, output, diffused).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tuned.save_pretrained(home / "tuned")
+    return {"base": str(home / "base"), "tuned": str(home / "tuned")}
+
+
+def with_vae(base, **options):
+    """The pipeline with another configuration of the same VAE."""
+    vae = AutoencoderKL.from_config({**base.vae.config, "_use_default_values": [], **options})
+    vae.load_state_dict(base.vae.state_dict())
+    return with_part(base, vae=vae)
+
+
+def with_part(base, **parts):
+    return StableDiffusionPipeline(**{**base.components, **parts}, requires_safety_checker=False)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_like(x, seed):
+    return torch.randn(x.shape, generator=seeded(-seed))
+
+
+# What is scored
+
+
+def test_latents_are_stock_s(program, base, data):
+    """Bit for bit those of its own processor, VAE and scaling: drawn in the order of the images, no mean."""
+    generator, expected = seeded(5), []
+    for image in data[0][:3]:
+        pixels = base.image_processor.preprocess(image, 8, 8, resize_mode="crop")
+        with torch.no_grad():
+            drawn = retrieve_latents(base.vae.encode(pixels), generator=generator)
+        expected.append(drawn * base.vae.config.scaling_factor)
+    found = program.encode_images(base, data[0][:3], None, 5)
+    assert found.shape == (3, 4, 4, 4) and torch.equal(found, torch.cat(expected))
+
+
+def test_a_shift_is_taken_off_before_the_scale(program, base, data):
+    """As stock does for the VAEs that have one."""
+    plain = program.encode_images(base, data[0][:2], None, 0)
+    shifted = program.encode_images(with_vae(base, shift_factor=0.5), data[0][:2], None, 0)
+    torch.testing.assert_close(plain - shifted, torch.full_like(plain, 0.5 * 0.18215))
+
+
+def test_captions_are_told_without_guidance(program, base, data):
+    """What the text encoder makes of each caption, one row for an image; none is empty."""
+    tokens = base.tokenizer(data[1], padding="max_length", max_length=8, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = base.text_encoder(tokens)[0]
+    found = program.encode_captions(base, data[1])
+    assert data[1][:2] == WORDS and not torch.equal(found[0], found[1])
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_fine_tune_is_told_from_its_base(program, folders, images, capsys):
+    """By four calls for each of 24 images; the base is not told from itself."""
+    where = ["--model", folders["base"], "--images", str(images), "--calls_per_image", "4", "--compare"]
+    difference = program.main([*where, folders["tuned"]])
+    said = capsys.readouterr().out.splitlines()
+    assert difference.verdict == "better" and difference.bits_per_dim < -5 * difference.se
+    assert said[0].startswith(f"{folders['base']}: ") and said[1].startswith(f"{folders['tuned']}: ")
+    assert "nats/dim of latents, 24 images, 4 network calls each" in said[1]
+    assert said[2].startswith("difference: -") and said[2].endswith("nats/dim of latents: better")
+    same = program.main([*where, folders["base"], "--num_images", "8"])
+    assert same.bits_per_dim == same.se == 0 and same.verdict == "cannot be told"
+
+
+def test_another_network_s_latents_are_not_compared(program, folders, images, base, home):
+    """A VAE of another scale makes other data: the paired difference refuses it."""
+    with_vae(base, scaling_factor=1.0).save_pretrained(home / "rescaled")
+    where = ["--model", folders["base"], "--images", str(images), "--num_images", "2", "--calls_per_image", "4"]
+    with pytest.raises(SystemExit, match="must be of estimates with the same images"):
+        program.main([*where, "--compare", str(home / "rescaled")])
+
+
+# What is refused
+
+
+def test_pipelines_that_cannot_be_scored(program, base):
+    """Each in one line: no text, no scale, a chain without betas, a network that is told more."""
+    inpainting = UNet2DConditionModel.from_config({**base.unet.config, "_use_default_values": [], "in_channels": 9})
+    for pipe, pattern in [
+        (DDPMPipeline(network(), DDIMScheduler()), "must be a StableDiffusionPipeline, but is a DDPMPipeline"),
+        (with_vae(base, scaling_factor=None), "must have an AutoencoderKL with a `scaling_factor`"),
+        (with_part(base, scheduler=FlowMatchEulerDiscreteScheduler()), "a scheduler of betas, but has a FlowMatch"),
+        (with_part(base, unet=inpainting), "the VAE's 4 channels, but it takes 9: an inpainting network"),
+    ]:
+        with pytest.raises(ValueError, match=pattern):
+            program.check_pipeline(pipe, "m")
+    program.check_pipeline(base, "m")
+
+
+@pytest.mark.parametrize("caption", ["", None])
+def test_a_missing_caption(program, home, images, caption):
+    """The image is named; nothing is told in the place of its caption."""
+    folder = home / f"captions-{caption}"
+    folder.mkdir()
+    lines = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(["dark", caption])]
+    for line in lines:
+        (folder / line["file_name"]).write_bytes((images / "00.png").read_bytes())
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(SystemExit, match=r"a caption for each image, but that of number 1 is"):
+        program.main(["--model", "m", "--images", str(folder)])
+
+
+def test_a_folder_without_captions(program, home, images):
+    """Pictures alone are no captioned images."""
+    folder = home / "pictures"
+    folder.mkdir()
+    (folder / "0.png").write_bytes((images / "00.png").read_bytes())
+    with pytest.raises(SystemExit, match=r"columns 'image' and 'text', but has \['image'\]: name them") as stop:
+        program.main(["--model", "m", "--images", str(folder)])
+    assert "\n" not in stop.value.code
+
+
+def test_what_is_not_installed(program, monkeypatch, images):
+    """Is named, with what to install."""
+    monkeypatch.setattr(program, "is_peft_available", lambda: False)
+    with pytest.raises(SystemExit, match="--lora needs peft: pip install peft"):
+        program.main(["--model", "m", "--images", str(images), "--lora", "l"])
+    monkeypatch.setattr(program, "is_transformers_available", lambda: False)
+    with pytest.raises(SystemExit, match="Captions need transformers: pip install transformers"):
+        program.main(["--model", "m", "--images", str(images)])
+
+
+def test_there_is_no_guidance_scale(program, capsys):
+    """No option of that name; the description says what is scored."""
+    with pytest.raises(SystemExit):
+        program.main(["--model", "m", "--images", "i", "--guidance_scale", "7.5"])
+    assert "unrecognized arguments: --guidance_scale" in capsys.readouterr().err
+    assert "guidance samples from has no density" in program.__doc__
