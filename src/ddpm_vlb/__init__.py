@@ -2,6 +2,7 @@
 
 from .checkpoint_scores import check_scorable, score
 from .checks import check_data
+from .compressed_files import CompressedFile
 from .compression import BitsBackCodec, Decompressed, compress, decompress
 from .counter_noise import counter_keys, counter_normal
 from .distributions import DiagonalGaussian
@@ -58,6 +59,7 @@ __all__ = [
     "VARIANCES",
     "VARIANCE_TYPES",
     "BitsBackCodec",
+    "CompressedFile",
     "ControlVariate",
     "DDPMVLBPipeline",
     "DDPMVLBPipelineOutput",

@@ -169,6 +169,62 @@ def read_index(data: bytes, start: int) -> list[tuple[int, int, int]]:
     return places
 
 
+@dataclass(frozen=True)
+class CompressedFile:
+    """A file of `compress`, read without the network.
+
+    Args:
+        data: all of it.
+        header: what it was made with, with `steps`, `dtype`, `levels`, `shape` and `environment`.
+        places: where each chunk begins and ends, and its images.
+    """
+
+    data: bytes
+    header: Header
+    places: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def read(cls, data: bytes) -> "CompressedFile":
+        """Its header and index; the chunks are not looked at.
+
+        Args:
+            data: the file.
+
+        Raises:
+            ValueError: no such file, one of another version, or one whose header or index is damaged.
+        """
+        header, start = Header.read(data)
+        return cls(data, header, tuple(read_index(data, start)))
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return sum(images for _, _, images in self.places)
+
+    def part(self, index: int) -> bytes:
+        """A chunk, as `BitsBackCodec.decode_part` takes it.
+
+        Args:
+            index: its number.
+        """
+        begin, end, _ = self.places[index]
+        return self.data[begin:end]
+
+    def chunk(self, index: int) -> Chunk:
+        """What a chunk says of its images: `labels`, `names` and `stacks`.
+
+        Args:
+            index: its number.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        chunk = Chunk.read(self.part(index))
+        if chunk.images != self.places[index][2]:
+            raise ValueError("`data` is damaged: a chunk has other images than the index says.")
+        return chunk
+
+
 def varint(value: int) -> bytes:
     """A number of 0 or more, 7 bits a byte.
 
