@@ -194,6 +194,13 @@ def test_second_draw_gives_the_variance():
     assert result.estimate().noise_se == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("other", [{"loss": "simple_loss (epsilon)"}, {"images": torch.arange(6)}], ids=str)
+def test_a_second_draw_of_something_else_is_refused(other):
+    """A loss beside a bound, or other images at the same positions, say nothing of the noise."""
+    with pytest.raises(ValueError, match="The second draw"):
+        made(6).with_second_draw(replace(made(6, seed=5), **other))
+
+
 def test_second_draws_are_taken_up_by_the_estimate():
     """`estimate_from_scores` gives each process its own second draw, and keeps the others in `also`."""
     scores, second = [made(4, seed=s) for s in (0, 1)], [made(4, seed=s) for s in (2, 3)]

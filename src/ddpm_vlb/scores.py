@@ -133,10 +133,13 @@ class VLBScores:
             second: the second draw's scores.
 
         Raises:
-            ValueError: it is of images that are not among these, or these are not in order.
+            ValueError: it is of images that are not among these, or these are not in order, or not of the same bound
+                or loss.
         """
         where = torch.searchsorted(self.positions, second.positions).clamp(max=len(self) - 1)
-        if not torch.equal(self.positions[where], second.positions):
+        if _kind(self) != _kind(second):
+            raise ValueError("The second draw differs in image size, chain, levels or loss.")
+        if any(not torch.equal(own[where], its) for own, its in zip(self.identity[:2], second.identity[:2])):
             raise ValueError("The second draw is of images that are not among the scored ones (in order of position).")
         gap = (self.kl + self.decoder)[where] - second.kl - second.decoder
         return replace(self, noise_variance=self.noise_variance.index_put((where,), gap.square() / 2))
