@@ -282,7 +282,9 @@ def _training(pipeline: Any, training: Metrics) -> str:
         split = ", ".join(f"{count} {name}" for name, count in counts.items()) if isinstance(counts, Mapping) else ""
         lines.append(f"Data set: {_linked(data)}" + (f" ({split} images)." if split else "."))
     if train:
-        lines.append(f"{train['steps']} steps in {train['seconds']:.0f} s on `{train['device']}`.")
+        kept = train.get("kept_step", train["steps"])
+        best = "" if kept == train["steps"] else f" The network is that of step {kept}, the best validation's."
+        lines.append(f"{train['steps']} steps in {train['seconds']:.0f} s on `{train['device']}`.{best}")
     options = {key: value for key, value in training.get("options", {}).items() if value not in (None, [])}
     if options:
         rows = [[f"`{key}`", f"`{_plain(value)}`"] for key, value in sorted(options.items())]

@@ -93,8 +93,9 @@ def tell(run: Run, network: UNet2DModel, estimate: VLBEstimate, images: Tensor) 
     """Print and log a validation, and offer it for upload."""
     step = run.progress.step
     said = f"validation {in_one_line(entry(estimate, clips(run.reverse)))}"
-    tqdm.write(f"step {step}: {said}")
-    logged = {"validation_bits_per_dim": estimate.bits_per_dim, "validation_se": total_se(estimate)}
+    beside, numbers = run.validations.beside_the_best(step)
+    tqdm.write(f"step {step}: {said}{beside}")
+    logged = {"validation_bits_per_dim": estimate.bits_per_dim, "validation_se": total_se(estimate), **numbers}
     run.accelerator.log(logged, step)
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -184,7 +185,7 @@ def finish(run: Run) -> dict[str, Any] | None:
     print(f"Sampling {images} images in {steps} steps: --eval_batch_size and --ddpm_num_inference_steps take fewer.")
     generated = sample(run, network, images, steps)
     pictures(estimate, generated, data.test, folder)
-    metrics = {"samples": {"num_inference_steps": args.ddpm_num_inference_steps, "seed": args.seed}, **run.record()}
+    metrics = {"samples": {"num_inference_steps": steps, "seed": args.seed}, **run.record(ended=True)}
     if scores is None or estimate is None:
         metrics = {**{name: kept[name] for name in ("test", "baselines") if name in kept}, **metrics}
     else:

@@ -152,7 +152,7 @@ def build_parser() -> Parser:
     output.add_argument(
         "--patience",
         type=positive_int,
-        help="End after so many validations in a row that are worse than the best; keeps the best.",
+        help="End after so many validations in a row that are surely worse than the best; keeps it.",
     )
     output.add_argument(
         "--checkpointing_steps",

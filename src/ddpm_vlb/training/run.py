@@ -224,7 +224,9 @@ class Run:
         stateful: list[Any] = [self.progress] + ([] if self.ema is None else [self.ema])
         if isinstance(self.sampler, LossSecondMomentTimesteps):
             stateful.append(self.sampler)
-        self.validations = Validations(data.validation, self.reverse, args.validation_calls, args.seed, args.keep_best)
+        self.validations = Validations(
+            data.validation, self.reverse, args.validation_calls, args.seed, args.keep_best, args.patience
+        )
         stateful.append(self.validations)
         accelerator.register_for_checkpointing(*stateful)
         prepare = None if self.ema is None else self.ema.gather
@@ -275,11 +277,11 @@ class Run:
     def heed_patience(self) -> None:
         """End the run with this step after --patience validations that were surely worse than the best."""
         step, best = self.progress.step, self.validations.so_far.best
-        if step < self.max_steps and self.validations.exhausted(self.args.patience):
+        if step < self.max_steps and self.validations.exhausted():
             self.max_steps = step
             self.accelerator.print(
                 f"--patience {self.args.patience}: so many validations in a row, up to step {step}, are worse than "
-                f"that of step {best} by over two standard errors. The training ends; a larger --patience goes on."
+                f"that of step {best}, and not by luck. The training ends; a larger --patience goes on."
             )
 
     def averaged_network(self) -> UNet2DModel:
@@ -302,13 +304,17 @@ class Run:
         pipeline.set_progress_bar_config(desc="Sampling", leave=False)
         return pipeline
 
-    def record(self) -> dict[str, Any]:
-        """What metrics.json says of the training."""
+    def record(self, ended: bool = False) -> dict[str, Any]:
+        """What metrics.json says of the training.
+
+        Args:
+            ended: the network is the one that is kept, no snapshot of a step.
+        """
         return {
             "train": {
                 "seconds": self.progress.seconds,
                 "steps": self.progress.step,
-                **({"kept_step": self.validations.so_far.best} if self.args.keep_best else {}),
+                **({"kept_step": self.validations.so_far.best} if ended and self.args.keep_best else {}),
                 "skipped_steps": self.progress.skipped,
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device),

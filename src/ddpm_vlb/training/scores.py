@@ -30,6 +30,7 @@ from ddpm_vlb.scoring.report import both_clippings
 from ddpm_vlb.scoring.sweep import PartialScores, run_sweep, shared
 from ddpm_vlb.training.paths import chain_network
 from ddpm_vlb.training.run import Run
+from ddpm_vlb.training.validations import spread
 
 MOST_CALLS = 2**14  # network calls for the test images, unless their number is given
 PILOT_CALLS = 1024  # of `fit_pilot`
@@ -60,8 +61,7 @@ def to_score(total: int, asked: int | None, calls_per_image: int | None) -> list
     """
     if asked is not None:
         return list(range(min(asked, total)))
-    count = min(total, max(2, MOST_CALLS // (calls_per_image or USUAL_CALLS)))
-    return [i * total // count for i in range(count)]
+    return spread(total, max(2, MOST_CALLS // (calls_per_image or USUAL_CALLS)))
 
 
 class Scoring:
@@ -143,7 +143,7 @@ class Scoring:
 
 
 def score_validation(run: Run, network: torch.nn.Module) -> VLBEstimate:
-    """The bound of the first 64 validation images, which may end the run: --patience.
+    """The bound of 64 validation images, which may end the run: --patience.
 
     Args:
         run: the run.
@@ -153,7 +153,7 @@ def score_validation(run: Run, network: torch.nn.Module) -> VLBEstimate:
         Stopped: the run was asked to stop.
     """
     validations = run.validations
-    images = selected(run.data.validation, range(len(validations.so_far)))
+    images = selected(run.data.validation, validations.positions)
     scoring = Scoring(run, network, images, run.args.validation_calls, "validation images")
     if validations.so_far.pilot is None:  # of an earlier network it is as unbiased, and little less precise
         validations.so_far.pilot = shared(run.accelerator, scoring.pilot)
