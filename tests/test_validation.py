@@ -23,7 +23,7 @@ from ddpm_vlb import (
     merge_scores,
     simple_loss,
 )
-from ddpm_vlb.validation import _evaluating
+from ddpm_vlb.validation import evaluating
 
 COUNT = 12
 PILOT = fitted_pilot()
@@ -305,7 +305,7 @@ def test_layers_go_back_to_their_modes_by_themselves():
     nn.init.zeros_(model[0].weight), nn.init.zeros_(model[1][0].weight), nn.init.zeros_(model[1][1].weight)
     model[1][1].eval()
     layers = model[0], model[1][0], model[1][1]
-    with _evaluating(model):
+    with evaluating(model):
         assert [float(own.weight.detach().mean()) for own in layers] == [1, 1, 1]
     assert [float(own.weight.detach().mean()) for own in layers] == [0, 0, 1]
     assert [own.training for own in (model, model[1], *layers)] == [True, True, True, True, False]
@@ -316,7 +316,7 @@ def test_a_layer_of_two_keeps_its_mode():
     shared = nn.Dropout()
     model = nn.ModuleList([nn.Sequential(shared), nn.Sequential(shared).eval()])
     shared.train()
-    with _evaluating(model):
+    with evaluating(model):
         assert not any(own.training for own in model.modules())
     assert [own.training for own in (model, *model, shared)] == [True, True, False, True]
 
