@@ -20,7 +20,8 @@ COMBINATIONS = [f"{objective}-{sampler}" for objective in OBJECTIVES for sampler
 # near zero into a whole step: without a warm-up single biases differ by up to 2e-4.
 NETWORK = (
     "--block_out_channels 8 8 --norm_num_groups 4 --ddpm_num_steps 20 --ddpm_num_inference_steps 4 "
-    "--max_train_steps 20 --checkpointing_steps 20 --validation_steps 100 --random_flip"
+    "--max_train_steps 20 --checkpointing_steps 20 --validation_steps 100 --random_flip --class_conditional "
+    "--label_dropout 0.3"
 )
 LAYOUTS = {"one": (1, 16, 1), "accumulated": (1, 8, 2), "two": (2, 8, 1), "four": (2, 4, 2)}  # processes, batch, micro
 

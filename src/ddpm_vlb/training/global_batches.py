@@ -59,6 +59,11 @@ class GlobalBatches(torch.utils.data.Sampler[list[int]]):
         parts = gathered.unflatten(1, (self.accumulation, self.batch_size))
         return parts.transpose(0, 1).flatten(0, 2)
 
+    def images(self, step: int) -> list[int]:
+        """The images of a step's global batch, in its order."""
+        start = step * self.global_batch_size
+        return [self.image(start + row) for row in range(self.global_batch_size)]
+
     def __iter__(self) -> Iterator[list[int]]:
         step = self.first_step
         while True:
