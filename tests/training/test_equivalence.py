@@ -116,6 +116,7 @@ def test_the_processes_share_one_endless_row(num_images, batch_size, accumulatio
                 rows = own.rows(micro_step)
                 found[step * size + rows.start : step * size + rows.stop] = torch.tensor(next(stream))
     assert found.tolist() == expected
+    assert torch.cat([own.images(step) for step in range(first_step, first_step + steps)]).tolist() == expected
     for epoch in range(3):
         whole = [row.image(position) for position in range(epoch * num_images, (epoch + 1) * num_images)]
         assert sorted(whole) == list(range(num_images))
