@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from training_support import only_train, tiny, until_training
 
 from ddpm_vlb import DDPMVLBPipeline, VLBEstimator, model_card
+from ddpm_vlb.commands import train
 from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.runtime.image_data import from_record
 from ddpm_vlb.training import scores as training_scores
@@ -69,8 +70,8 @@ def test_samples_are_of_all_classes_in_turn(base):
     assert all(own == [i % 10 for i in range(len(own))] for own in base.drawn)
 
 
-def test_what_is_saved(base, few):
-    """A pipeline of eleven labels that stock refuses, and the column that evaluation reads; the card says both."""
+def test_what_is_saved(base, few, capsys):
+    """A pipeline of eleven labels that stock refuses, and the column that evaluation reads; report and card say so."""
     pipeline = DDPMVLBPipeline.from_pretrained(base.folder)
     assert pipeline.num_classes == NO_CLASS + 1 and not pipeline.portable
     record = json.loads((base.folder / "data.json").read_text())
@@ -79,6 +80,8 @@ def test_what_is_saved(base, few):
     card = str(model_card(pipeline, "me/digits", training=base.metrics))
     assert "network calls each, each given its label" in card and "class_labels=0" in card
     assert "0.3 of the labels was replaced by 10" in card
+    train.report(base.metrics, base.folder)
+    assert "Test bits/dim, given their labels (8 images" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
