@@ -120,11 +120,11 @@ def _what(pipeline: Any, scores: Sequence[tuple[Metrics, Metrics]]) -> str:
         ]
     if scores:
         (score, data), whose = scores[0], "its" if path is None else "that chain's"
-        labels = "" if pipeline.num_classes is None else ", each given its label"
+        labels = "" if pipeline.num_classes is None else ", given their labels"
         lines.append(
-            f"**{bound(score)} {unit(score)}** on {score['num_images']} images of {in_words(data)}, "
-            f"{score['network_calls_per_image']} network calls each{labels}. This is {whose} variational bound, an "
-            "upper bound on the negative log-likelihood of the data: lower is better."
+            f"**{bound(score)} {unit(score)}** on {score['num_images']} images of {in_words(data)}{labels}, "
+            f"{score['network_calls_per_image']} network calls each. This is {whose} variational bound, an upper "
+            "bound on the negative log-likelihood of the data: lower is better."
         )
     return "\n\n".join(lines)
 

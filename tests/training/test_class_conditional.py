@@ -78,7 +78,7 @@ def test_what_is_saved(base, few, capsys):
     assert (record["label_column"], record["num_classes"]) == ("label", 10)
     assert from_record(record, str(few[3])).record == record
     card = str(model_card(pipeline, "me/digits", training=base.metrics))
-    assert "network calls each, each given its label" in card and "class_labels=0" in card
+    assert ", given their labels, 8 network calls each" in card and "class_labels=0" in card
     assert "0.3 of the labels was replaced by 10" in card
     train.report(base.metrics, base.folder)
     assert "Test bits/dim, given their labels (8 images" in capsys.readouterr().out
