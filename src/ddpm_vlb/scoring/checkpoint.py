@@ -142,6 +142,7 @@ def _wrong_values(record: dict[str, Any]) -> list[str]:
     """The keys of a data.json whose values `ddpm-vlb train` does not write."""
     kinds: dict[str, tuple[type, ...]] = dict.fromkeys(RECORD[:6], (str, NoneType))
     kinds |= {"image_column": (str,), "train_split": (str,), "resolution": (int, NoneType)}
+    kinds |= {"label_column": (str,)} if "label_column" in record else {}
     wrong = [name for name, own in kinds.items() if type(record[name]) not in own]
     if "resolution" not in wrong and record["resolution"] is not None and record["resolution"] < 1:
         wrong.append("resolution")
