@@ -47,12 +47,12 @@ def log():
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory):
-    """The options for a data set of 154, 8 and 18 images, to save the digits' loading time."""
+    """The options for a data set of 154, 8 and 18 images and their labels, to save the digits' loading time."""
     from sklearn.datasets import load_digits
     from training_support import write_data
 
     folder = tmp_path_factory.mktemp("few")
-    data = write_data(folder / "data", load_digits().images[:180] * 15)
+    data = write_data(folder / "data", load_digits().images[:180] * 15, load_digits().target[:180])
     return "--dataset_name", data, "--cache_dir", folder / "cache", "--logger", "none"
 
 

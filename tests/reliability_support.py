@@ -26,9 +26,10 @@ KILLED = -signal.SIGKILL
 STEPS = 30
 EVERY = "--checkpointing_steps 5"
 RESUME = "--resume_from_checkpoint latest"
-# The options that make a resumed run hardest to repeat; T = 2, so that the sampler's history fills up before step 13.
+# The options that make a resumed run hardest to repeat: all that draws, and T = 2, so that the sampler's history fills
+# up before step 13.
 HARD = "--dropout 0.3 --random_flip --timestep_sampler loss_second_moment --ddpm_num_steps 2 "
-HARD += "--ddpm_num_inference_steps 2"
+HARD += "--ddpm_num_inference_steps 2 --class_conditional --label_dropout 0.3"
 LAUNCH = "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no".split()
 
 # Processes

@@ -195,6 +195,9 @@ def test_numbers_appear_as_given():
     assert [*where, "0.0001", "1.4432", "0.3501"] in table
     assert ["histogram per position", "2.421"] in table and ["lzma", "2.894"] in table
     assert f"{bound[2:-2]} bits/dim** on 297 images" in prose(made)
+    kept = {**TRAINING, "train": {**TRAINING["train"], "kept_step": 800}}
+    assert "best validation" not in prose(made)
+    assert "1000 steps in 150 s on `cpu`. The network is that of step 800, the best" in prose(card(training=kept))
     assert "1000 steps in 150 s" in prose(made) and "1300 train, 200 validation, 297 test images" in prose(made)
     assert ["`learning_rate`", "`0.002`"] in table and ["`block_out_channels`", "`32 64`"] in table
     assert not any("dataset_name" in row[0] for row in table)

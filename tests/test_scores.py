@@ -94,6 +94,9 @@ OTHER_RUNS = {
     "size": lambda: replace(made(3), positions=torch.arange(3, 6), dims=17),
     "chain": lambda: replace(made(3), positions=torch.arange(3, 6), curve=torch.zeros(6, T - 1).double()),
     "seed": lambda: replace(made(3), positions=torch.arange(3, 6), draws=torch.tensor([[2, 8, 3]])),
+    "other betas": lambda: replace(made(3), positions=torch.arange(3, 6), chain=1),
+    "levels": lambda: replace(made(3), positions=torch.arange(3, 6), levels=17),
+    "loss": lambda: replace(made(3), positions=torch.arange(3, 6), loss="simple_loss (epsilon)"),
 }
 
 
@@ -166,6 +169,13 @@ def test_sweeps_over_different_images_are_not_combined():
             VLBScores.combine([made(5), other])
 
 
+@pytest.mark.parametrize("other", [{"loss": "simple_loss (epsilon)"}, {"chain": 1}, {"levels": 17}], ids=str)
+def test_sweeps_of_different_things_are_not_combined(other):
+    """A bound and a loss, two chains' bounds or those of two numbers of levels have no common mean."""
+    with pytest.raises(ValueError, match="differ in image size, chain, levels or loss"):
+        VLBScores.combine([made(5), replace(made(5), **other)])
+
+
 # --- second draws
 
 
@@ -182,6 +192,13 @@ def test_second_draw_gives_the_variance():
     unit = 1 / (16 * math.log(2))
     expected = math.sqrt(float(gap.square().mean()) / 2 / 6) * unit
     assert result.estimate().noise_se == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("other", [{"loss": "simple_loss (epsilon)"}, {"images": torch.arange(6)}], ids=str)
+def test_a_second_draw_of_something_else_is_refused(other):
+    """A loss beside a bound, or other images at the same positions, say nothing of the noise."""
+    with pytest.raises(ValueError, match="The second draw"):
+        made(6).with_second_draw(replace(made(6, seed=5), **other))
 
 
 def test_second_draws_are_taken_up_by_the_estimate():
@@ -279,6 +296,15 @@ def test_saved_scores_are_the_same(options):
     for field in fields(VLBScores):
         mine, its = getattr(scores, field.name), getattr(loaded, field.name)
         assert type(mine) is type(its)
-        assert mine == its if isinstance(mine, int) else torch.equal(mine.nan_to_num(-1), its.nan_to_num(-1))
+        assert mine == its if isinstance(mine, (int, str)) else torch.equal(mine.nan_to_num(-1), its.nan_to_num(-1))
     rest = scored([0, 2], **options)
     assert_equal(VLBScores.merge([loaded, rest]), VLBScores.merge([scores, rest]))
+
+
+def test_a_state_of_an_earlier_version_is_refused():
+    """In one line, which names what it lacks."""
+    state = made(3).state_dict()
+    for name in ("chain", "levels", "loss"):
+        del state[name]
+    with pytest.raises(ValueError, match=r"must have \['chain', 'levels', 'loss'\], .* score the images anew\.$"):
+        VLBScores.from_state_dict(state)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from analytic import BETAS, PosteriorMean, T, expected_bits, gains, images, population_bits, process
 from estimates import FACTOR, fitted_pilot, setting
@@ -22,6 +23,7 @@ from ddpm_vlb import (
     merge_scores,
     simple_loss,
 )
+from ddpm_vlb.validation import evaluating
 
 COUNT = 12
 PILOT = fitted_pilot()
@@ -66,10 +68,11 @@ def test_the_noise_is_common_and_cancels():
     "factors, said", [((0.95, 0.5), "better"), ((0.5, 0.95), "worse"), ((0.8, 0.8), "cannot be told")]
 )
 def test_verdicts(factors, said):
-    """Two standard errors decide; a network is not told from itself, whose difference and error are 0."""
+    """Student's probability decides; a network is not told from itself, whose difference and error are 0."""
     gap = scores(factors[0]).estimate() - scores(factors[1]).estimate()
     assert gap.verdict == said and str(gap).endswith(f"bits/dim: {said}")
-    assert (abs(gap.bits_per_dim) > 2 * gap.se) == (said != "cannot be told")
+    beyond = abs(gap.bits_per_dim) > scipy.stats.t.ppf(0.975, COUNT - 1) * gap.se
+    assert beyond == (gap.p_value < 0.05) == (said != "cannot be told")
     assert factors[0] != factors[1] or (gap.bits_per_dim, gap.se) == (0, 0)
 
 
@@ -97,7 +100,8 @@ OTHERS = {
     "`estimator`": lambda: scores(estimator="full"),
     "same pilot": lambda: scores(pilot=PILOT.probabilities),
     "pilot=pilot": lambda: scores(pilot=replace(PILOT, control=replace(PILOT.control, scale=2 * PILOT.control.scale))),
-    "bounds from bounds": lambda: replace(scores(), loss=True),
+    "of the bound and simple_loss": lambda: replace(scores(), loss="simple_loss (sample)"),
+    "same `levels`": lambda: replace(scores(), levels=17),
 }
 
 
@@ -205,14 +209,30 @@ def test_saved_and_loaded_it_goes_on():
     assert empty.pilot is None and empty.history == {}
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"count": COUNT + 1}, {"calls_per_image": 4}], ids=str)
-def test_a_state_of_another_validation_is_refused(other):
-    """By the next estimate, which could not be compared."""
-    ours, again = validation(), validation(**other)
-    ours(network())
-    again.load_state_dict(ours.state_dict())
-    with pytest.raises(ValueError, match="first - second"):
-        again(network())
+OTHER_VALIDATIONS = {
+    "same seed": {"seed": 1},
+    "same images": {"count": COUNT + 1},
+    "same draws": {"calls_per_image": 4},
+    "same chain": {"reverse": process(betas=BETAS * 0.9)},
+    "same `term`": {"term": simple_loss},
+    "same `levels`": {"reverse": replace(process(), levels=2**16)},
+}
+
+
+@pytest.mark.parametrize("said", OTHER_VALIDATIONS)
+def test_a_state_of_another_validation_is_refused(said):
+    """At once, in one line, and nothing of it is kept; and so are its scores."""
+    x_0 = (images(COUNT + 1) * 2**15).round() / 2**15 * 2**16 / (2**16 - 1)
+    x_0 = ((x_0.clamp(-1, 1) + 1) * ((2**16 - 1) / 2)).round() * (2 / (2**16 - 1)) - 1
+    made = {"reverse": process(), "pilot": PILOT, "count": COUNT}
+    ours, again = (
+        Validation(x_0[: own.pop("count")], **own) for own in ({**made}, {**made, **OTHER_VALIDATIONS[said]})
+    )
+    ours(network(), "kept")
+    for give in (lambda: again.load_state_dict(ours.state_dict()), lambda: again.add(ours._scores["kept"])):
+        with pytest.raises(ValueError, match=f"^`.*` must be of .*({said}|all 13 images)") as refusal:
+            give()
+        assert "\n" not in str(refusal.value) and not again.history and again.pilot is PILOT
 
 
 def test_scores_of_some_images_are_no_validation():
@@ -267,6 +287,60 @@ def test_a_failed_validation_leaves_the_network_as_it_was():
     assert model.training
 
 
+class Merging(nn.Linear):
+    """A layer whose `train` acts: as LoRA's, its weight holds an update while it is scored."""
+
+    merged = False
+
+    def train(self, mode: bool = True):
+        if mode == self.merged:  # out of the weight for training, into it for scoring
+            self.weight.data += -1.0 if mode else 1.0
+            self.merged = not mode
+        return super().train(mode)
+
+
+def test_layers_go_back_to_their_modes_by_themselves():
+    """One that merges on eval is merged while it is scored, and unmerged after; one that is frozen stays merged."""
+    model = nn.Sequential(Merging(2, 2), nn.Sequential(Merging(2, 2), Merging(2, 2)))
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[1][0].weight), nn.init.zeros_(model[1][1].weight)
+    model[1][1].eval()
+    layers = model[0], model[1][0], model[1][1]
+    with evaluating(model):
+        assert [float(own.weight.detach().mean()) for own in layers] == [1, 1, 1]
+    assert [float(own.weight.detach().mean()) for own in layers] == [0, 0, 1]
+    assert [own.training for own in (model, model[1], *layers)] == [True, True, True, True, False]
+
+
+def test_a_layer_of_two_keeps_its_mode():
+    """Whichever of the two is restored last."""
+    shared = nn.Dropout()
+    model = nn.ModuleList([nn.Sequential(shared), nn.Sequential(shared).eval()])
+    shared.train()
+    with evaluating(model):
+        assert not any(own.training for own in model.modules())
+    assert [own.training for own in (model, *model, shared)] == [True, True, False, True]
+
+
+def test_a_pilot_of_probabilities_is_saved():
+    """As any other."""
+    ours, again = validation(pilot=PILOT.probabilities), validation(pilot=None)
+    ours(network(), 1)
+    again.load_state_dict(ours.state_dict())
+    assert (again(network()) - again.history[1]).se == 0
+
+
+def test_more_processes_than_images():
+    """Those that have none send nothing, and the others' scores are those of all."""
+    ours = validation(3, calls_per_image=8)
+    parts = [ours.score(network(), range(rank, 3, 5)) for rank in range(5)]
+    assert [len(own) for own in parts] == [1, 1, 1, 0, 0]
+    assert (ours.add(merge_scores(parts)) - ours(network())).se == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="all 3 images, but are of 0"):
+        ours.add(())
+    with pytest.raises(ValueError, match="no images were scored"):
+        merge_scores([(), ()])
+
+
 # --- losses
 
 
@@ -309,7 +383,9 @@ def test_a_loss_decides_by_its_own_numbers():
         ours(network(factor), factor)
     assert ours.best == 0.5 and ours.history[0.5].prior == 0
     gap = ours.history[0.5] - ours.history[0.95]
-    assert str(gap).endswith("of the loss: better") and "of the loss, 12 images" in str(ours.history[0.5])
+    assert str(gap).endswith("of <lambda> (sample): better") and "<lambda> (sample), 12" in str(ours.history[0.5])
+    with pytest.raises(ValueError, match="must be of a bound"):
+        _ = ours.history[0.5].nats_per_dim
     assert (gap.verdict, (ours.history[0.5].also[0] - ours.history[0.95].also[0]).verdict) == ("better", "worse")
     x_0 = ours.images
     full = VLBEstimator(network(), process(), estimator="full", also=[lambda r, o, d: d.t.double()])

@@ -15,6 +15,7 @@ from processes import ROOT, environment, free_port, reset_accelerate
 
 from ddpm_vlb.commands import train
 from ddpm_vlb.recipes import train as recipe
+from ddpm_vlb.training import pictures as training_pictures
 
 SIZE, CALLS = "--block_out_channels 8 8 --norm_num_groups 4".split(), "--calls_per_image 8".split()
 REST = (
@@ -32,7 +33,7 @@ def tiny(folder, options="", *more, pictures=False):
     reset_accelerate()
     with pytest.MonkeyPatch.context() as patch:
         for name in () if pictures else ("plot_samples", "plot_vlb_terms"):
-            patch.setattr(train, name, lambda *args: None)
+            patch.setattr(training_pictures, name, lambda *args: None)
         # Without effect, and refused, beside a network's own config, or where nothing is scored.
         size = [] if "--model_config_name_or_path" in options else SIZE
         calls = [] if "--num_test_images 0" in options else CALLS
@@ -109,14 +110,17 @@ def check_metrics(metrics, folder):
 # Data
 
 
-def write_data(folder, arrays):
-    """A parquet data set of grey images."""
-    features = datasets.Features({"image": datasets.Image()})
-    images = [PIL.Image.fromarray(array.astype(np.uint8)) for array in arrays]
-    folder.mkdir(parents=True)
-    datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(
-        str(folder / "train-00000-of-00001.parquet")
+def write_data(folder, arrays, labels=None):
+    """A parquet data set of grey images, with labels if there are some."""
+    content, features = (
+        {"image": [PIL.Image.fromarray(array.astype(np.uint8)) for array in arrays]},
+        datasets.Features(),
     )
+    features["image"] = datasets.Image()
+    if labels is not None:
+        content["label"], features["label"] = labels, datasets.Value("int64")
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_dict(content, features=features).to_parquet(str(folder / "train-00000-of-00001.parquet"))
     return folder
 
 

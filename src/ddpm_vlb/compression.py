@@ -28,8 +28,7 @@ from .seed_images import count, no_counts, pop_seeds, push_seeds
 # A sum taken in another order must not round to another integer.
 _MARGIN = 1e-9
 _TRIES = 64
-_CHUNK_VALUES = 2**24
-_SEEDS = {1: 3}
+_CHUNK_VALUES = 2**20  # of pixels: more come near a boundary more often, and a chunk is then made anew
 Progress = Callable[[int], object]
 
 

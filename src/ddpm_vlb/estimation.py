@@ -43,6 +43,7 @@ from .evaluation import (
     rows_of,
     values_in_a_call,
 )
+from .identities import Identity, image_digests, quantities
 from .losses import prior_kl
 from .pilot import ControlVariate, Pilot, PreparedImages, fit_pilot, max_pilot_images
 from .reverse_process import ReverseProcess
@@ -110,6 +111,7 @@ class VLBEstimator:
     also: Sequence[ReverseProcess | Loss] = ()
     values_per_call: int | None = None
     _sampler: ImportanceTimesteps = field(init=False, repr=False)
+    _quantities: list[tuple[int, int, str]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
@@ -139,6 +141,7 @@ class VLBEstimator:
         if pilot.control is not None and len(pilot.control.scale) != steps:
             raise ValueError(f"`pilot` has a control variate of {len(pilot.control.scale)} steps, not {steps}.")
         check_same_chain(self.reverse, self.also)
+        object.__setattr__(self, "_quantities", quantities(self.reverse, self.also))
 
     def images_per_unit(self, x_0: Tensor) -> int:
         """The fewest images whose pairs fill network calls to nine tenths or more.
@@ -189,8 +192,7 @@ class VLBEstimator:
             known = control.total(images[1])
         prior = read_later(prior_kl(self.reverse, send(x_0, self.reverse.forward.betas.device)))
         terms, deviation, expected = self._stream(x_0, draws, where, conditioning, images)
-        scores, drawn = [], self._identity(sweep)
-        digests = torch.tensor([digest(image) for image in x_0.cpu()])
+        scores, identities = [], self.identities(x_0, positions, sweep)
         for i, process in enumerate((self.reverse, *self.also)):
             loss = not isinstance(process, ReverseProcess)
             own = i if i < len(known) else 0  # a process that the pilot did not know takes its first one's slopes
@@ -204,7 +206,6 @@ class VLBEstimator:
             variance = (kl + decoder).var(1) / replicates if replicates > 1 else torch.full_like(kl[:, 0], torch.nan)
             scores.append(
                 VLBScores(
-                    positions=where,
                     kl=kl.mean(1),
                     decoder=decoder.mean(1),
                     prior=torch.zeros_like(known[0, :, 0]) if loss else prior().double(),
@@ -212,19 +213,25 @@ class VLBEstimator:
                     curve=curve_sums(draws.t.flatten(1), centred.flatten(1), len(self.reverse.forward)),
                     dims=x_0[0].numel(),
                     calls=self.calls_per_image,
-                    images=digests,
-                    draws=drawn,
-                    loss=loss,
+                    **identities[i]._asdict(),
                 )
             )
         return tuple(scores)
 
-    def _identity(self, sweep: int) -> Tensor:
-        """Digests of the seed, of the kind and number of draws, and of the pilot that they are made with, (1, 3)."""
+    def identities(self, x_0: Tensor, positions: Sequence[int], sweep: int = 0) -> list[Identity]:
+        """What the scores of images are compared by, for `reverse` and for each of `also`; no network is called.
+
+        Args:
+            x_0: as in `score`, and so are the others.
+            positions: of the images.
+            sweep: number of the pass over the data.
+        """
         assert isinstance(self.pilot, Pilot)
         sampled = self.estimator == "importance"
         plan = f"{self.estimator}/{self.calls_per_image}/{self.num_replicates if sampled else 1}"
-        return torch.tensor([[digest(f"{self.seed}/{sweep}"), digest(plan), self.pilot.digest if sampled else 0]])
+        drawn = digest(f"{self.seed}/{sweep}"), digest(plan), self.pilot.digest if sampled else 0
+        where, images = torch.as_tensor(positions, dtype=torch.int64), image_digests(x_0, self.reverse.levels)
+        return [Identity(where, images, torch.tensor([drawn]), *own) for own in self._quantities]
 
     def _draw(self, positions: list[int], sweep: int) -> _Draws:
         generators = [image_generator(self.seed, position, sweep) for position in positions]

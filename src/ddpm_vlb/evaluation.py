@@ -48,7 +48,7 @@ def image_generator(seed: int, position: int, sweep: int = 0) -> torch.Generator
 
 
 def digest(*content: str | Tensor) -> int:
-    """64 bits that tell contents apart, an int64; of numbers their values in float64, whatever their type.
+    """64 bits that tell contents apart, an int64; of numbers their shape and their values, whatever their type.
 
     Args:
         content: texts and tensors.
@@ -58,7 +58,8 @@ def digest(*content: str | Tensor) -> int:
         if isinstance(own, str):
             bits.update(own.encode())
         else:
-            values = own.detach().cpu().to(torch.promote_types(own.dtype, torch.float64)).contiguous()
+            values = own.detach().cpu().to(torch.promote_types(own.dtype, torch.float64)).contiguous() + 0.0  # no -0
+            bits.update(str(tuple(values.shape)).encode())
             bits.update(values.flatten().view(torch.uint8).numpy().data)
     return int.from_bytes(bits.digest(), "little", signed=True)
 

@@ -50,7 +50,7 @@ def exact_network(model: Model, dtype: torch.dtype = torch.float64) -> Model:
     """
     if not isinstance(model, nn.Module):
         return model
-    exact = nn.Module.to(copy.deepcopy(model), dtype)  # diffusers' own warns
+    exact = nn.Module.to(copy.deepcopy(_plain(model)), dtype)  # diffusers' own warns
     if dtype == torch.float64:
         for layer in list(exact.modules()):
             for name, child in layer.named_children():
@@ -68,8 +68,13 @@ def fingerprint(model: Model) -> bytes:
     if not isinstance(model, nn.Module):
         return bytes(32)
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(_plain(model).state_dict().items()):
         own = value.detach().cpu()
         own = own.double() if own.is_floating_point() else own.long()
         digest.update(f"{name} {tuple(own.shape)} ".encode() + own.contiguous().numpy().tobytes())
     return digest.digest()
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """What `torch.compile` or data parallelism is around."""
+    return getattr(model, "_orig_mod", getattr(model, "module", model))

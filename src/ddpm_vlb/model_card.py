@@ -120,8 +120,9 @@ def _what(pipeline: Any, scores: Sequence[tuple[Metrics, Metrics]]) -> str:
         ]
     if scores:
         (score, data), whose = scores[0], "its" if path is None else "that chain's"
+        labels = "" if pipeline.num_classes is None else ", given their labels"
         lines.append(
-            f"**{bound(score)} {unit(score)}** on {score['num_images']} images of {in_words(data)}, "
+            f"**{bound(score)} {unit(score)}** on {score['num_images']} images of {in_words(data)}{labels}, "
             f"{score['network_calls_per_image']} network calls each. This is {whose} variational bound, an upper "
             "bound on the negative log-likelihood of the data: lower is better."
         )
@@ -282,8 +283,15 @@ def _training(pipeline: Any, training: Metrics) -> str:
         split = ", ".join(f"{count} {name}" for name, count in counts.items()) if isinstance(counts, Mapping) else ""
         lines.append(f"Data set: {_linked(data)}" + (f" ({split} images)." if split else "."))
     if train:
-        lines.append(f"{train['steps']} steps in {train['seconds']:.0f} s on `{train['device']}`.")
+        kept = train.get("kept_step", train["steps"])
+        best = "" if kept == train["steps"] else f" The network is that of step {kept}, the best validation's."
+        lines.append(f"{train['steps']} steps in {train['seconds']:.0f} s on `{train['device']}`.{best}")
     options = {key: value for key, value in training.get("options", {}).items() if value not in (None, [])}
+    if options.get("label_dropout"):
+        lines.append(
+            f"A share of {options['label_dropout']} of the labels was replaced by {pipeline.num_classes - 1}, which "
+            "stands for no class: `guidance_scale` above 1 guides samples to theirs."
+        )
     if options:
         rows = [[f"`{key}`", f"`{_plain(value)}`"] for key, value in sorted(options.items())]
         table = markdown_table(("option", "value"), rows)

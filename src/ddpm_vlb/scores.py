@@ -4,28 +4,24 @@ r"""Scores of images, mergeable and savable, and the estimate of a data set's bo
 2. noise standard error: from the variances of the images' estimates given the image. Image standard error: from the
    spread between images, less the part that noise explains. The two are independent; their squares add.
 3. the L_t curve: at each step the mean over all draws there; images are the independent units of its error
-4. two estimates of the same images with the same draws are compared image by image: the mean of the differences, and
-   their spread over the root of the number of images
+4. two estimates of the same images are compared image by image: the mean of the differences, their spread over the
+   root of the number of images, and Student's t of the two; common draws make the spread small
 
 Sources: Owen 2013, "Monte Carlo theory", chapters 2 and 8.6 (common random numbers); Cochran 1977, "Sampling
-techniques", sections 2.11 and 10.4.
+techniques", sections 2.11 and 10.4; Student 1908, "The probable error of a mean".
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .identities import Identity, unpaired
+from .students_t import two_sided
 
-class Identity(NamedTuple):
-    """What two estimates must share to be subtracted: `VLBScores` has its `positions`, `images` and `draws`."""
-
-    positions: Tensor
-    images: Tensor
-    draws: Tensor
+SURE = 0.05  # what is less likely between equals is told
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +41,9 @@ class VLBScores:
         calls: network calls for each image.
         images: digests of the images themselves, (N,), int64.
         draws: digests of the seed, of the kind and number of draws, and of the pilot, a row for each sweep, (S, 3).
-        loss: of a training loss, not of the bound.
+        chain: a digest of the chain.
+        levels: of the data, whose bins the bound is of; 0: a density.
+        loss: name of the training loss; "" of the bound.
     """
 
     positions: Tensor
@@ -58,10 +56,17 @@ class VLBScores:
     calls: int
     images: Tensor
     draws: Tensor
-    loss: bool = False
+    chain: int = 0
+    levels: int = 0
+    loss: str = ""
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def identity(self) -> Identity:
+        """What they are compared by."""
+        return Identity(*(getattr(self, name) for name in Identity._fields))
 
     @classmethod
     def merge(cls, parts: Sequence["VLBScores"]) -> "VLBScores":
@@ -75,10 +80,10 @@ class VLBScores:
         """
         if not parts:
             raise ValueError("There are no scores to merge: no images were scored.")
-        kinds = {(own.dims, own.calls, own.curve.shape, own.loss, str(own.draws.tolist())) for own in parts}
-        if len(kinds) > 1:
+        if len({(own.calls, str(own.draws.tolist()), *_kind(own)) for own in parts}) > 1:
             raise ValueError(
-                "The scores to merge differ in image size, network calls, chain or draws: they are of other runs."
+                "The scores to merge differ in image size, network calls, chain, levels, loss or draws: they are of "
+                "other runs."
             )
         positions = torch.cat([part.positions for part in parts])
         order = positions.argsort()
@@ -101,15 +106,15 @@ class VLBScores:
             sweeps: merged scores of independent sweeps over the same images.
 
         Raises:
-            ValueError: no sweeps, or sweeps that scored different images.
+            ValueError: no sweeps, or sweeps that scored different images, or other than the same bound or loss.
         """
         if not sweeps:
             raise ValueError("There are no sweeps to combine.")
         same = [(own.positions.tolist(), own.images.tolist()) for own in sweeps]
         if any(own != same[0] for own in same):
             raise ValueError("The sweeps to combine scored different images.")
-        if len({(sweep.dims, sweep.curve.shape) for sweep in sweeps}) > 1:
-            raise ValueError("The sweeps to combine differ in image size or chain.")
+        if len(set(map(_kind, sweeps))) > 1:
+            raise ValueError("The sweeps to combine differ in image size, chain, levels or loss.")
         calls = sum(sweep.calls for sweep in sweeps)
         shares = [sweep.calls / calls for sweep in sweeps]
         kl, decoder = (
@@ -128,10 +133,13 @@ class VLBScores:
             second: the second draw's scores.
 
         Raises:
-            ValueError: it is of images that are not among these, or these are not in order.
+            ValueError: it is of images that are not among these, or these are not in order, or not of the same bound
+                or loss.
         """
         where = torch.searchsorted(self.positions, second.positions).clamp(max=len(self) - 1)
-        if not torch.equal(self.positions[where], second.positions):
+        if _kind(self) != _kind(second):
+            raise ValueError("The second draw differs in image size, chain, levels or loss.")
+        if any(not torch.equal(own[where], its) for own, its in zip(self.identity[:2], second.identity[:2])):
             raise ValueError("The second draw is of images that are not among the scored ones (in order of position).")
         gap = (self.kl + self.decoder)[where] - second.kl - second.decoder
         return replace(self, noise_variance=self.noise_variance.index_put((where,), gap.square() / 2))
@@ -156,13 +164,15 @@ class VLBScores:
             network_calls_per_image=self.calls,
             term_mean=mean * per_step,
             term_se=error * per_step,
-            unit="of the loss" if self.loss else "bits/dim",
-            identity=Identity(self.positions, self.images, self.draws),
+            unit=f"of {self.loss}" if self.loss else "bits/dim",
+            identity=self.identity,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything as tensors, to be saved."""
-        return {f.name: torch.as_tensor(getattr(self, f.name)) for f in fields(self)}
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        name = torch.tensor(list(self.loss.encode()), dtype=torch.uint8)
+        return {key: torch.as_tensor(value) for key, value in {**state, "loss": name}.items()}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "VLBScores":
@@ -170,16 +180,25 @@ class VLBScores:
 
         Args:
             state: what `state_dict` returned.
+
+        Raises:
+            ValueError: of an earlier version, which did not save all that a difference asks for.
         """
-        numbers = {"dims": int(state["dims"]), "calls": int(state["calls"]), "loss": bool(state["loss"])}
-        return cls(**{**state, **numbers})  # type: ignore[arg-type]
+        missing = [f.name for f in fields(cls) if f.name not in state]
+        if missing:
+            raise ValueError(
+                f"The saved scores must have {missing}, which those of an earlier version lack: score the images anew."
+            )
+        numbers = {name: int(state[name]) for name in ("dims", "calls", "chain", "levels")}
+        return cls(**{**state, **numbers, "loss": bytes(state["loss"].tolist()).decode()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
 class VLBEstimate:
     """An estimate of the bound over a data set, in bits/dim (of density, where the decoder is continuous).
 
-    `first - second` is the `VLBDifference` of two that share their images and draws.
+    `first - second` is the `VLBDifference` of two bounds, or of the same loss twice, of the same images; with the same
+    draws, which two chains cannot have.
 
     Args:
         bits_per_dim: the estimate, the mean over images.
@@ -196,8 +215,8 @@ class VLBEstimate:
         term_mean: mean L_t at each chain index, NaN where none was drawn, (T,).
         term_se: its standard error from t, noise and images, NaN where fewer than two images were drawn, (T,).
         also: the estimates of the further reverse processes and losses, in their order.
-        unit: "bits/dim", or "of the loss", whose numbers are its own: `bits_per_dim` its mean over t, `term_mean` the
-            loss at each t.
+        unit: "bits/dim", or "of " a loss by name, whose numbers are its own: `bits_per_dim` its mean over t,
+            `term_mean` the loss at each t.
         identity: what it is an estimate of, and with which draws.
     """
 
@@ -222,8 +241,11 @@ class VLBEstimate:
         return f"{value} +- {noise} (noise) +- {images} (images) {self.unit}, {self.num_images} images"
 
     def __sub__(self, other: "VLBEstimate") -> "VLBDifference":
-        """This one less another of the same images and draws: negative where this one is the better."""
-        reason = _unpaired(self, other)
+        """This one less another of the same images: negative where this one is the better."""
+        if self.identity is None or other.identity is None:
+            reason: str | None = "an identity, which one made by hand lacks: take those of `VLBScores.estimate`"
+        else:
+            reason = unpaired(self.identity, other.identity)
         if reason is not None:
             raise ValueError(f"`first - second` must be of estimates with {reason}.")
         gap = self.per_image - other.per_image
@@ -237,7 +259,12 @@ class VLBEstimate:
 
     @property
     def nats_per_dim(self) -> float:
-        """The estimate in nats/dim, the unit for the density of continuous data."""
+        """The estimate of a bound in nats/dim, the unit for the density of continuous data; a loss has none."""
+        if self.unit != "bits/dim":
+            raise ValueError(
+                f"`nats_per_dim` must be of a bound, but this estimate is {self.unit}: its mean is `bits_per_dim`, in "
+                "the loss's own unit."
+            )
         return self.bits_per_dim * math.log(2)
 
 
@@ -262,9 +289,16 @@ class VLBDifference:
     unit: str = "bits/dim"
 
     @property
+    def p_value(self) -> float:
+        """How likely two equals differ by as much, either way: Student's t, N - 1 degrees; NaN for one image."""
+        gap = abs(self.bits_per_dim)
+        t = 0.0 if gap == 0 else gap / self.se if self.se else math.inf
+        return two_sided(t, len(self.per_image) - 1)
+
+    @property
     def verdict(self) -> str:
-        """Of the first: "better" or "worse" where 0 is beyond two standard errors, else "cannot be told"."""
-        if abs(self.bits_per_dim) > 2 * self.se:
+        """Of the first: "better" or "worse" where `p_value` is below 0.05, else "cannot be told"."""
+        if self.p_value < SURE:
             return "better" if self.bits_per_dim < 0 else "worse"
         return "cannot be told"
 
@@ -278,29 +312,9 @@ def _places(error: float) -> int:
     return max(3, 1 - math.floor(math.log10(error))) if 0 < error < math.inf else 3
 
 
-def _unpaired(first: VLBEstimate, second: VLBEstimate) -> str | None:
-    """What two estimates lack to be subtracted, and what to do; None where they lack nothing."""
-    a, b = first.identity, second.identity
-    if first.unit != second.unit:
-        return f"one unit, but are {first.unit} and {second.unit}: subtract bounds from bounds, and losses from losses"
-    if a is None or b is None:
-        return "an identity, which a `VLBEstimate` made by hand lacks: take those of `VLBScores.estimate`"
-    if not torch.equal(a.images, b.images):
-        return (
-            f"the same images in the same order, but theirs differ ({len(a.images)} and {len(b.images)} images): "
-            "score both on the same"
-        )
-    if not torch.equal(a.positions, b.positions):
-        return "the same positions of the images, which decide their draws, but theirs differ: count both alike"
-    remedies = {
-        "seed": "give both the same `seed`, and as many sweeps",
-        "draws": "give both the same `estimator`, `calls_per_image` and `num_replicates`",
-        "pilot": "fit one and give it to both, `pilot=pilot`",
-    }
-    for i, (name, remedy) in enumerate(remedies.items()):
-        if not torch.equal(a.draws[:, i], b.draws[:, i]):
-            return f"the same {name}, but theirs differ: {remedy}"
-    return None
+def _kind(own: VLBScores) -> tuple[object, ...]:
+    """What scores of one thing have in common."""
+    return own.dims, own.curve.shape, own.chain, own.levels, own.loss
 
 
 Scores = tuple[VLBScores, ...]
@@ -311,14 +325,15 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
     """`VLBScores.merge` for each reverse process.
 
     Args:
-        parts: what `VLBEstimator.score` returned for different images.
+        parts: what `VLBEstimator.score` returned for different images, or `Validation.score` for none.
 
     Raises:
         ValueError: as `VLBScores.merge`.
     """
+    parts = [own for own in parts if own]  # a process that had no image has none
     if not parts:
         raise ValueError("There are no scores to merge: no images were scored.")
-    return tuple(VLBScores.merge(own) for own in zip(*parts))
+    return tuple(VLBScores.merge(own) for own in zip(*parts, strict=True))
 
 
 def compacted(parts: list[Scores], limit: int = 32) -> list[Scores]:

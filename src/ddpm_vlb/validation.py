@@ -4,14 +4,14 @@ r"""Validation that decides: one estimate of the bound after another, as a netwo
    is the networks, but for a noise that is common to both and cancels
 2. the difference's standard error is that of the images' differences (`VLBDifference`)
 3. the best so far is the lowest estimate, with common draws the one that no other is better than by the paired mean;
-   *surely* better is another thing: its difference is beyond two paired standard errors
+   *surely* better is another thing: its difference is too large, beside its error, for two equals
 
 Sources: Owen 2013, "Monte Carlo theory", section 8.6 (common random numbers); the estimator's own.
 """
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .checks import Conditioning, Model, check_conditioning, check_data
 from .estimation import VLBEstimator
 from .evaluation import Loss, enough_replicates, rows_of
+from .identities import unpaired
 from .pilot import Pilot, fit_pilot, pilot_positions
 from .reverse_process import ReverseProcess
 from .scores import Scores, VLBEstimate, VLBScores, compacted, estimate_from_scores, merge_scores
@@ -44,7 +45,8 @@ class Validation:
         calls_per_image: network calls for each image and validation, at least 2.
         seed: with an image's position it determines its draws.
         conditioning: the network's further arguments by name, each a tensor of N rows.
-        pilot: from `fit_pilot`, best of training images; None fits one at the first call, to these images.
+        pilot: from `fit_pilot`, best of training images, or a tensor of p_t; None fits one at the first call, to these
+            images.
         term: a training loss, loss(reverse, model_output, diffused) -> (B,), such as `simple_loss`: the estimates are
             then of its mean over all t, and so is what they decide; their `also` has the bound, of the same calls.
 
@@ -61,13 +63,14 @@ class Validation:
         calls_per_image: int = 8,
         seed: int = 0,
         conditioning: Conditioning | None = None,
-        pilot: Pilot | None = None,
+        pilot: Pilot | Tensor | None = None,
         term: Loss | None = None,
     ):
         check_data(images, reverse.levels)
         check_conditioning(conditioning, len(images))
         self.images, self.reverse, self.conditioning = images, reverse, conditioning
-        self.calls_per_image, self.seed, self.pilot, self.term = calls_per_image, seed, pilot, term
+        self.calls_per_image, self.seed, self.term = calls_per_image, seed, term
+        self.pilot = Pilot(pilot) if isinstance(pilot, Tensor) else pilot
         self.num_replicates = enough_replicates(calls_per_image, len(images))
         self.history: dict[Label, VLBEstimate] = {}
         self._scores: dict[Label, Scores] = {}
@@ -107,7 +110,8 @@ class Validation:
         Args:
             model: the network, called as model(x_t, timesteps, **conditioning); returns a tensor or an object with
                 `.sample`.
-            positions: of the images, at least one; None for all.
+            positions: of the images; None for all. Of none, where there are more processes than images, nothing comes,
+                which `merge_scores` takes.
 
         Raises:
             ValueError: as `VLBEstimator`.
@@ -115,10 +119,10 @@ class Validation:
         """
         if self.pilot is None:
             self.pilot = self.fit(model)
-        scorer = VLBEstimator(
-            model, self.reverse, self.pilot, self.calls_per_image, self.num_replicates, self.seed, also=self._also
-        )
+        scorer = self._scorer(model)
         chosen = torch.tensor(list(range(len(self)) if positions is None else positions), dtype=torch.int64)
+        if len(chosen) == 0:
+            return ()
         parts = list[Scores]()
         with evaluating(model):
             for own in chosen.split(scorer.images_per_unit(self.images)):
@@ -135,16 +139,16 @@ class Validation:
                 the first free number from that of the estimates.
 
         Raises:
-            ValueError: scores of some images only, or with other draws than the estimates before.
+            ValueError: scores of some images only, or of another validation.
         """
-        if scores[0].positions.tolist() != list(range(len(self))):
+        count = len(scores[0]) if scores else 0
+        if count != len(self):
             raise ValueError(
-                f"`scores` must be of all {len(self)} images, but are of {len(scores[0])}: merge those of all "
-                "processes, `merge_scores`."
+                f"`scores` must be of all {len(self)} images, but are of {count}: merge those of all processes, "
+                "`merge_scores`."
             )
+        self._check("scores", [scores])
         estimate = self._estimate(scores)
-        for earlier in list(self.history.values())[:1]:
-            _ = estimate - earlier  # refuses one that cannot be compared
         if label is None:
             label = next(number for number in itertools.count(len(self.history)) if number not in self.history)
         for kept in (self.history, self._scores):  # whose order is that of time
@@ -166,12 +170,43 @@ class Validation:
         """Go on with a saved pilot and history.
 
         Args:
-            state_dict: what `state_dict` returned, of the same images, seed and calls.
+            state_dict: what `state_dict` returned, of the same images, chain, seed, calls and term.
+
+        Raises:
+            ValueError: the state of another validation, whose estimates could not be compared, or of an earlier
+                version.
         """
         pilot, history = state_dict["pilot"], state_dict["history"]
-        self.pilot = Pilot.from_state_dict(pilot) if pilot else None
-        self._scores = {label: tuple(map(VLBScores.from_state_dict, own)) for label, own in history.items()}
-        self.history = {label: self._estimate(own) for label, own in self._scores.items()}
+        scores = {label: tuple(map(VLBScores.from_state_dict, own)) for label, own in history.items()}
+        before, self.pilot = self.pilot, Pilot.from_state_dict(pilot) if pilot else None
+        try:
+            self._check("state_dict", scores.values())
+        except ValueError:
+            self.pilot = before
+            raise
+        self._scores = scores
+        self.history = {label: self._estimate(own) for label, own in scores.items()}
+
+    def _scorer(self, model: Model) -> VLBEstimator:
+        return VLBEstimator(
+            model, self.reverse, self.pilot, self.calls_per_image, self.num_replicates, self.seed, also=self._also
+        )
+
+    def _check(self, name: str, history: Collection[Scores]) -> None:
+        """Refuse scores that are not what `score` would give of another network."""
+        if not history:
+            return
+        own = self._scorer(nn.Identity()).identities(self.images, range(len(self)))  # no network is called
+        for scores in history:
+            losses = [[each.loss for each in several if each.loss] for several in (scores, own)]
+            if losses[0] != losses[1]:
+                reason: str | None = f"the same `term`, but theirs are {losses[0] or None} and {losses[1] or None}"
+            elif scores[0].chain != own[0].chain:
+                reason = "the same chain, but theirs differ"
+            else:
+                reason = next(filter(None, (unpaired(a.identity, b) for a, b in zip(scores, own))), None)
+            if reason is not None:
+                raise ValueError(f"`{name}` must be of a validation with {reason}; or make another `Validation`.")
 
     @property
     def _also(self) -> tuple[Loss, ...]:
@@ -190,10 +225,13 @@ def evaluating(model: Model) -> Iterator[None]:
         model: a module; a function has no mode.
     """
     modes = {layer: layer.training for layer in model.modules()} if isinstance(model, nn.Module) else {}
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module) and any(modes.values()):
         model.eval()
     try:
         yield
     finally:
+        for layer, training in modes.items():  # a layer before its own, which its `train` moves too
+            if layer.training != training:
+                layer.train(training)  # which may do more than note it, as LoRA's that merge
         for layer, training in modes.items():
-            layer.training = training
+            layer.training = training  # of one that two layers have

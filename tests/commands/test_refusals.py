@@ -105,6 +105,7 @@ CHECKPOINTS = [
     ("optimize-timesteps", recorded(train_split=["a"]), "data.json is no record.*'train_split'"),
     ("evaluate", recorded(image_column=None), "data.json is no record.*'image_column'"),
     ("evaluate", recorded(resolution="big"), "data.json is no record.*'resolution'"),
+    ("evaluate", recorded(label_column=3), "data.json is no record.*'label_column'"),
     ("sample-quality", recorded(resolution=8.5), "data.json is no record.*'resolution'"),
     ("optimize-timesteps", recorded(resolution=0), "data.json is no record.*'resolution'"),
     ("evaluate", recorded(levels=1), "data.json is no record.*'levels'"),

@@ -93,6 +93,7 @@ BAD = """
     --ema_max_decay 2
     --dropout -0.1
     --dropout 1.5
+    --label_dropout 1 --class_conditional
     --vlb_weight -1
     --snr_gamma 0 --objective simple
     --seed -1
@@ -167,6 +168,8 @@ IDLE = """
     --dropout 0.1 | --model_config_name_or_path mine
     --ddpm_beta_start 1e-3 | --ddpm_beta_schedule squaredcos_cap_v2
     --ddpm_beta_end 0.03 | --ddpm_beta_schedule laplace
+    --label_column kind | --no-class_conditional
+    --label_dropout 0.1 | --no-class_conditional
     --lr_warmup_steps 10 | --lr_scheduler constant
     --ema_power 0.7 | --no-use_ema
     --logging_dir elsewhere | --logger none

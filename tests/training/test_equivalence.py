@@ -20,7 +20,8 @@ COMBINATIONS = [f"{objective}-{sampler}" for objective in OBJECTIVES for sampler
 # near zero into a whole step: without a warm-up single biases differ by up to 2e-4.
 NETWORK = (
     "--block_out_channels 8 8 --norm_num_groups 4 --ddpm_num_steps 20 --ddpm_num_inference_steps 4 "
-    "--max_train_steps 20 --checkpointing_steps 20 --validation_steps 100 --random_flip"
+    "--max_train_steps 20 --checkpointing_steps 20 --validation_steps 100 --random_flip --class_conditional "
+    "--label_dropout 0.3"
 )
 LAYOUTS = {"one": (1, 16, 1), "accumulated": (1, 8, 2), "two": (2, 8, 1), "four": (2, 4, 2)}  # processes, batch, micro
 
@@ -115,6 +116,7 @@ def test_the_processes_share_one_endless_row(num_images, batch_size, accumulatio
                 rows = own.rows(micro_step)
                 found[step * size + rows.start : step * size + rows.stop] = torch.tensor(next(stream))
     assert found.tolist() == expected
+    assert torch.cat([own.images(step) for step in range(first_step, first_step + steps)]).tolist() == expected
     for epoch in range(3):
         whole = [row.image(position) for position in range(epoch * num_images, (epoch + 1) * num_images)]
         assert sorted(whole) == list(range(num_images))

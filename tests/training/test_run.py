@@ -121,8 +121,8 @@ def test_the_average_is_what_is_saved(tmp_path, few):
 
 
 OTHER_NETWORKS = [
-    ({"num_class_embeds": 10}, "takes classes"),
-    ({"class_embed_type": "timestep"}, "takes classes"),
+    ({"num_class_embeds": 10}, "takes classes.*give --class_conditional"),
+    ({"class_embed_type": "timestep"}, "takes embeddings of classes"),
     ({"_class_name": "UNet1DModel"}, "is of a UNet1DModel"),
     ({"_class_name": "UNet2DConditionModel"}, "is of a UNet2DConditionModel"),
     ({"in_channels": 3}, "has 3 input and 2 output channels.*need 1 and 2"),

@@ -60,7 +60,9 @@ def trained(run, steps):
     return known
 
 
-@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb", "hybrid --path flow"])
+@pytest.mark.parametrize(
+    "objective", ["simple", "hybrid", "vlb --class_conditional --label_dropout 0.5", "hybrid --path flow"]
+)
 def test_a_step_waits_for_nothing(tmp_path, few, monkeypatch, objective):
     """Nor does one that is not finite: the device skips it, the host hears of it one step later; all as on the CPU."""
     monkeypatch.setattr(recipe, "loss_terms", terms_of(recipe.loss_terms))
@@ -98,7 +100,9 @@ def test_reading_late_changes_nothing(tmp_path, few, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb", "hybrid --path flow"])
+@pytest.mark.parametrize(
+    "objective", ["simple", "hybrid", "vlb", "vlb --class_conditional --path edm", "hybrid --path flow"]
+)
 def test_the_loss_is_compiled_with_the_network(tmp_path, few, monkeypatch, objective):
     """Under --compile both are one graph, the same for every step, in a run that has called nothing before."""
     run = only_train(tmp_path, f"--max_train_steps 1 --objective {objective} --logger none", *few)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,11 @@ from reliability_support import (
     send,
     within_step,
 )
+from training_support import checkpoint_weights, same_weights
 
 from ddpm_vlb.commands import train
 from ddpm_vlb.runtime.stopping import leave
+from ddpm_vlb.training import scores as training_scores
 
 STEPS = 20
 # With a history of losses that is full before step 13, and dropout, which each process draws for itself.
@@ -157,6 +160,42 @@ def test_two_are_killed_while_a_checkpoint_is_written(tmp_path, few, straight, l
     assert f"Resuming from {tmp_path / 'checkpoint-5'}." in ran(tmp_path, OPTIONS, RESUME, *few)
     assert not names(tmp_path, ".checkpoint-*")
     check_both(tmp_path / f"checkpoint-{STEPS}", straight / f"checkpoint-{STEPS}")
+
+
+def offset_scores(offsets):
+    """A hook: nats that are added to the scores of a step's validation."""
+    own = training_scores.Scoring.sweep
+
+    def sweep(self, *args, **options):
+        offset = offsets[self.run.progress.step]
+        return tuple(replace(part, kl=part.kl + offset) for part in own(self, *args, **options))
+
+    training_scores.Scoring.sweep = sweep
+
+
+def keep_and_leave():
+    """A hook: in place of the final scores, the network that is kept, as each process has it."""
+
+    def finish(run):
+        network = training_scores.network_to_keep(run).state_dict()
+        torch.save(
+            (run.record(ended=True)["train"]["kept_step"], network), run.folder / f"{run.accelerator.process_index}.pt"
+        )
+        leave(run.accelerator)
+
+    train.finish = finish
+
+
+@pytest.mark.slow
+def test_two_processes_keep_one_best_network(tmp_path, few):
+    """--patience on two, the second of which has no validation images to score: they end and keep alike."""
+    hooks = [functools.partial(offset_scores, {2: 0, 4: -5, 6: 50, 8: 60}), keep_and_leave]
+    options = "--max_train_steps 20 --validation_steps 2 --checkpointing_steps 2 --validation_calls 4 --no-use_ema"
+    said = ran(tmp_path, f"{options} --patience 2", *few, hooks=(hooks, hooks))
+    assert "--patience 2: so many validations in a row, up to step 8" in said and "step 4 is kept" in said
+    for rank in range(2):
+        step, network = torch.load(tmp_path / f"{rank}.pt")
+        assert step == 4 and same_weights(network, checkpoint_weights(tmp_path, 4))
 
 
 # With the launcher

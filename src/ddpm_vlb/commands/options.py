@@ -133,7 +133,9 @@ def add_data_options(parser: argparse.ArgumentParser, verb: str) -> Any:
     data.add_argument(
         "--image_column", help="Column of images, or of arrays (C, H, W); default: data.json's, or image."
     )
-    data.add_argument("--label_column", help="Column of class labels for a class-conditional network; default: label.")
+    data.add_argument(
+        "--label_column", help="Column of labels for a class-conditional network; default: data.json's, or label."
+    )
     data.add_argument("--resolution", type=positive_int, help="Resize and crop images to this size.")
     return data
 

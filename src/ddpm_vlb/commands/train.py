@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
 from diffusers import UNet2DModel
 from torch import Tensor
@@ -21,7 +20,6 @@ from ddpm_vlb.commands.train_options import build_parser, parse_args  # noqa: F4
 from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.runtime.files import MEASURED_FOLDERS, read_json, to_disk, write_json
 from ddpm_vlb.runtime.image_data import ImageData, data_name, load_image_data, named_data
-from ddpm_vlb.runtime.image_sets import Images
 from ddpm_vlb.runtime.launching import (
     check_output_dir,
     check_shared,
@@ -31,43 +29,23 @@ from ddpm_vlb.runtime.launching import (
     refuse_to_replace,
 )
 from ddpm_vlb.runtime.publisher import open_publisher, repair_command
-from ddpm_vlb.runtime.reporting import baselines, plot_samples, plot_vlb_terms
+from ddpm_vlb.runtime.reporting import baselines
 from ddpm_vlb.runtime.staging import describe_folder, stage_result
 from ddpm_vlb.runtime.stopping import MENDABLE, clear_faults, leave, refused
 from ddpm_vlb.scoring.checkpoint import fingerprint_of
 from ddpm_vlb.scoring.report import bound_lines, clips, entry, in_one_line
 from ddpm_vlb.scoring.sweep import Stopped
+from ddpm_vlb.training.pictures import drawn_steps, pictures, sample
 from ddpm_vlb.training.run import Run
 from ddpm_vlb.training.scores import USUAL_CALLS, FinalScores, network_to_keep, score_validation, to_score
 
 Loop = Callable[[Run, Callable[[Run], object]], bool]
-SNAPSHOT_STEPS = 100
 STORED_LATER = ("few_steps_file", "reverse_variance")  # by `ddpm-vlb optimize-timesteps`
 # What a pipeline's folder holds, also of other commands, that belongs to that pipeline alone.
 MEASURED = (
     *("metrics.json", "samples.png", "vlb_terms.png", "data.json", "few_steps.json", "few_steps.png", "chain"),
     *MEASURED_FOLDERS,
 )
-
-
-def sample(run: Run, network: UNet2DModel, num_images: int, steps: int) -> Tensor:
-    """Images (N, C, H, W) in [0, 1], the same for the same seed; raises `Stopped` if the run is asked to stop."""
-
-    def look(pipeline: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        if run.stop.asked():
-            raise Stopped
-        return tensors
-
-    generator = torch.Generator().manual_seed(run.args.seed)
-    images: Any = run.pipeline(network)(
-        num_images,
-        generator=generator,
-        num_inference_steps=steps,
-        output_type="pt",
-        return_dict=False,
-        callback_on_step_end=look,
-    )
-    return images[0].cpu()
 
 
 def validate(run: Run) -> bool:
@@ -84,17 +62,13 @@ def validate(run: Run) -> bool:
     return True
 
 
-def drawn_steps(run: Run) -> int:
-    """Steps of the pictures on the way."""
-    return min(SNAPSHOT_STEPS, run.args.ddpm_num_inference_steps)
-
-
 def tell(run: Run, network: UNet2DModel, estimate: VLBEstimate, images: Tensor) -> None:
     """Print and log a validation, and offer it for upload."""
     step = run.progress.step
     said = f"validation {in_one_line(entry(estimate, clips(run.reverse)))}"
-    tqdm.write(f"step {step}: {said}")
-    logged = {"validation_bits_per_dim": estimate.bits_per_dim, "validation_se": total_se(estimate)}
+    beside, numbers = run.validations.beside_the_best(step)
+    tqdm.write(f"step {step}: {said}{beside}")
+    logged = {"validation_bits_per_dim": estimate.bits_per_dim, "validation_se": total_se(estimate), **numbers}
     run.accelerator.log(logged, step)
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -103,20 +77,12 @@ def tell(run: Run, network: UNet2DModel, estimate: VLBEstimate, images: Tensor) 
         run.publisher.offer(lambda folder: snapshot(run, network, folder, estimate, images), f"Step {step}: {said}")
 
 
-def pictures(estimate: VLBEstimate | None, generated: Tensor, images: Images, folder: Path) -> None:
-    """Draw samples.png, with as many real images, and vlb_terms.png of what was scored."""
-    real = next(images.batches(len(generated))) / 2 + 0.5
-    plot_samples(generated[: len(real)], real, folder / "samples.png")
-    if estimate is not None:
-        plot_vlb_terms(estimate, folder / "vlb_terms.png")
-
-
 def snapshot(run: Run, network: UNet2DModel, folder: Path, estimate: VLBEstimate, images: Tensor) -> None:
     """Write the pipeline as it is now, as it is to be uploaded."""
     assert run.publisher is not None
     pipeline = run.pipeline(network)
     pipeline.save_pretrained(folder, include_code=run.args.hub_include_code)
-    pictures(estimate, images, run.data.validation, folder)
+    pictures(run, estimate, images, run.data.validation, folder)
     metrics = {
         "validation": entry(estimate, clips(run.reverse)),
         "samples": {"num_inference_steps": drawn_steps(run), "seed": run.args.seed},
@@ -183,8 +149,8 @@ def finish(run: Run) -> dict[str, Any] | None:
     images, steps = args.eval_batch_size, args.ddpm_num_inference_steps
     print(f"Sampling {images} images in {steps} steps: --eval_batch_size and --ddpm_num_inference_steps take fewer.")
     generated = sample(run, network, images, steps)
-    pictures(estimate, generated, data.test, folder)
-    metrics = {"samples": {"num_inference_steps": args.ddpm_num_inference_steps, "seed": args.seed}, **run.record()}
+    pictures(run, estimate, generated, data.test, folder)
+    metrics = {"samples": {"num_inference_steps": steps, "seed": args.seed}, **run.record(ended=True)}
     if scores is None or estimate is None:
         metrics = {**{name: kept[name] for name in ("test", "baselines") if name in kept}, **metrics}
     else:
@@ -224,7 +190,9 @@ def report(metrics: dict[str, Any], folder: Path) -> None:
     if test is None:
         print("\nNo test images were scored: `ddpm-vlb evaluate` does it.")
     else:
-        print(f"\nTest bits/dim ({test['num_images']} images, {test['network_calls_per_image']} network calls each):")
+        given = ", given their labels" if "label_column" in metrics["data"] else ""
+        calls = f"{test['network_calls_per_image']} network calls each"
+        print(f"\nTest bits/dim{given} ({test['num_images']} images, {calls}):")
         print("\n".join(bound_lines(test)))
         print("Beside it, codes that anyone has:")
         for name, value in metrics["baselines"].items():
@@ -298,6 +266,7 @@ def load_data(args: argparse.Namespace) -> ImageData:
             args.cache_dir,
             args.levels,
             args.channels,
+            args.label_column if args.class_conditional else None,
         )
         _ = data.train_fingerprint  # now, while a fault of one process ends all
         scored = to_score(len(data.test), args.num_test_images, args.calls_per_image)

@@ -49,6 +49,7 @@ def build_parser() -> Parser:
     data.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
     data.add_argument("--train_data_dir", help="Folder of image files, in place of --dataset_name.")
     data.add_argument("--image_column", default="image", help="Column of images, or of arrays (C, H, W) of levels.")
+    data.add_argument("--label_column", default="label", help="Column of class labels, for --class_conditional.")
     data.add_argument("--train_split", default="train", help="Name of the training split.")
     data.add_argument("--test_split", help="Name of the test split; default: test, validation, or a made one.")
     data.add_argument("--resolution", type=positive_int, help="Resize and crop to this size; default: as they are.")
@@ -69,6 +70,10 @@ def build_parser() -> Parser:
         "--attention_levels", type=not_negative_int, nargs="*", default=[], help="Levels with attention."
     )
     model.add_argument("--dropout", type=fraction, default=0.0, help="Dropout of the ResNet blocks.")
+    model.add_argument("--class_conditional", action=SWITCH, default=False, help="A network that is told the classes.")
+    model.add_argument(
+        "--label_dropout", type=fraction, default=0.0, help="Share of labels that are not told, for guidance."
+    )
 
     process = parser.add_argument_group("diffusion process")
     process.add_argument(
@@ -152,7 +157,7 @@ def build_parser() -> Parser:
     output.add_argument(
         "--patience",
         type=positive_int,
-        help="End after so many validations in a row that are worse than the best; keeps the best.",
+        help="End after so many validations in a row that are surely worse than the best; keeps it.",
     )
     output.add_argument(
         "--checkpointing_steps",
@@ -204,6 +209,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--objective hybrid trains the variance, but --variance_type {args.variance_type} has none")
     if args.objective == "simple" and args.variance_type.startswith("learned"):
         parser.error(f"--objective simple does not train the variance of --variance_type {args.variance_type}")
+    if args.label_dropout == 1:
+        parser.error("--label_dropout 1 tells no label at all: give less, or leave --class_conditional out")
     if args.ddpm_beta_start is not None and args.ddpm_beta_start > args.ddpm_beta_end:
         parser.error(
             f"--ddpm_beta_start {args.ddpm_beta_start} is above --ddpm_beta_end {args.ddpm_beta_end}: noise would fall"
@@ -236,6 +243,7 @@ def _idle(args: argparse.Namespace) -> dict[str, bool]:
     hub = "hub_model_id hub_private_repo hub_include_code hub_license hub_overwrite"
     return {
         "dataset_config_name, without --dataset_name": args.dataset_name is None,
+        "label_column label_dropout, without --class_conditional": not args.class_conditional,
         f"{size} attention_levels dropout, beside --model_config_name_or_path": named,
         f"ddpm_beta_start ddpm_beta_end, on --ddpm_beta_schedule {args.ddpm_beta_schedule}": args.ddpm_beta_schedule
         in ("squaredcos_cap_v2", "laplace"),

@@ -29,6 +29,7 @@ from ddpm_vlb.training.loop import (
     saves,
     skip,
     take_if_finite,
+    told_labels,
     validates,
     weighted_sum,
 )
@@ -43,15 +44,12 @@ def random_flip(x_0: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def draw(run: Run) -> Drawn:
-    """Chain indices t, their weights, and which images are mirrored; each (G,)."""
+    """Chain indices t, their weights, which images are mirrored, and what is told of their classes; each (G,)."""
     count = run.batches.global_batch_size
     generator = torch.Generator().manual_seed(seed_of(run.args.seed, run.progress.step))
     t, weights = run.sampler.sample(count, generator=generator)
     mirrored = torch.rand(count, generator=generator) < (0.5 if run.args.random_flip else 0)
-    drawn = t, weights, mirrored
-    if run.accelerator.device.type == "cuda":  # where a copy from other memory makes the host wait
-        drawn = t.pin_memory(), weights.pin_memory(), mirrored.pin_memory()
-    return Drawn(*drawn)
+    return Drawn(t, weights, mirrored, told_labels(run, generator)).pinned(run.accelerator.device)
 
 
 def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
@@ -72,23 +70,24 @@ def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
     return torch.stack(values, dim=1)
 
 
-def call(run: Run, x_t: Tensor, diffused: Diffused) -> Tensor:
+def call(run: Run, x_t: Tensor, diffused: Diffused, labels: Tensor | None = None) -> Tensor:
     """The network's call and the terms of its loss, (B, terms): one graph under --compile."""
-    return loss_terms(run, run.network(x_t, run.reverse.forward.timesteps[diffused.t]), diffused)
+    told = {} if labels is None else {"class_labels": labels}
+    return loss_terms(run, run.network(x_t, run.reverse.forward.timesteps[diffused.t], **told), diffused)
 
 
 def train_batch(run: Run, x_0: Tensor, micro_step: int, drawn: Drawn) -> Tensor:
     """Forward and backward of one micro batch; returns the values of the loss's terms, (B, terms)."""
     device, rows = run.accelerator.device, run.batches.rows(micro_step)
     x_0 = x_0.to(device, non_blocking=True)
-    t, weights, mirrored = (value[rows].to(device, non_blocking=True) for value in drawn)
+    t, weights, mirrored, labels = drawn.part(rows, device)
     if run.args.random_flip:
         x_0 = random_flip(x_0, mirrored)
     diffused = run.reverse.forward.diffuse(x_0, t, run.noise.draw(x_0, run.progress.step, rows))
     if run.has_dropout:  # which draws from the global generator
         torch.manual_seed(seed_of(run.args.seed, run.progress.step, "dropout", rows.start))
     order = torch.channels_last if run.args.channels_last else torch.preserve_format
-    terms = compiled(run, call)(run, diffused.x_t.to(run.input_dtype, memory_format=order), diffused)
+    terms = compiled(run, call)(run, diffused.x_t.to(run.input_dtype, memory_format=order), diffused, labels)
     run.accelerator.backward((weights * weighted_sum(run, terms)).mean())
     return terms.detach()
 

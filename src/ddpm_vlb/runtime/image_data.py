@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 import pyarrow
 
+from ddpm_vlb.runtime.class_labels import columns_with_labels, trained_classes
 from ddpm_vlb.runtime.image_sets import Images, layout_of, read_column
 
 HUB_HINT = "Is the name right, can the Hub be reached (HF_ENDPOINT), and may you read it (HF_TOKEN)?"
@@ -38,6 +39,11 @@ class ImageData:
     channels: int
     levels: int
     record: dict[str, Any]
+
+    @property
+    def classes(self) -> int | None:
+        """The number of classes that the labels name; None where no label column was asked for."""
+        return self.record.get("num_classes")
 
     @functools.cached_property
     def train_fingerprint(self) -> str:
@@ -168,6 +174,7 @@ def load_image_data(
     cache_dir: str | None = None,
     levels: int | None = None,
     channels: int | None = None,
+    label_column: str | None = None,
 ) -> ImageData:
     """Load a data set of images and split it.
 
@@ -182,9 +189,10 @@ def load_image_data(
         cache_dir: where `datasets` keeps its files.
         levels: number of levels 0 .. levels - 1 of what is stored; None takes what files and arrays say.
         channels: 1 (grey) or 3 (colour); None looks at the first images.
+        label_column: the column of the images' class labels; None: a network is told none.
 
     Raises:
-        ValueError: no images, an unknown split or column, or an image that cannot be read.
+        ValueError: no images, an unknown split or column, an image that cannot be read, or labels that are no class.
         FileNotFoundError: the data set is not there.
     """
     digits = dataset_name is None and train_data_dir is None
@@ -195,12 +203,19 @@ def load_image_data(
     train, validation, test, test_split = make_splits(splits, image_column, train_split, test_split)
     layout = layout_of(train, image_column, resolution, levels or (17 if digits else None), channels)
     resize = resolution is not None
-    parts = [read_column(part, [image_column], layout, resize) for part in (train, validation, test)]
+    columns, labelled = [image_column], {}
+    if label_column is not None:
+        for part in (train, validation, test):
+            columns = columns_with_labels(part, image_column, label_column)
+        others = {"validation": validation, "test": test}
+        labelled = {"label_column": label_column, "num_classes": trained_classes(train, others, label_column)}
+    parts = [read_column(part, columns, layout, resize) for part in (train, validation, test)]
     record = {
         "dataset_name": dataset_name,
         "dataset_config_name": dataset_config_name,
         "train_data_dir": train_data_dir,
         "image_column": image_column,
+        **labelled,
         "train_split": train_split,
         "test_split": test_split,
         "resolution": resolution,
@@ -228,7 +243,7 @@ def from_record(record: dict[str, Any], cache_dir: str | None = None) -> ImageDa
     names = "dataset_name dataset_config_name train_data_dir image_column train_split test_split resolution".split()
     # A split that was made is made again; it has no name in the data set.
     given = {name: record[name] for name in names}
-    given |= {name: record.get(name) for name in ("levels", "channels")}
+    given |= {name: record.get(name) for name in ("levels", "channels", "label_column")}
     data = load_image_data(**given, cache_dir=cache_dir)
     if data.record["test_fingerprint"] != record["test_fingerprint"]:
         raise ValueError(
@@ -254,8 +269,10 @@ def data_name(record: dict[str, Any]) -> str:
 
 
 def fingerprint(images: Images, limit: int = 512) -> str:
-    """A hash over the number of images and the levels of the first `limit` of them."""
+    """A hash over the number of images, all their labels, and the levels of the first `limit` of them."""
     digest = hashlib.sha256(str(len(images)).encode())
+    if images.label_column is not None:
+        digest.update(images.labels().numpy().tobytes())
     for batch in images.batches(64, limit):
         digest.update(images.raw(batch).tobytes())
     return digest.hexdigest()[:32]

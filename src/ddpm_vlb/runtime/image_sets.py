@@ -3,7 +3,7 @@
 All commands read a column here, so that what one trains on another scores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,11 @@ class Images(torch.utils.data.Dataset):
         layout: of all images.
         resize: resize and crop images of another size; otherwise they are refused.
         standard: what size and mode must agree with, for error messages.
+
+    `label_column` is where `data` has their class labels, None where a network is told none.
     """
+
+    label_column: str | None = None
 
     def __init__(self, data: Any, column: str, layout: Layout, resize: bool, standard: str = "the first one is"):
         self.data, self.column, self.resize, self.standard = data, column, resize, standard
@@ -103,6 +107,17 @@ class Images(torch.utils.data.Dataset):
                 "more levels."
             )
         return torch.from_numpy(np.array(k.transpose(2, 0, 1), order="C")).float() * (2 / (self.levels - 1)) - 1
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Some images x_0 (B, C, *), and by name what else the network is told: `class_labels` (B,), or nothing."""
+        x_0 = torch.stack(self.__getitems__(list(indices)))
+        return x_0, {} if self.label_column is None else {"class_labels": self.labels(indices)}
+
+    def labels(self, indices: Sequence[int] | None = None) -> Tensor:
+        """The class labels of some images, or of all, (B,) int64; only where there is a `label_column`."""
+        column = self.data.select_columns([self.label_column])
+        rows = column[:] if indices is None else column[list(indices)]
+        return torch.tensor(rows[self.label_column], dtype=torch.int64)
 
     def raw(self, x_0: Tensor) -> np.ndarray:
         """A batch of this data as it is stored: integer levels."""
@@ -296,7 +311,7 @@ def _layout_of_arrays(
 def read_column(
     data: datasets.Dataset, columns: list[str], layout: Layout, resize: bool, standard: str = "the first one is"
 ) -> "Arrays | Images":
-    """The first of the columns as images x_0, whatever it holds; the others stay beside it.
+    """The first of the columns as images x_0, whatever it holds, and a second as their labels.
 
     Args:
         data: of one split.
@@ -310,5 +325,8 @@ def read_column(
     """
     if holds_arrays(data, columns[0]):
         shape = (layout.channels, *layout.size)
-        return Arrays(data.select_columns(columns), columns[0], shape, layout.levels, standard)
-    return Images(encoded_images(data, columns), columns[0], layout, resize, standard)
+        images: Images = Arrays(data.select_columns(columns), columns[0], shape, layout.levels, standard)
+    else:
+        images = Images(encoded_images(data, columns), columns[0], layout, resize, standard)
+    images.label_column = next(iter(columns[1:]), None)
+    return images

@@ -56,15 +56,16 @@ def _grid(images: Tensor, columns: int) -> np.ndarray:
     return torch.cat(rows, dim=-2).permute(1, 2, 0).numpy()
 
 
-def plot_samples(generated: Tensor, real: Tensor, path: Path) -> None:
+def plot_samples(generated: Tensor, real: Tensor, path: Path, columns: int | None = None) -> None:
     """Write generated images beside real ones.
 
     Args:
         generated: (N, C, H, W) in [0, 1].
         real: as many real images.
         path: the PNG file to write.
+        columns: images in a row; None makes a square of them.
     """
-    columns = max(1, math.isqrt(len(generated)))
+    columns = columns or max(1, math.isqrt(len(generated)))
     figure = Figure(figsize=(10, 5.4))
     for axis, images, title in zip(figure.subplots(1, 2), (generated, real), ("generated", "real (test images)")):
         axis.imshow(_grid(images.cpu(), columns).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")

@@ -40,7 +40,7 @@ RECORD = """
     dataset_name dataset_config_name train_data_dir image_column train_split test_split resolution test_fingerprint
     num_images
 """.split()
-FORMAT = 5  # of partial results; raise it when their meaning changes
+FORMAT = 6  # of partial results; raise it when their meaning changes
 
 
 def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
@@ -142,6 +142,7 @@ def _wrong_values(record: dict[str, Any]) -> list[str]:
     """The keys of a data.json whose values `ddpm-vlb train` does not write."""
     kinds: dict[str, tuple[type, ...]] = dict.fromkeys(RECORD[:6], (str, NoneType))
     kinds |= {"image_column": (str,), "train_split": (str,), "resolution": (int, NoneType)}
+    kinds |= {"label_column": (str,)} if "label_column" in record else {}
     wrong = [name for name, own in kinds.items() if type(record[name]) not in own]
     if "resolution" not in wrong and record["resolution"] is not None and record["resolution"] < 1:
         wrong.append("resolution")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import torch
 from torch import Tensor
 
 from ddpm_vlb import pilot_positions
+from ddpm_vlb.runtime.class_labels import check_labels, columns_with_labels
 from ddpm_vlb.runtime.image_data import data_name, from_record, load_digits_splits, load_splits, make_splits
 from ddpm_vlb.runtime.image_sets import Arrays, Images, Layout, encoded_images, holds_arrays, layout_of, read_column
 from ddpm_vlb.runtime.stored_images import decode_image
@@ -41,7 +41,6 @@ class ScoringData:
     scored: "Arrays | Images"
     other: "Arrays | Images"
     levels: int | None
-    label_column: str | None
     record: dict[str, Any]
 
     @property
@@ -51,11 +50,7 @@ class ScoringData:
 
     def batch(self, images: "Arrays | Images", indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images x_0 and the network's further arguments for them."""
-        x_0 = torch.stack(images.__getitems__(indices))
-        if self.label_column is None:
-            return x_0, {}
-        labels = images.data.select_columns([self.label_column])[indices][self.label_column]
-        return x_0, {"class_labels": torch.tensor(labels, dtype=torch.int64)}
+        return images.batch(indices)
 
 
 def load_scoring_data(
@@ -83,7 +78,7 @@ def load_scoring_data(
         dataset_name: a Hub name, a local folder or a data file.
         dataset_config_name: its configuration, if it has several.
         image_column: the column of images or arrays; None: the record's, else "image".
-        label_column: the column of class labels, for a class-conditional network.
+        label_column: the column of class labels, for a class-conditional network; None: the record's, else "label".
         resolution: resize and crop images to this square size.
         num_images: score only the first so many.
         cache_dir: where `datasets` keeps its files.
@@ -120,9 +115,10 @@ def load_scoring_data(
     scored = scored.select(range(total))
     if digits and network.levels == 256 and not levels_given:
         network = dataclasses.replace(network, levels=17)
-    columns = [image_column] if network.classes is None else [image_column, _label_column(label_column, scored)]
-    if len(set(columns)) < len(columns):
-        raise ValueError(f"`--image_column` and `--label_column` are both {image_column!r}.")
+    columns = [image_column]
+    if network.classes is not None:
+        label_column = label_column or (recorded or {}).get("label_column") or "label"
+        columns = columns_with_labels(scored, image_column, label_column)
     channels = (recorded or {}).get("channels")
     to_score = _as_images(scored, columns, network, resolution, channels)
     # Of the pilot's split only the images that it takes, spread over it.
@@ -130,7 +126,7 @@ def load_scoring_data(
     images = [to_score, _as_images(other, columns, network, resolution, channels)]
     if network.classes is not None:
         for part in images:
-            _check_labels(part.data[columns[1]], columns[1], network.classes)
+            check_labels(part.data[columns[1]], columns[1], network.classes)
     record = {
         **named,
         "image_column": image_column,
@@ -145,7 +141,7 @@ def load_scoring_data(
         "num_pilot_images": len(images[1]),
         "pilot_fingerprint": _checked(images[1], columns[1:]) if check and pilot else None,
     }
-    return ScoringData(images[0], images[1], network.levels, record["label_column"], record)
+    return ScoringData(images[0], images[1], network.levels, record)
 
 
 def load_image_files(
@@ -217,25 +213,6 @@ def _scored_and_other(parts: Any, split: str, pilot: bool) -> tuple[datasets.Dat
     kept_back = range(0, total, max(RESERVED_SHARE, -(-total // 1024)) if total >= 2 * RESERVED_SHARE else 2)
     scored = sorted(set(range(total)) - set(kept_back))
     return parts[split].select(scored), parts[split].select(kept_back), f"{split} (kept back)"
-
-
-def _label_column(name: str | None, data: datasets.Dataset) -> str:
-    column = name or "label"
-    if column not in data.column_names:
-        raise ValueError(
-            f"The network is class-conditional, but the data set has no column {column!r}; it has "
-            f"{data.column_names}. Name its labels with `--label_column`."
-        )
-    return column
-
-
-def _check_labels(labels: list[Any], column: str, classes: int) -> None:
-    for index, label in enumerate(labels):
-        if not isinstance(label, int) or not 0 <= label < classes:
-            raise ValueError(
-                f"Label {label!r} of image number {index} (column {column!r}) is none of the network's classes 0 .. "
-                f"{classes - 1}."
-            )
 
 
 def _as_images(

@@ -59,6 +59,15 @@ class GlobalBatches(torch.utils.data.Sampler[list[int]]):
         parts = gathered.unflatten(1, (self.accumulation, self.batch_size))
         return parts.transpose(0, 1).flatten(0, 2)
 
+    def images(self, step: int) -> Tensor:
+        """The images of a step's global batch (G,), in its order, on all processes alike."""
+        position, end, parts = step * self.global_batch_size, (step + 1) * self.global_batch_size, list[Tensor]()
+        while position < end:
+            epoch, index = divmod(position, self.num_images)
+            parts.append(self._order(epoch)[index : index + end - position])
+            position += len(parts[-1])
+        return torch.cat(parts)
+
     def __iter__(self) -> Iterator[list[int]]:
         step = self.first_step
         while True:

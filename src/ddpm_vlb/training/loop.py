@@ -34,6 +34,34 @@ class Drawn(NamedTuple):
     t: Tensor
     weights: Tensor
     mirrored: Tensor
+    labels: Tensor | None = None
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Drawn":
+        """The same of tensors that were moved."""
+        labels = None if self.labels is None else move(self.labels)
+        return Drawn(move(self.t), move(self.weights), move(self.mirrored), labels)
+
+    def pinned(self, device: torch.device) -> "Drawn":
+        """In memory from which a copy to the device does not make the host wait."""
+        return self.moved(Tensor.pin_memory) if device.type == "cuda" else self
+
+    def part(self, rows: slice, device: torch.device) -> "Drawn":
+        """That of some images, on its way to the device."""
+        return self.moved(lambda value: value[rows].to(device, non_blocking=True))
+
+
+def told_labels(run: Run, generator: torch.Generator) -> Tensor | None:
+    """The classes of the step's images (G,), which --label_dropout replaces by none at random; None without classes.
+
+    Args:
+        run: the run.
+        generator: of the step.
+    """
+    if run.labels is None:
+        return None
+    labels = run.labels[run.batches.images(run.progress.step)]
+    dropped = torch.rand(len(labels), generator=generator) < run.args.label_dropout
+    return labels.masked_fill(dropped, run.null_label)
 
 
 class Shared(NamedTuple):

@@ -95,10 +95,8 @@ def _of_the_main_process(accelerator: Accelerator, make: Callable[[], Any]) -> A
     return broadcast_object_list([main_first(accelerator, measured, "train", ValueError, OSError)])[0]
 
 
-def chain_network(
-    path: GaussianPath | None, network: torch.nn.Module, device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A network as the chain calls one, (x_t, timesteps) to its output.
+def chain_network(path: GaussianPath | None, network: torch.nn.Module, device: torch.device) -> Callable[..., Tensor]:
+    """A network as the chain calls one, (x_t, timesteps, **conditioning) to its output.
 
     Args:
         path: of the network; None for a chain of betas.
@@ -107,7 +105,7 @@ def chain_network(
     """
     if path is not None:
         return path.network(network).prepare(device)  # a compiled call makes no tables
-    return lambda x_t, timesteps: network(x_t, timesteps).sample
+    return lambda x_t, timesteps, **conditioning: network(x_t, timesteps, **conditioning).sample
 
 
 def drawn_sigmas(args: argparse.Namespace, path: GaussianPath) -> Tensor:

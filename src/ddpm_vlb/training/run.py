@@ -24,6 +24,7 @@ from ddpm_vlb.runtime.stopping import Stop, own_process_group
 from ddpm_vlb.training.average import build_average, full, is_sharded
 from ddpm_vlb.training.checkpoints import Checkpoints, Progress
 from ddpm_vlb.training.global_batches import GlobalBatches, Noise
+from ddpm_vlb.training.networks import build_unet
 from ddpm_vlb.training.paths import (
     build_path,
     build_sampler,
@@ -38,78 +39,6 @@ CHAIN = (
     *("ddpm_num_steps", "ddpm_beta_schedule", "ddpm_beta_start", "ddpm_beta_end", "rescale_betas_zero_snr"),
     *("prediction_type", "variance_type", "path"),
 )
-
-
-def configured_unet(name: str, data: ImageData, out_channels: int) -> UNet2DModel:
-    """The network of a configuration, if it is one that is trained here.
-
-    Args:
-        name: --model_config_name_or_path.
-        data: the images.
-        out_channels: that this data and the variance type need.
-
-    Raises:
-        ValueError: it is no `UNet2DModel`, takes classes, has other channels, or does not take these images.
-    """
-    config, option = dict(UNet2DModel.load_config(name)), f"--model_config_name_or_path {name}"
-    kind = config.get("_class_name", "UNet2DModel")
-    if kind != "UNet2DModel":
-        raise ValueError(f"{option} is of a {kind}, but `ddpm-vlb train` trains a UNet2DModel: give one's config.")
-    if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
-        raise ValueError(
-            f"{option} takes classes (num_class_embeds or class_embed_type), but `ddpm-vlb train` trains without "
-            "labels: leave both out."
-        )
-    x_t = torch.zeros(1, data.channels, *data.size, device="meta")
-    try:
-        with torch.device("meta"):  # shapes alone
-            empty = UNet2DModel.from_config(config)
-        channels = empty.config.in_channels, empty.config.out_channels
-        shape = empty(x_t, x_t.new_zeros(1)).sample.shape if channels[0] == data.channels else None
-    except Exception as error:  # whatever diffusers and torch say of values that make no network
-        raise ValueError(
-            f"{option} makes no network of images of {data.size[0]} x {data.size[1]}: {str(error)[:300]}"
-        ) from error
-    if channels != (data.channels, out_channels):
-        raise ValueError(
-            f"{option} has {channels[0]} input and {channels[1]} output channels, but this data and variance type "
-            f"need {data.channels} and {out_channels}."
-        )
-    if shape != (1, out_channels, *data.size):
-        raise ValueError(f"{option} makes {tuple(shape or ())[2:]} of images of {data.size}: give a fitting config.")
-    return UNet2DModel.from_config(config)
-
-
-def build_unet(args: argparse.Namespace, data: ImageData) -> UNet2DModel:
-    """The network: the mean's channels, and as many again for a learned variance."""
-    out_channels = data.channels * (2 if args.variance_type.startswith("learned") else 1)
-    if args.model_config_name_or_path is not None:
-        return configured_unet(args.model_config_name_or_path, data, out_channels)
-    depth = len(args.block_out_channels)
-    factor = 2 ** (depth - 1)
-    if any(side % factor for side in data.size):
-        raise ValueError(
-            f"A U-Net of {depth} levels needs image sides that {factor} divides, but they are {data.size}. Give fewer "
-            "--block_out_channels, or a fitting --resolution."
-        )
-    for level in args.attention_levels:
-        if level >= depth:
-            raise ValueError(f"--attention_levels {level} is not below the {depth} levels of --block_out_channels.")
-    if any(width % args.norm_num_groups for width in args.block_out_channels):
-        raise ValueError(f"--norm_num_groups {args.norm_num_groups} must divide all of {args.block_out_channels}.")
-    attention = [level in args.attention_levels for level in range(depth)]
-    return UNet2DModel(
-        sample_size=data.size[0] if data.size[0] == data.size[1] else data.size,
-        in_channels=data.channels,
-        out_channels=out_channels,
-        block_out_channels=tuple(args.block_out_channels),
-        layers_per_block=args.layers_per_block,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-        norm_num_groups=args.norm_num_groups,
-        add_attention=any(attention),
-        dropout=args.dropout,
-    )
 
 
 def build_parts(
@@ -161,8 +90,9 @@ def term_weights(args: argparse.Namespace) -> dict[str, float]:
 class Run:
     """What the parts of a training run share, and what a recipe finds on `run`.
 
-    `args`, the options; `accelerator`; `data`, the training, validation and test images; `scheduler`, the chain, and
-    its `reverse` (p; `reverse.forward` is q); `path`, that of another --path than ddpm, or None, and `stock`, the
+    `args`, the options; `accelerator`; `data`, the training, validation and test images; `labels`, the training
+    images' classes (N,), or None, and `null_label`, that of no class under --label_dropout; `scheduler`, the chain,
+    and its `reverse` (p; `reverse.forward` is q); `path`, that of another --path than ddpm, or None, and `stock`, the
     scheduler that is saved with it; `sampler` of t; `unet`, `optimizer` and `lr_scheduler`, as Accelerate prepares
     them; `network`, `unet` as the chain calls it; `simple_weights`, of L_simple at each step; `ema`, the average or
     None; `batches` and `loader`, which images a step takes; `noise`, of single images; `term_weights`, of the loss's
@@ -195,6 +125,8 @@ class Run:
         self.simple_weights = weights_of_simple(args, self.path, self.reverse)
         self.sampler = build_sampler(args, self.reverse, self.path, data.train, accelerator)
         self.network_config = unet.config
+        self.labels = None if data.classes is None else data.train.labels()
+        self.null_label = (unet.config.num_class_embeds or 0) - 1  # the last, as the pipeline's guidance has it
         self.has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())
         self.batches = GlobalBatches(
             len(data.train),
@@ -224,7 +156,9 @@ class Run:
         stateful: list[Any] = [self.progress] + ([] if self.ema is None else [self.ema])
         if isinstance(self.sampler, LossSecondMomentTimesteps):
             stateful.append(self.sampler)
-        self.validations = Validations(data.validation, self.reverse, args.validation_calls, args.seed, args.keep_best)
+        self.validations = Validations(
+            data.validation, self.reverse, args.validation_calls, args.seed, args.keep_best, args.patience
+        )
         stateful.append(self.validations)
         accelerator.register_for_checkpointing(*stateful)
         prepare = None if self.ema is None else self.ema.gather
@@ -275,11 +209,11 @@ class Run:
     def heed_patience(self) -> None:
         """End the run with this step after --patience validations that were surely worse than the best."""
         step, best = self.progress.step, self.validations.so_far.best
-        if step < self.max_steps and self.validations.exhausted(self.args.patience):
+        if step < self.max_steps and self.validations.exhausted():
             self.max_steps = step
             self.accelerator.print(
                 f"--patience {self.args.patience}: so many validations in a row, up to step {step}, are worse than "
-                f"that of step {best} by over two standard errors. The training ends; a larger --patience goes on."
+                f"that of step {best}, and not by luck. The training ends; a larger --patience goes on."
             )
 
     def averaged_network(self) -> UNet2DModel:
@@ -302,13 +236,17 @@ class Run:
         pipeline.set_progress_bar_config(desc="Sampling", leave=False)
         return pipeline
 
-    def record(self) -> dict[str, Any]:
-        """What metrics.json says of the training."""
+    def record(self, ended: bool = False) -> dict[str, Any]:
+        """What metrics.json says of the training.
+
+        Args:
+            ended: the network is the one that is kept, no snapshot of a step.
+        """
         return {
             "train": {
                 "seconds": self.progress.seconds,
                 "steps": self.progress.step,
-                **({"kept_step": self.validations.so_far.best} if self.args.keep_best else {}),
+                **({"kept_step": self.validations.so_far.best} if ended and self.args.keep_best else {}),
                 "skipped_steps": self.progress.skipped,
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device),

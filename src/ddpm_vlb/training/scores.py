@@ -30,6 +30,7 @@ from ddpm_vlb.scoring.report import both_clippings
 from ddpm_vlb.scoring.sweep import PartialScores, run_sweep, shared
 from ddpm_vlb.training.paths import chain_network
 from ddpm_vlb.training.run import Run
+from ddpm_vlb.training.validations import spread
 
 MOST_CALLS = 2**14  # network calls for the test images, unless their number is given
 PILOT_CALLS = 1024  # of `fit_pilot`
@@ -60,8 +61,7 @@ def to_score(total: int, asked: int | None, calls_per_image: int | None) -> list
     """
     if asked is not None:
         return list(range(min(asked, total)))
-    count = min(total, max(2, MOST_CALLS // (calls_per_image or USUAL_CALLS)))
-    return [i * total // count for i in range(count)]
+    return spread(total, max(2, MOST_CALLS // (calls_per_image or USUAL_CALLS)))
 
 
 class Scoring:
@@ -81,32 +81,33 @@ class Scoring:
         self.calls, self.what = calls_per_image, what
         self.processes = both_clippings(run.reverse)
 
-    def model(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+    def model(self, x_t: Tensor, timesteps: Tensor, **conditioning: Tensor) -> Tensor:
         """The network, under the run's mixed precision."""
         with self.run.accelerator.autocast():
-            return self._of_the_chain(x_t, timesteps).float()
+            return self._of_the_chain(x_t, timesteps, **conditioning).float()
 
     def batch(self, positions: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images to score."""
-        return torch.stack(self.images.__getitems__(list(positions))), {}
+        """Images to score, and their classes if the network is told them."""
+        return self.images.batch(positions)
 
     def seconds(self, calls: int) -> float:
         """What so many network calls take on all processes, by one batch of them, timed after another."""
-        x_0, device = self.batch([0])[0], self.run.accelerator.device
+        (x_0, told), device = self.batch([0]), self.run.accelerator.device
         pairs = max(1, values_in_a_call(None, device) // x_0[0].numel())
         x_t = x_0[:1].to(device).expand(pairs, *x_0.shape[1:])
+        told = {name: value.to(device).expand(pairs) for name, value in told.items()}
         for _ in range(2):
             started = time.perf_counter()
             with torch.no_grad():
-                self.model(x_t, torch.zeros(pairs, dtype=torch.long, device=device)).sum().item()
+                self.model(x_t, torch.zeros(pairs, dtype=torch.long, device=device), **told).sum().item()
         return (time.perf_counter() - started) * calls / pairs / self.run.accelerator.num_processes
 
     def pilot(self) -> Pilot:
         """One of training images."""
         train, dims = self.run.data.train, self.batch([0])[0].numel()
-        x_0 = torch.stack(train.__getitems__(pilot_positions(len(train), dims)))
+        x_0, told = train.batch(pilot_positions(len(train), dims))
         reverse, other = self.processes
-        return fit_pilot(self.model, reverse, x_0, seed=self.run.args.seed, also=[other])
+        return fit_pilot(self.model, reverse, x_0, seed=self.run.args.seed, conditioning=told, also=[other])
 
     def sweep(
         self, pilot: Pilot, store: PartialScores | None = None, number: int = 0, calls: int | None = None
@@ -143,7 +144,7 @@ class Scoring:
 
 
 def score_validation(run: Run, network: torch.nn.Module) -> VLBEstimate:
-    """The bound of the first 64 validation images, which may end the run: --patience.
+    """The bound of 64 validation images, which may end the run: --patience.
 
     Args:
         run: the run.
@@ -153,7 +154,7 @@ def score_validation(run: Run, network: torch.nn.Module) -> VLBEstimate:
         Stopped: the run was asked to stop.
     """
     validations = run.validations
-    images = selected(run.data.validation, range(len(validations.so_far)))
+    images = selected(run.data.validation, validations.positions)
     scoring = Scoring(run, network, images, run.args.validation_calls, "validation images")
     if validations.so_far.pilot is None:  # of an earlier network it is as unbiased, and little less precise
         validations.so_far.pilot = shared(run.accelerator, scoring.pilot)

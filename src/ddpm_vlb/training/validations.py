@@ -10,10 +10,23 @@ from ddpm_vlb import ReverseProcess, Validation, VLBEstimate, VLBScores
 from ddpm_vlb.runtime.image_sets import Images
 
 MOST_IMAGES = 64
+FEWEST_TO_STOP = 8
+FALSE_STOPS = 0.05
+
+
+def spread(total: int, most: int) -> list[int]:
+    """Positions of at most so many images, evenly over a split, whose first may be of one class.
+
+    Args:
+        total: number of its images.
+        most: how many to take.
+    """
+    count = min(total, most)
+    return [i * total // count for i in range(count)]
 
 
 class Validations:
-    """Of the first validation images; kept in checkpoints, so that a resumed run decides as it would have.
+    """Of some validation images; kept in checkpoints, so that a resumed run decides as it would have.
 
     Args:
         images: of the validation split.
@@ -21,15 +34,33 @@ class Validations:
         calls_per_image: network calls for each image and validation.
         seed: of the run.
         keep_best: keep the weights of the best network.
+        patience: how many validations in a row that are surely worse than the best end the run; None: none do.
 
     Raises:
-        ValueError: too few calls for the error of so few images.
+        ValueError: too few calls for the error of so few images, or too few images to end a run by.
     """
 
-    def __init__(self, images: Images, reverse: ReverseProcess, calls_per_image: int, seed: int, keep_best: bool):
-        x_0 = torch.stack(images.__getitems__(list(range(min(MOST_IMAGES, len(images))))))
-        self.so_far = Validation(x_0, reverse, calls_per_image, seed)
-        self.keep_best = keep_best
+    def __init__(
+        self,
+        images: Images,
+        reverse: ReverseProcess,
+        calls_per_image: int,
+        seed: int,
+        keep_best: bool,
+        patience: int | None = None,
+    ):
+        self.positions = spread(len(images), MOST_IMAGES)
+        if patience is not None and len(images) < FEWEST_TO_STOP:
+            raise ValueError(
+                f"--patience needs at least {FEWEST_TO_STOP} validation images to tell worse from unlucky, but the "
+                f"data has {len(images)}: train without it, or on data with a larger validation split."
+            )
+        x_0 = torch.stack(images.__getitems__(self.positions))
+        try:
+            self.so_far = Validation(x_0, reverse, calls_per_image, seed)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`calls_per_image`", "--validation_calls")) from error
+        self.keep_best, self.patience = keep_best, patience
         self.best_weights: dict[str, Tensor] = {}
 
     def add(self, scores: tuple[VLBScores, ...], step: int, network: torch.nn.Module) -> VLBEstimate:
@@ -45,17 +76,34 @@ class Validations:
             self.best_weights = {name: value.cpu().clone() for name, value in network.state_dict().items()}
         return estimate
 
-    def exhausted(self, patience: int | None) -> bool:
-        """Whether so many validations in a row, the last among them, were surely worse than the best.
+    def exhausted(self) -> bool:
+        """Whether the last validations, as many as the patience, were surely worse than the best.
 
-        Args:
-            patience: how many; None is never.
+        The best of many is a lucky one. So surely is more than a difference's verdict says: 5 % are divided by the
+        square of the number of validations, by all pairs of one that is looked at and one that could be the best.
         """
         history, best = self.so_far.history, self.so_far.best
-        if patience is None or best is None:
+        if self.patience is None or best is None:
             return False
-        latest = ((own - history[best]).verdict for own in reversed(history.values()))
-        return sum(1 for _ in itertools.takewhile(lambda verdict: verdict == "worse", latest)) >= patience
+        unlikely = FALSE_STOPS / len(history) ** 2
+        latest = itertools.islice(reversed(history.values()), self.patience)
+        gaps = [own - history[best] for own in latest]
+        return len(gaps) == self.patience and all(own.bits_per_dim > 0 and own.p_value < unlikely for own in gaps)
+
+    def beside_the_best(self, step: int) -> tuple[str, dict[str, float]]:
+        """By how much a validation is worse than the best before it, in words and for the tracker; of the first, none.
+
+        Args:
+            step: of a validation.
+        """
+        history = self.so_far.history
+        before = list(itertools.takewhile(lambda own: own != step, history))
+        if not before:
+            return "", {}
+        best = min(before, key=lambda own: history[own].bits_per_dim)
+        gap = history[step] - history[best]
+        numbers = {"validation_less_best": gap.bits_per_dim, "validation_less_best_se": gap.se}
+        return f"; less the best before it, of step {best}: {gap}", numbers
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
