@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from networks import tiny_unet
 from path_networks import rewritten
 
-from ddpm_vlb import DDPMVLBScheduler, evaluate_vlb
+from ddpm_vlb import CompressedFile, DDPMVLBScheduler, evaluate_vlb
 from ddpm_vlb.bits_back import whitening
 from ddpm_vlb.compressed_files import Header, read_index
 from ddpm_vlb.compression import BitsBackCodec, compress, decompress
@@ -75,6 +75,19 @@ def test_many_dimensions():
     """Rows of symbols at once."""
     x_0 = images(4, (3, 20, 20), 256, dtype=torch.float32)
     assert same(restored(process(256), x_0)[0].x_0, x_0, 256)
+
+
+def test_each_image_s_bits_are_told(monkeypatch):
+    """But the seeds', by its number in whichever chunk it is; what else is on a chunk's stacks is these seeds'."""
+    monkeypatch.setattr("ddpm_vlb.compression._CHUNK_VALUES", 16 * 20)
+    bits = {}
+    data = restored(process(17), images(40, levels=17), lanes=2, bits=bits.__setitem__)[1]
+    assert set(bits) == {*range(4, 20), *range(24, 40)}
+    file = CompressedFile.read(data)
+    for index, own in enumerate((range(4, 20), range(24, 40))):
+        written = 8 * sum(len(state) + len(words) for state, words in file.chunk(index).stacks)
+        # 64 values of 17 levels, and two stacks' whole words and first draws
+        assert 64 * 2.5 < written - sum(bits[image] for image in own) < 64 * 4.5 + 2 * 96
 
 
 def test_class_labels_and_names_are_stored():

@@ -30,6 +30,7 @@ _MARGIN = 1e-9
 _TRIES = 64
 _CHUNK_VALUES = 2**20  # of pixels: more come near a boundary more often, and a chunk is then made anew
 Progress = Callable[[int], object]
+NetBits = Callable[[int, float], object]
 
 
 class Decompressed(NamedTuple):
@@ -95,6 +96,7 @@ class BitsBackCodec:
         lanes: int | None = None,
         verify: bool = True,
         progress: Progress | None = None,
+        bits: NetBits | None = None,
     ) -> bytes:
         """Images as the bytes of a file.
 
@@ -105,6 +107,7 @@ class BitsBackCodec:
             lanes: how many images the network takes at once; more are faster and take some bytes more.
             verify: decode what was encoded, in batches of another shape, before it is given out.
             progress: called with the number of images done.
+            bits: called with the number of each image but the seeds, and its net bits; again if a chunk is made anew.
 
         Raises:
             ValueError: images off their levels, other conditioning than class labels, names that do not fit, or images
@@ -118,7 +121,7 @@ class BitsBackCodec:
         for start in range(0, len(k), size):
             own = slice(start, start + size)
             told = None if labels is None else labels[own], tuple(names[own]) if names else ()
-            chunk = self.encode(k[own], *told, lanes, verify, _from(start, progress))
+            chunk = self.encode(k[own], *told, lanes, verify, _from(start, progress), _of(start, bits))
             chunks.append((chunk.to_bytes(), chunk.images))
         index = index_of([(len(data), images) for data, images in chunks])
         return b"".join([self.header(k.shape[1:]).to_bytes(), *[data for data, _ in chunks], index])
@@ -189,6 +192,7 @@ class BitsBackCodec:
         lanes: int | None = None,
         verify: bool = True,
         progress: Progress | None = None,
+        bits: NetBits | None = None,
     ) -> Chunk:
         """A chunk of images, again with another whitening where a number came too near to being rounded otherwise.
 
@@ -199,13 +203,14 @@ class BitsBackCodec:
             lanes: likewise.
             verify: likewise.
             progress: likewise.
+            bits: likewise.
 
         Raises:
             ValueError: as of `compress`.
         """
         for nonce in range(_TRIES):
             self.coder.margin = 0.5
-            stacks = self._encoded(k, labels, _lanes(len(k), lanes), nonce, progress)
+            stacks = self._encoded(k, labels, _lanes(len(k), lanes), nonce, progress, bits)
             told = () if labels is None else tuple(labels.tolist())
             parts = tuple(stack.parts() for stack in stacks)
             chunk = Chunk(len(k), _seeds(len(k), len(stacks)), nonce, _crc(k), told, names, parts)
@@ -228,7 +233,13 @@ class BitsBackCodec:
             )
 
     def _encoded(
-        self, k: Integers, labels: Integers | None, lanes: int, nonce: int, progress: Progress | None
+        self,
+        k: Integers,
+        labels: Integers | None,
+        lanes: int,
+        nonce: int,
+        progress: Progress | None,
+        bits: NetBits | None,
     ) -> list[Stack]:
         seeds, size = _seeds(len(k), lanes), math.prod(k.shape[1:])
         stacks = [stack_for(size, _supply(nonce, lane)) for lane in range(lanes)]
@@ -240,7 +251,11 @@ class BitsBackCodec:
             push_seeds(stack, k[:seeds][lane::lanes], levels, counts)
         for own in _rounds(seeds, len(k), lanes):
             whites = whitening(nonce, own, k.shape[1:])
+            before = [] if bits is None else [stack.bits() for stack in stacks]
             self.coder.encode(stacks[: len(own)], k[own], self._told(labels, own), whites)
+            if bits is not None:
+                for image, stack, height in zip(own, stacks, before):
+                    bits(image, stack.bits() - height)
             if progress is not None:
                 progress(own.stop)
         return stacks
@@ -344,6 +359,11 @@ def _labels(conditioning: Conditioning | None, images: int) -> Integers | None:
 def _from(done: int, progress: Progress | None) -> Progress | None:
     """The progress of a part, after so many images of others."""
     return None if progress is None else lambda number: progress(done + number)
+
+
+def _of(done: int, bits: NetBits | None) -> NetBits | None:
+    """What is told of a part, after so many images of others."""
+    return None if bits is None else lambda image, own: bits(done + image, own)
 
 
 def _lanes(images: int, lanes: int | None) -> int:

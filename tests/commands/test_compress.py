@@ -12,6 +12,7 @@ from scoring_support import network, options_for, ours, stock, write_images
 
 from ddpm_vlb import CompressedFile
 from ddpm_vlb.commands import compress, decompress, inspect
+from ddpm_vlb.runtime import reporting
 from ddpm_vlb.runtime.image_data import load_image_data
 
 STEPS = ("--num_inference_steps", 3)
@@ -98,9 +99,16 @@ def test_compressing_again_gives_the_same_file(models, made, tmp_path, monkeypat
 
 
 def test_the_digits_are_numbered(models, tmp_path):
-    """Without images the test split of the digits; the default is 20 steps."""
-    out = tmp_path / "digits.dvlb"
-    run(compress, out, "--model", models["few"], "--num_images", 5, "--no-verify")
+    """Without images the test split of the digits; the default is 20 steps; the picture shows all but the seeds."""
+    out, figures = tmp_path / "digits.dvlb", []
+    where = ("--model", models["few"], "--num_images", 5, "--no-verify", "--plot", tmp_path / "bits.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "save", lambda figure, path: figures.append((figure, path)))
+        numbers = run(compress, out, *where)
+    points = np.array(figures[0][0].axes[0].collections[0].get_offsets())
+    assert figures[0][1] == tmp_path / "bits.png" and len(points) == 2
+    assert np.diff(points).mean() == pytest.approx(numbers["from_bound"], rel=1e-6)
+    assert points[:, 1].mean() == pytest.approx(numbers["net_bits_per_dim"])
     assert CompressedFile.read(out.read_bytes()).header.steps == 20
     run(decompress, out, tmp_path / "out", "--model", models["few"])
     ours = pixels(tmp_path / "out")

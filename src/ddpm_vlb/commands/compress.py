@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddpm_vlb import DDPMVLBScheduler, VLBEstimate
@@ -24,6 +25,7 @@ from ddpm_vlb.commands.options import SWITCH, Parser, add_model_options, add_sco
 from ddpm_vlb.runtime.common_codecs import sizes
 from ddpm_vlb.runtime.files import write_whole
 from ddpm_vlb.runtime.image_sets import as_stored
+from ddpm_vlb.runtime.reporting import plot_net_bits
 from ddpm_vlb.runtime.stopping import refused
 from ddpm_vlb.scoring.checkpoint import load_data, network_shape
 from ddpm_vlb.scoring.codec import (
@@ -57,6 +59,7 @@ def build_parser() -> Parser:
         help="float32 is faster, and read again on this very machine with these settings alone.",
     )
     coder.add_argument("--verify", action=SWITCH, default=True, help="Decode what was encoded before it is written.")
+    coder.add_argument("--plot", type=Path, help="PNG file for a picture of each image's bits against its bound.")
     coder.add_argument("--overwrite", action=SWITCH, default=False, help="Replace OUT.")
     coder.add_argument("--cpu", action=SWITCH, default=False, help="Use the CPU even if there is a GPU.")
     return parser
@@ -67,6 +70,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     of_sets = "dataset_name dataset_config_name split image_column"
+    if args.plot is not None and not args.plot.absolute().parent.is_dir():
+        parser.error(f"--plot {args.plot}: there is no such folder")
     parser.refuse_idle(args, {f"{of_sets}, beside IMAGES": bool(args.images)})
     return args
 
@@ -115,6 +120,20 @@ def describe_steps(scheduler: DDPMVLBScheduler, steps: int, model: str) -> str:
     return f"{steps} steps, {path}" + (advice if path.startswith("spacing") and steps < len(scheduler) else "")
 
 
+def report_net(net: dict[int, float], bound: VLBEstimate, plot: Path | None) -> dict[str, float]:
+    """Print the net bits/dim of the images that the chain coded, and how far from their bounds they are; draw them."""
+    if len(net) < 2:
+        print("  too few images beside the seeds for a net rate or a picture")
+        return {}
+    bits = torch.tensor(list(net.values()), dtype=torch.float64)
+    gap = bits - bound.per_image[list(net)].double()
+    mean, error = float(gap.mean()), float(gap.std()) / len(gap) ** 0.5
+    print(f"  net, without the seeds: {bits.mean():.3f} bits/dim, {mean:+.3f} +- {error:.3f} from their bound")
+    if plot is not None:
+        plot_net_bits(net, bound, plot)
+    return {"net_bits_per_dim": float(bits.mean()), "from_bound": mean, "from_bound_se": error}
+
+
 def report(
     content: bytes, x_0: Tensor, bound: VLBEstimate, others: dict[str, int], what: str, seconds: float
 ) -> dict[str, Any]:
@@ -152,14 +171,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     x_0, conditioning = data.batch(data.scored, list(range(len(data.scored))))
     assert reverse.levels is not None
     check_png(x_0.shape[1:], reverse.levels)
+    net: dict[int, float] = {}
     started = time.perf_counter()
     with coding("Compressing", len(x_0), "Decoding it again" if args.verify else None) as progress:
-        content = codec.compress(x_0, conditioning, names, args.lanes, args.verify, progress)
+        content = codec.compress(x_0, conditioning, names, args.lanes, args.verify, progress, net.__setitem__)
     seconds = time.perf_counter() - started
     write_whole(content, args.out)
     bound = bound_of(pipeline, reverse, x_0, conditioning)
     others = sizes(as_stored(x_0, reverse.levels), reverse.levels)
     numbers = report(content, x_0, bound, others, what, seconds)
+    numbers |= report_net({image: bits / x_0[0].numel() for image, bits in net.items()}, bound, args.plot)
     print(f"  {describe_steps(pipeline.chain, len(reverse.forward), args.model)}")
     print(f"Wrote {args.out}. It is read with --model {args.model} alone: `ddpm-vlb decompress`.")
     return numbers

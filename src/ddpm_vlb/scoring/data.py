@@ -161,9 +161,9 @@ def load_image_files(
     columns = {"image": paths} if labels is None else {"image": paths, "label": labels}
     data = datasets.Dataset.from_dict(columns)
     if labels is not None:
-        _check_labels(data["label"], "label", network.classes or 0)
+        check_labels(labels, "label", network.classes or 0)
     images = _as_images(data, list(columns), network, resolution, None)
-    return ScoringData(images, images, network.levels, "label" if labels is not None else None, {})
+    return ScoringData(images, images, network.levels, {})
 
 
 def _check_effect(
