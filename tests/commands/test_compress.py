@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from processes import reset_accelerate
 from scoring_support import network, options_for, ours, stock, write_images
 
@@ -40,6 +41,12 @@ def pixels(folder):
 def same(first, second):
     """Whether all images are alike, and their names."""
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def digits(number):
+    """The first digits of the test split by the names that they get."""
+    images = load_image_data().test
+    return {f"{i}.png": images.raw(images[i])[0] for i in range(number)}
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +118,7 @@ def test_the_digits_are_numbered(models, tmp_path):
     assert points[:, 1].mean() == pytest.approx(numbers["net_bits_per_dim"])
     assert CompressedFile.read(out.read_bytes()).header.steps == 20
     run(decompress, out, tmp_path / "out", "--model", models["few"])
-    ours = pixels(tmp_path / "out")
-    digits = load_image_data().test
-    assert same(ours, {f"{i}.png": digits.raw(digits[i])[0] for i in range(5)})
+    assert same(pixels(tmp_path / "out"), digits(5))
 
 
 def test_class_labels_come_back(models, tmp_path):
@@ -152,6 +157,17 @@ def test_colour(models, tmp_path):
     run(compress, *files, tmp_path / "c.dvlb", "--model", models["colour"], *STEPS, "--no-verify")
     run(decompress, tmp_path / "c.dvlb", tmp_path / "out", "--model", models["colour"])
     assert same(pixels(tmp_path / "out"), {"a.png": k[0], "b.png": k[1]})
+
+
+def test_a_flow_network(tmp_path):
+    """On the chain of its --ratios, which decompressing must be told too."""
+    DDPMPipeline(network(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "flow")
+    where, ratios = ("--model", tmp_path / "flow"), ("--ratios", 0.05, 50)
+    run(compress, tmp_path / "a.dvlb", *where, *ratios, *STEPS, "--num_images", 4, "--levels", 17)
+    said = refusal(decompress, tmp_path / "a.dvlb", tmp_path / "out", *where)
+    assert "with another chain (of 3 steps and 17 levels) than --model's" in said
+    assert run(decompress, tmp_path / "a.dvlb", tmp_path / "out", *where, *ratios) == 4
+    assert same(pixels(tmp_path / "out"), digits(4))
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@
     ddpm-vlb decompress digits.dvlb out/ --model runs/digits --overwrite
 
 Pixels, names and order are those that went in; images of a data set, which have no names, are numbered. Class labels
-are written to metadata.jsonl, where `ddpm-vlb compress` and `datasets` find them. The steps of the chain are the
-file's own. Where a part of the file is damaged the others are written all the same.
+are written to metadata.jsonl, where `ddpm-vlb compress` and `datasets` find them. The number of steps is the file's own;
+the checkpoint, its stored path of so many steps and --ratios must be as they were. Where a part of the file is damaged
+the others are written all the same.
 """
 
 import json
