@@ -71,6 +71,7 @@ def test_labels_of_either_file(tmp_path):
     [
         ('{"file_name": "b", "label": 3}\n', "has no 'label' of image 'a'"),
         ('{"file_name": "a", "label": "cat"}\n', "labels must be integers"),
+        ('{"file_name": "a", "label": 1.5}\n', "labels must be integers"),
         ("{\n", "cannot be read"),
         ("3\n", "no objects"),
     ],

@@ -4,9 +4,9 @@
     ddpm-vlb decompress digits.dvlb out/ --model runs/digits --overwrite
 
 Pixels, names and order are those that went in; images of a data set, which have no names, are numbered. Class labels
-are written to metadata.jsonl, where `ddpm-vlb compress` and `datasets` find them. The number of steps is the file's own;
-the checkpoint, its stored path of so many steps and --ratios must be as they were. Where a part of the file is damaged
-the others are written all the same.
+are written to metadata.jsonl, where `ddpm-vlb compress` and `datasets` find them. The number of steps is the file's
+own; the checkpoint, its stored path of so many steps and --ratios must be as they were. Where a part of the file is
+damaged the others are written all the same.
 """
 
 import json
@@ -147,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         reverse = codec_process(pipeline, args, header.levels, header.steps)
         codec = make_codec(pipeline, reverse, header.dtype)
         codec.check(header)
-        stage = hidden(args.folder.absolute(), "partial")
+        # On the folder's own disk.
+        stage = hidden(args.folder / "images" if args.folder.exists() else args.folder.absolute(), "partial")
         stage.mkdir(parents=True)
         try:
             done = decode(codec, targets, stage)

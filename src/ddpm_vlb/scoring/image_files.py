@@ -84,8 +84,8 @@ def read_labels(given: Sequence[Path], names: Sequence[str], column: str) -> lis
     if missing:
         raise ValueError(f"{files[0]} has no {column!r} of image {missing[0]!r}.")
     try:
-        return [int(rows[name]) for name in names]  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+        return [int(str(rows[name])) for name in names]
+    except ValueError as error:
         raise ValueError(f"{files[0]}: labels must be integers in {column!r}: {error}.") from error
 
 
