@@ -201,10 +201,11 @@ def test_the_surrogate_off_policy_is_clipped_and_pays_for_its_divergence(program
             program.surrogate(walk, k, own, own.detach(), torch.full((16,), sign)), own, retain_graph=True
         )
         assert torch.equal(slope.flatten(1).abs().sum(1) > 0, pushed)
-    kl = step_kl(walk.reverse, own, walk.outputs[:, k], walk.states[:, k], walk.t(k)).mean()
-    alone = program.surrogate(walk, k, own, walk.outputs[:, k], torch.zeros(16))
+    far = walk.outputs[:, k] + torch.randn(16, 2, 8, 8, generator=seeded(2))
+    kl, back = (step_kl(walk.reverse, *pair, walk.states[:, k], walk.t(k)).mean() for pair in ((own, far), (far, own)))
+    alone = program.surrogate(walk, k, own, far, torch.zeros(16))
     torch.testing.assert_close(alone, program.KL_WEIGHT * kl)
-    assert kl > 0
+    assert kl > 1 and abs(back / kl - 1) > 1e-3
 
 
 @runs("policy_gradient")

@@ -226,6 +226,7 @@ def test_a_walk_in_inference_mode_can_be_trained_on():
     with torch.inference_mode():
         steps = walk(pipe).trajectory
     assert torch.equal(steps.log_probs, plain.log_probs)
+    assert not any(own.is_inference() for own in (steps.states, steps.timesteps, steps.outputs, steps.log_probs))
     output = pipe.unet(steps.states[:, 0], steps.timesteps[0].expand(3)).sample
     steps.log_ratio(steps.reverse, output, 0).sum().backward()
     assert any(own.grad.any() for own in pipe.unet.parameters())
