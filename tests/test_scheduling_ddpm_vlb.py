@@ -202,10 +202,13 @@ def test_inference_tensors_tell_what_was_drawn_from(inside):
         given = randn(1), torch.tensor(40), randn(0)
         result = ours.step(*given) if inside else None
     result = result or ours.step(*given)
-    ordinary = ours.step(randn(1), 40, randn(0))
-    assert torch.equal(result.distribution.mean, expected.mean)
+    output, sample = randn(1), randn(0)
+    ordinary = ours.step(output, 40, sample)
     with torch.inference_mode():
+        within = ours.step(output, 40, sample)
         assert torch.equal(ordinary.distribution.mean, expected.mean)
+    for told in (result, within):
+        assert torch.equal(told.distribution.mean, expected.mean)
 
 
 def test_an_output_made_by_hand_has_no_distribution():
