@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
 import gpu_checks
 import gpu_speed
+import policy_gradients
 from processes import fresh_accelerate  # noqa: F401
 
 CHECKS = gpu_checks.losses, gpu_checks.steps
@@ -129,3 +131,14 @@ def test_no_step_waits_where_it_must_not(monkeypatch):
             gpu_checks.step_loop(gpu_speed.Settings(True, Path(), None, 0.0), kind)
     assert [mode for mode, _ in seen] == ["error", "default"] * 12
     assert all(before == after for (_, before), (_, after) in zip(seen[::2], seen[1::2]))
+
+
+def test_policy_gradients_smoke(capsys):
+    """Its tables, tiny: ratios and the optimal widths are one within four errors, the small variance's far below."""
+    policy_gradients.main(rows=200, side=8)
+    said = capsys.readouterr().out
+    assert re.findall("^## (.*)", said, re.MULTILINE) == ["Ratios", "Widths", "Digits"]
+    ones = re.findall(r"^\| (?:the [a-z ]+|\d+ \| optimal) \| ([\d.]+) \+- ([\d.]+) \|", said, re.MULTILINE)
+    assert len(ones) == 6 and all(abs(float(mean) - 1) < 4 * float(error) for mean, error in ones)
+    narrow = re.findall(r"\| fixed_small \| ([\d.]+) ", said)
+    assert len(narrow) == 3 and max(map(float, narrow)) < 0.9

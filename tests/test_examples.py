@@ -1,6 +1,7 @@
 """The single-file programs of examples/: each runs, says something true, and can be copied out of the repository."""
 
 import ast
+import copy
 import functools
 import importlib.util
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline
-from networks import tiny_unet
+from networks import pipeline as tiny_pipeline
+from networks import seeded, tiny_unet
 from PIL import Image
 from processes import fresh_accelerate  # noqa: F401
 
-from ddpm_vlb import fit_pilot
+from ddpm_vlb import fit_pilot, step_kl
 
 FOLDER = Path(__file__).parents[1] / "examples"
 PROGRAMS = (
@@ -163,6 +165,63 @@ def test_policy_gradient(program, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert "KL 0.00 +- 0.00 nats" in said[0] and "KL 0.00" not in said[1]
     assert Image.open(tmp_path / "policy_gradient.png").size == (720, 240)
+
+
+@pytest.fixture
+def policy(program):
+    """A pipeline of a tiny network, what it sampled, and its copy, which is the reference."""
+    pipe = tiny_pipeline()
+    return pipe, pipe(16, generator=seeded(), **program.WALK), copy.deepcopy(pipe.unet).requires_grad_(False)
+
+
+@runs("policy_gradient")
+def test_the_surrogate_on_policy_is_reinforce(program, policy):
+    """With the weights that sampled the ratio is 1 and the divergence 0, exactly; the gradient is A grad log p."""
+    pipe, (_, walk), reference = policy[0], policy[1].to_tuple(), policy[2]
+    advantage, weights = torch.linspace(-1, 2, 16), list(pipe.unet.parameters())
+    for k in (0, 8):
+        own, was = program.outputs(walk, k, pipe.unet, reference)
+        loss = program.surrogate(walk, k, own, was, advantage)
+        assert torch.equal(loss, -advantage.mean())
+        reinforce = -(advantage * walk.log_prob(walk.reverse, own, k)).mean()
+        found, expected = (torch.autograd.grad(of, weights, retain_graph=True) for of in (loss, reinforce))
+        size = max(float(part.abs().max()) for part in expected)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * size)
+
+
+@runs("policy_gradient")
+def test_the_surrogate_off_policy_is_clipped_and_pays_for_its_divergence(program, policy):
+    """A step that is more probable by CLIP already is not pushed on, nor one that is less so down; the KL is exact."""
+    walk, k = policy[1].trajectory, 4
+    own = walk.outputs[:, k] + 0.02 * torch.randn(16, 2, 8, 8, generator=seeded(1))
+    own.requires_grad_()
+    ratio = walk.log_ratio(walk.reverse, own, k).exp()
+    assert (ratio > 1 + program.CLIP).any() and (ratio < 1 - program.CLIP).any()
+    for sign, pushed in ((1.0, ratio < 1 + program.CLIP), (-1.0, ratio > 1 - program.CLIP)):
+        (slope,) = torch.autograd.grad(
+            program.surrogate(walk, k, own, own.detach(), torch.full((16,), sign)), own, retain_graph=True
+        )
+        assert torch.equal(slope.flatten(1).abs().sum(1) > 0, pushed)
+    far = walk.outputs[:, k] + torch.randn(16, 2, 8, 8, generator=seeded(2))
+    kl, back = (step_kl(walk.reverse, *pair, walk.states[:, k], walk.t(k)).mean() for pair in ((own, far), (far, own)))
+    alone = program.surrogate(walk, k, own, far, torch.zeros(16))
+    torch.testing.assert_close(alone, program.KL_WEIGHT * kl)
+    assert kl > 1 and abs(back / kl - 1) > 1e-3
+
+
+@runs("policy_gradient")
+def test_a_round_makes_what_was_rewarded_more_probable(program, policy):
+    """It gives out the reward of its samples, and correlates the change of their probability with their advantage."""
+    pipe, sampled, reference = policy
+    ink = sampled.images.mean((1, 2, 3))
+    again = type("Again", (), {"unet": pipe.unet, "__call__": lambda *given, **options: sampled})()
+    (told,) = program.tune(again, reference, lambda x: x.mean((1, 2, 3)), 1, 16)
+    assert told == program.mean_and_error(ink)
+    walk, gain = sampled.trajectory, torch.zeros(16)
+    with torch.no_grad():
+        for k in range(9):
+            gain += walk.log_ratio(walk.reverse, program.outputs(walk, k, pipe.unet, reference)[0], k)
+    assert torch.corrcoef(torch.stack([gain, ink]))[0, 1] > 0.5
 
 
 @runs("score_stock_checkpoint")

@@ -27,7 +27,7 @@ from .reverse_process import PREDICTION_TYPES, VARIANCE_TYPES, Prediction, Rever
 from .schedules import BETA_SCHEDULES, beta_start_for_levels, make_betas, rescale_betas_zero_snr
 from .scheduling_ddpm_vlb import DDPMVLBScheduler
 from .scores import VLBDifference, VLBEstimate, VLBScores, compacted, estimate_from_scores, merge_scores
-from .step_log_probs import Trajectory, step_kl, step_log_prob
+from .step_log_probs import Trajectory, step_kl, step_log_prob, step_log_ratio
 from .step_statistics import FEW_IMAGES, MIN_IMAGES, StepStatistics, collect_statistics, spread_knots
 from .timestep_samplers import (
     ImportanceTimesteps,
@@ -125,6 +125,7 @@ __all__ = [
     "step_costs",
     "step_kl",
     "step_log_prob",
+    "step_log_ratio",
     "stock_sigmas",
     "values_in_a_call",
     "vlb_loss",
