@@ -38,6 +38,7 @@ from ddpm_vlb import (
 )
 from ddpm_vlb.commands import train
 
+IMAGES, KNOTS = 128, 100  # of the best variance
 KINDS = {"fixed_small": "betatilde_t", "fixed_large": "beta_t"}
 WAYS = {"mean frozen": ["--freeze_mean"], "L_hybrid": []}
 
@@ -66,7 +67,7 @@ def scores(folder: Path, known: Tensor, test: Tensor, optimal: bool) -> list[VLB
     whole = scheduler.reverse_process()
     processes = [whole, scheduler.reverse_process(num_inference_steps=10)]
     if optimal:
-        statistics = collect_statistics(pipeline.unet, whole, known[:128], spread_knots(whole.forward, 100))
+        statistics = collect_statistics(pipeline.unet, whole, known[:IMAGES], spread_knots(whole.forward, KNOTS))
         errors = statistics.errors(whole.forward, per_pixel=False)
         processes = [replace(own, x_0_mse=errors.at(own.forward.timesteps, "analytic")) for own in processes]
     return [

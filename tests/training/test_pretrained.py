@@ -8,6 +8,7 @@ from processes import fresh_accelerate  # noqa: F401
 from training_support import check_metrics, checkpoint_weights, only_train, same_weights, tiny, until_training, weights
 
 from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
+from ddpm_vlb.commands import train
 from ddpm_vlb.commands.train_options import parse_args
 from ddpm_vlb.recipes import train as recipe
 
@@ -41,6 +42,7 @@ def test_it_begins_from_the_checkpoint(tmp_path, few, checkpoint):
     assert list(config.trained_betas) == BETAS and saved.unet.config.out_channels == 2
     assert (config.variance_type, config.prediction_type) == ("learned_range", "v_prediction")
     assert run.term_weights == {"simple": 1.0, "vlb": 0.001} and run.unet.training
+    assert train.is_saved(run, run.averaged_network())
     options = run.record()["options"]
     assert (options["ddpm_num_steps"], options["ddpm_beta_schedule"]) == (20, "trained_betas")
     assert (options["prediction_type"], options["variance_type"]) == ("v_prediction", "learned_range")
