@@ -223,9 +223,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.freeze_mean:
         args.adam_weight_decay = 0.0  # which would move a mean without a gradient
         if args.objective != "vlb":
-            parser.error(
-                f"--freeze_mean leaves L_simple of --objective {args.objective} nothing to train: leave it out"
-            )
+            parser.error(f"--freeze_mean leaves L_simple of --objective {args.objective} nothing to train: take vlb")
     if args.keep_best is None:  # what ends a run as overfitted must not keep that network
         args.keep_best = args.patience is not None
     if args.variance_type is None:
