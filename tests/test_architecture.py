@@ -67,6 +67,7 @@ ORDER = (
     "guidance",
     "finite_samples",
     "swapped_schedulers",
+    "widening",
     "recorded_trajectories",
     "pipeline_ddpm_vlb",
     "checkpoint_scores",
@@ -95,6 +96,7 @@ SIBLINGS = {
     "guidance": {"devices"},
     "finite_samples": set(),
     "swapped_schedulers": {"path_configurations", "scheduling_ddpm_vlb"},
+    "widening": {"scheduling_ddpm_vlb"},
     "step_log_probs": {"distributions", "reverse_process"},
     "recorded_trajectories": {"scheduling_ddpm_vlb", "step_log_probs"},
 }

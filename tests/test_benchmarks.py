@@ -1,4 +1,7 @@
-"""The benchmark that a person with a GPU runs: all of it runs, tiny, on the CPU, and tells what is wrong."""
+"""The benchmark that a person with a GPU runs: all of it runs, tiny, on the CPU, and tells what is wrong.
+
+That of a widened network runs too.
+"""
 
 import itertools
 import os
@@ -18,6 +21,7 @@ import gpu
 import gpu_checks
 import gpu_speed
 import policy_gradients
+import widening
 from processes import fresh_accelerate  # noqa: F401
 
 CHECKS = gpu_checks.losses, gpu_checks.steps
@@ -142,3 +146,23 @@ def test_policy_gradients_smoke(capsys):
     assert len(ones) == 6 and all(abs(float(mean) - 1) < 4 * float(error) for mean, error in ones)
     narrow = re.findall(r"\| fixed_small \| ([\d.]+) ", said)
     assert len(narrow) == 3 and max(map(float, narrow)) < 0.9
+
+
+def test_a_widened_network_is_measured(monkeypatch, capsys):
+    """It scores and is sampled as the one that it was made of, and then it is trained."""
+    monkeypatch.setattr(widening, "KINDS", {"fixed_small": "betatilde_t"})
+    monkeypatch.setattr(widening, "WAYS", {"mean frozen": ["--freeze_mean"]})
+    monkeypatch.setattr(widening, "IMAGES", 2)
+    monkeypatch.setattr(widening, "KNOTS", 4)
+    monkeypatch.setattr(widening, "fit_pilot", partial(widening.fit_pilot, num_calls=128))
+    widening.main("--stock_steps 2 --steps 2 --images 2 --sampled_steps 4".split())
+    said = capsys.readouterr().out
+    rows = [line.split(" | ") for line in said.splitlines() if " +- " in line]
+    assert [name for name, *_ in rows] == [
+        "| stock's",
+        "| the same, the best variance of each step",
+        "| widened",
+        "| mean frozen",
+    ]
+    assert rows[0][1:3] == rows[2][1:3] != rows[3][1:3]
+    assert float(said.split("at most ")[1].split()[0]) < 1e-6

@@ -38,6 +38,7 @@ from .timestep_samplers import (
 from .transition_costs import crossfitted_cost, step_costs
 from .validation import Validation
 from .walk import DDPMVLBSchedulerOutput
+from .widening import with_learned_range
 
 __version__ = "0.1.0"
 
@@ -130,5 +131,6 @@ __all__ = [
     "values_in_a_call",
     "vlb_loss",
     "vlb_term",
+    "with_learned_range",
     "write_code",
 ]
