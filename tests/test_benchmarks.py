@@ -4,6 +4,7 @@ That of a widened network runs too.
 """
 
 import itertools
+import json
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
 import gpu_checks
 import gpu_speed
+import mnist as hour
 import policy_gradients
 import widening
 from processes import fresh_accelerate  # noqa: F401
@@ -52,6 +54,29 @@ def test_smoke(mnist, capsys):
     *plain, compiled = (variant.name for variant in gpu_speed.VARIANTS)
     assert all(f"\n| {name} | " in said for name in plain) and f"{compiled}: skipped: " in said
     assert "| test bits/dim | +- noise | +- images | test images |" in said
+
+
+def test_an_hour_of_mnist(mnist, tmp_path, monkeypatch):
+    """A tiny run is trained, scored and optimized once, and its report replaces that part of the page."""
+    tiny = "--block_out_channels 8 --norm_num_groups 4 --train_batch_size 4 --max_train_steps 2 --ddpm_num_steps 8"
+    told = f"{tiny} --ddpm_num_inference_steps 2 --eval_batch_size 4"
+    monkeypatch.setattr(hour, "FEW", "--steps 2 --num_images 4 --num_fit_images 16 --num_knots 4")
+    monkeypatch.setattr(hour, "RESULTS", tmp_path)
+    (tmp_path / "mnist.md").write_text(f"The choice.\n{hour.HEADING}\nWhat was before.\n")
+    run, told = tmp_path / "seed0", ["--mnist", str(mnist), *told.split()]
+
+    def read(name):
+        return json.loads((run / name).read_text())
+
+    hour.main(["run", str(run), *told])
+    spent = read("cpu_seconds.json")
+    hour.main(["run", str(run), *told])
+    assert read("cpu_seconds.json")["train"] == spent["train"] > 0
+    hour.main(["report", str(run), *told[:2]])
+    page, bound = (tmp_path / "mnist.md").read_text(), read("evaluation/metrics.json")["bits_per_dim"]
+    assert page.startswith(f"The choice.\n{hour.HEADING}\n10 test images, 4 network calls each")
+    assert "before" not in page and f"| **seed0** | {bound:.3f} | here |" in page and "| 2 | optimal | " in page
+    assert (tmp_path / "mnist.png").read_bytes() == (run / "samples.png").read_bytes()
 
 
 def raises(settings):
