@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 from environment import describe
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "outliers.py"
-COLOURS = {"bits": "C3", "|bits - mean|": "C1", "bits - codec": "C0", "L_t": "C2"}
+COLOURS = {"bits": "C3", "typicality": "C1", "bits - codec": "C0", "L_t": "C2"}
+TOP = {"loc": "outside upper center", "frameon": False}
 HARD = "upright bar", "right half erased"
 Kinds = dict[str, dict[str, Tensor]]
 """By kind of images and by score."""
@@ -66,34 +67,44 @@ def print_codecs(found: Kinds, images: dict[str, Tensor]) -> None:
         print(f"| {codec} | {coded['digits'].mean():.2f} | {' | '.join(cells)} |", flush=True)
 
 
-def draw(found: Kinds, images: dict[str, Tensor], path: str) -> None:
-    """Histograms of the hard cases by bits and by corrected bits, and the AUROCs beside a picture of each kind."""
-    figure = Figure((10, 6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[4, 6])
+def draw_histograms(part: SubFigure, found: Kinds) -> None:
+    """The hard cases by bits and by corrected bits."""
     labels = {"bits": "bits/dim", "bits - codec": "bits/dim less the codec's"}
-    for axes, (name, label) in zip(left.subplots(2, 1), labels.items()):
+    for axes, (name, label) in zip(part.subplots(2, 1), labels.items()):
         shown = {kind: found[kind][name] for kind in ("digits", *HARD)}
-        low, high = (float(fun(torch.cat(list(shown.values())))) for fun in (torch.min, torch.max))
-        for colour, (kind, values) in zip(("0.6", "C4", "C5"), shown.items()):
+        low, high = (float(end(torch.cat(list(shown.values())))) for end in (torch.min, torch.max))
+        for colour, (kind, values) in zip(("0.7", "C4", "C5"), shown.items()):
             filled = "stepfilled" if kind == "digits" else "step"
-            axes.hist(values.numpy(), 50, range=(low, high), histtype=filled, color=colour, label=kind, linewidth=1.5)
+            axes.hist(values.numpy(), 36, range=(low, high), histtype=filled, color=colour, label=kind, linewidth=1.5)
         axes.set(xlabel=label, ylabel="test images")
-        axes.legend(frameon=False, fontsize="small")
-    axes, found_areas = right.subplots(), areas(found)
-    for row, (kind, scores) in enumerate(found_areas.items()):
+    part.legend(*axes.get_legend_handles_labels(), ncols=3, fontsize="small", **TOP)
+
+
+def draw_areas(part: SubFigure, found: Kinds, images: dict[str, Tensor]) -> None:
+    """The AUROCs beside a picture of each kind."""
+    axes, rows = part.subplots(), areas(found)
+    for row, (kind, scores) in enumerate(rows.items()):
         for i, (name, own) in enumerate(scores.items()):
-            place, text = row + 0.16 * (i - 1.5), None if row else name
-            error = float(own[1:].std())
-            axes.errorbar(float(own[0]), place, xerr=error, fmt="o", ms=4, color=COLOURS[name], label=text)
-        inset = axes.inset_axes((-0.1, row - 0.4, 0.08, 0.8), transform=axes.get_yaxis_transform())
-        inset.imshow(images[kind][3, 0].numpy(), cmap="gray", vmin=-1, vmax=1)
-        inset.set(xticks=[], yticks=[])
+            look = {"fmt": "o", "markersize": 4, "color": COLOURS[name], "label": None if row else name}
+            axes.errorbar(float(own[0]), row + 0.16 * (i - 1.5), xerr=float(own[1:].std()), **look)
+        picture = axes.inset_axes((-0.1, row - 0.4, 0.08, 0.8), transform=axes.get_yaxis_transform())
+        picture.imshow(images[kind][3, 0].numpy(), cmap="gray", vmin=-1, vmax=1)
+        picture.set(xticks=[], yticks=[])
     axes.axvline(0.5, color="0.8", zorder=0)
-    axes.set_yticks(range(len(found_areas)), list(found_areas))
+    axes.text(0.505, len(rows) - 0.5, "a coin", color="0.5", fontsize="small")
+    axes.set_yticks(range(len(rows)), list(rows))
     axes.tick_params(axis="y", length=0, pad=32)
     axes.invert_yaxis()
     axes.set_xlabel("AUROC against test digits")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(0.05, 0.4), fontsize="small")
+    part.legend(*axes.get_legend_handles_labels(), ncols=4, **TOP)
+
+
+def draw(found: Kinds, images: dict[str, Tensor], path: str) -> None:
+    """Both, in a PNG file."""
+    figure = Figure((10, 6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[4, 6])
+    draw_histograms(left, found)
+    draw_areas(right, found, images)
     figure.savefig(path, dpi=120)
 
 

@@ -8,7 +8,7 @@ each kind, the chance that an outlier scores above a digit (AUROC: 1 where all a
 bootstrap error. Fitted to training digits alone, the scores are
 
 - bits: the bound on -log2 p(x_0), in bits/dim. What is simpler than a digit is cheap to code, however unlike one.
-- |bits - mean|: how far they are from those of training digits (Nalisnick et al. 2019).
+- typicality: how far the bits are from their mean over training digits (Nalisnick et al. 2019).
 - bits - codec: less what a lossless codec takes, which knows no digits but what is simple (Serra et al. 2020).
 - L_t: the bound's terms at a few steps, each less its mean over training digits and over its standard deviation; the
   mean of the squares (several noise levels in place of their sum: Graham et al. 2023).
@@ -100,8 +100,8 @@ CODECS: dict[str, Callable[[np.ndarray], int]] = {
     "WebP": lambda image: in_file(image, "WEBP", lossless=True, quality=100),
     "LZMA": lambda image: len(lzma.compress(image.tobytes(), lzma.FORMAT_RAW, filters=LZMA)),
     "DEFLATE": lambda image: deflated(image, zlib.Z_DEFAULT_STRATEGY),
-    "DEFLATE, runs": lambda image: deflated(image, zlib.Z_RLE),
-    "DEFLATE, Huffman": lambda image: deflated(image, zlib.Z_HUFFMAN_ONLY),
+    "DEFLATE runs": lambda image: deflated(image, zlib.Z_RLE),
+    "DEFLATE Huffman": lambda image: deflated(image, zlib.Z_HUFFMAN_ONLY),
 }
 
 
@@ -144,7 +144,7 @@ class Scores:
         bits, terms = self.measure(x_0)
         return {
             "bits": bits,
-            "|bits - mean|": (bits - self.bits).abs(),
+            "typicality": (bits - self.bits).abs(),
             "bits - codec": bits - coded(x_0, self.codec),
             "L_t": ((terms - self.mean) / self.sd).square().mean(1),
         }
