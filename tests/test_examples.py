@@ -18,10 +18,10 @@ from processes import fresh_accelerate  # noqa: F401
 from ddpm_vlb import fit_pilot, step_kl
 
 FOLDER = Path(__file__).parents[1] / "examples"
-PROGRAMS = (
-    "class_conditional digits dit_latents flow_matching outliers score_stock_checkpoint signals_1d".split()
-    + ["policy_gradient", "text_to_image_validation"]
-)
+PROGRAMS = "class_conditional digits dit_latents flow_matching outliers score_stock_checkpoint signals_1d".split() + [
+    "policy_gradient",
+    "text_to_image_validation",
+]
 # Two programs in one, training and tuning; thirteen data sets and four scores; options, and what they refuse.
 LINES = {"policy_gradient": 150, "outliers": 200, "text_to_image_validation": 200}
 UNIFORM = 4.0875  # log2(17) bits/dim
