@@ -1,6 +1,7 @@
 """Likelihood training and evaluation of denoising diffusion models, for Hugging Face diffusers."""
 
 from .checks import check_data
+from .classification import ClassPosterior, class_posterior, fit_class_pilot
 from .counter_noise import counter_keys, counter_normal
 from .distributions import DiagonalGaussian
 from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, estimate_vlb
@@ -55,6 +56,7 @@ __all__ = [
     "TIMESTEP_SPACINGS",
     "VARIANCES",
     "VARIANCE_TYPES",
+    "ClassPosterior",
     "ControlVariate",
     "DDPMVLBPipeline",
     "DDPMVLBPipelineOutput",
@@ -86,6 +88,7 @@ __all__ = [
     "Validation",
     "beta_start_for_levels",
     "check_data",
+    "class_posterior",
     "collect_statistics",
     "compacted",
     "counter_keys",
@@ -98,6 +101,7 @@ __all__ = [
     "estimate_ode",
     "estimate_vlb",
     "evaluate_vlb",
+    "fit_class_pilot",
     "fit_pilot",
     "forget_origin",
     "gaussian_model_terms",
