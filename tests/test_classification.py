@@ -220,7 +220,7 @@ def test_the_labels_of_a_transformer_are_counted_with_its_own_for_no_class():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"guidance_scale": 3.0}, "`guidance_scale` must be 1, but got 3.0.*network of each class"),
+        ({"guidance_scale": 3.0}, "`guidance_scale` must be 1, but got 3.0.*told each class"),
         ({"prior": [0.5]}, "`prior` must be 3 positive"),
         ({"prior": [0.5, 0.5, 0.0]}, "`prior` must be 3 positive"),
         ({"pilot": Pilot(torch.ones(T + 1))}, f"`pilot` must have {T} probabilities"),

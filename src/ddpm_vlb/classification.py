@@ -97,7 +97,7 @@ def class_posterior(
             `calls_per_image`. The draws are others, so that the estimates are unbiased given it.
         halving: drop the less likely half of the classes after each round; else all have all draws.
         seed: with an image it determines its draws.
-        guidance_scale: 1. The bound is that of the network of each class; a guided one has none.
+        guidance_scale: 1, without guidance: what is scored is the network as it is told each class.
         values_per_call: as in `evaluate_vlb`.
 
     Raises:
@@ -109,8 +109,8 @@ def class_posterior(
     """
     if guidance_scale != 1:
         raise ValueError(
-            f"`guidance_scale` must be 1, but got {guidance_scale!r}: what is scored is the bound of the network of "
-            "each class, and a guided output has none. Leave it out."
+            f"`guidance_scale` must be 1, but got {guidance_scale!r}: what is scored is the network as it is told "
+            "each class, and a guided one is another model. Leave it out."
         )
     told = _checked(model, reverse, x_0, classes)
     number = len(next(iter(told.values())))
