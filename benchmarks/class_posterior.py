@@ -113,7 +113,7 @@ def curves(
     print("\n## Accuracy against calls\n")
     print(f"Beside them {ours.num_calls} calls of `fit_class_pilot`, {usual.num_calls} of `fit_pilot`.\n")
     print(
-        "| method | calls/image | accuracy, % | log loss, nats | seconds |\n| --- | --- | --- | --- | --- |",
+        "| method | calls/image | accuracy, % | log loss, nats | CPU s |\n| --- | --- | --- | --- | --- |",
         flush=True,
     )
     for name, method in methods.items():

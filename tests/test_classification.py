@@ -196,7 +196,7 @@ def test_without_a_pilot_one_is_fitted_to_the_images():
         ([0.5, 1.5], 3, "at least 2 integer labels"),
         ({"class_labels": torch.tensor([0, 5])}, 3, "must lie in 0 .. 2"),
         ({"a": torch.zeros(3, 2)}, None, "number 1 is number 0 again"),
-        ({"a": torch.eye(3), "b": torch.zeros(2)}, None, "one row for each of 3"),
+        ({"a": torch.eye(3), "b": torch.zeros(2)}, None, "one row for each of 3 classes, not the shape"),
         ({}, 3, "at least 2 integer labels"),
     ],
     ids=str,

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .checks import Conditioning, Model, check_conditioning, check_data, check_model
+from .checks import Conditioning, Model, check_data, check_model
 from .counter_noise import counter_keys, counter_normal
 from .devices import send
 from .evaluation import digest, launch_terms, one_behind, rows_of, values_in_a_call
@@ -199,13 +199,15 @@ def _checked(model: Model, reverse: ReverseProcess, x_0: Tensor, classes: Classe
             "`classes` must be at least 2 integer labels, or a dict of tensors with a row for each class, but got "
             f"{classes!r:.80}."
         )
-    check_conditioning(told, number)
-    rows = [digest(*(own[i] for own in told.values())) for i in range(number)]
-    again = next((i for i, row in enumerate(rows) if row in rows[:i]), None)
-    if again is not None:
-        raise ValueError(
-            f"`classes` must differ, but number {again} is number {rows.index(rows[again])} again: leave one out."
-        )
+    for name, own in told.items():
+        if not isinstance(own, Tensor) or own.ndim == 0 or len(own) != number:
+            got = f"the shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
+            raise ValueError(f"`classes[{name!r}]` must have one row for each of {number} classes, not {got}.")
+    seen: dict[int, int] = {}
+    for i in range(number):
+        first_such = seen.setdefault(digest(*(own[i] for own in told.values())), i)
+        if first_such != i:
+            raise ValueError(f"`classes` must differ, but number {i} is number {first_such} again: leave one out.")
     if _are_labels(told.get("class_labels")):
         _check_labels(model, told["class_labels"])
     return told
