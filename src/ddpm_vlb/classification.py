@@ -50,8 +50,8 @@ class ClassPosterior:
 
     Args:
         log_probabilities: log p(c | x_0), (B, classes), float64; a row's exponentials sum to 1.
-        log_probabilities_se: its standard errors from the draws of t and noise, (B, classes), of as many degrees of
-            freedom as the class had draws. Where they are not far below 1 the probabilities are too sure of
+        log_probabilities_se: its standard errors from the draws of t and noise, (B, classes), of fewer degrees of
+            freedom than the class had draws. Where they are not far below 1 the probabilities are too sure of
             themselves: ask for more calls. The bounds' gaps are not in them.
         draws: how many draws each class had, (B, classes).
         pilot: p_t, and its network calls in `num_calls`, which are once for all images and not among `calls`.
