@@ -1,7 +1,4 @@
-"""The benchmark that a person with a GPU runs: all of it runs, tiny, on the CPU, and tells what is wrong.
-
-That of a widened network runs too.
-"""
+"""The benchmarks: each runs, tiny, on the CPU, and that of a person with a GPU tells what is wrong."""
 
 import itertools
 import json
@@ -18,13 +15,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import class_posterior as posterior_benchmark
 import gpu
 import gpu_checks
 import gpu_speed
 import mnist as hour
 import policy_gradients
 import widening
+from networks import scheduler, tiny_unet
 from processes import fresh_accelerate  # noqa: F401
+
+from ddpm_vlb import DDPMVLBPipeline
 
 CHECKS = gpu_checks.losses, gpu_checks.steps
 
@@ -191,3 +192,19 @@ def test_a_widened_network_is_measured(monkeypatch, capsys):
     ]
     assert rows[0][1:3] == rows[2][1:3] != rows[3][1:3]
     assert float(said.split("at most ")[1].split()[0]) < 1e-6
+
+
+def test_class_posterior_runs(tmp_path, capsys, monkeypatch):
+    """The benchmark of the classes, tiny: every row of its tables, for two networks that are there."""
+    for name, calls in (("fit_pilot", 64), ("fit_class_pilot", 128)):
+        monkeypatch.setattr(posterior_benchmark, name, partial(getattr(posterior_benchmark, name), num_calls=calls))
+    for name, classes in (("classes", 11), ("digits", None)):
+        tiny = tiny_unet(classes=classes), scheduler(levels=17, num_train_timesteps=20, beta_end=0.4)
+        DDPMVLBPipeline(*tiny).save_pretrained(tmp_path / name)
+    folders = "--model", str(tmp_path / "classes"), "--unconditional", str(tmp_path / "digits")
+    posterior_benchmark.main([*folders, "--images", "3", "--calls", "20", "40"])
+    said = capsys.readouterr().out
+    rows = [line.split(" | ")[1] for line in said.splitlines() if line.startswith(("| shared", "| draws"))]
+    assert rows == ["40", "20", "40", "20", "40", "40", "20", "40"]
+    assert "## Calibration at 40 calls" in said and said.count("+-") > 14
+    assert "| the label for no class | " in said and "| nothing: a network trained without labels | " in said

@@ -2,6 +2,7 @@
 
 from .checkpoint_scores import check_scorable, score
 from .checks import check_data
+from .classification import ClassPosterior, class_posterior, fit_class_pilot
 from .counter_noise import counter_keys, counter_normal
 from .distributions import DiagonalGaussian
 from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, estimate_vlb
@@ -57,6 +58,7 @@ __all__ = [
     "TIMESTEP_SPACINGS",
     "VARIANCES",
     "VARIANCE_TYPES",
+    "ClassPosterior",
     "ControlVariate",
     "DDPMVLBPipeline",
     "DDPMVLBPipelineOutput",
@@ -89,6 +91,7 @@ __all__ = [
     "beta_start_for_levels",
     "check_data",
     "check_scorable",
+    "class_posterior",
     "collect_statistics",
     "compacted",
     "counter_keys",
@@ -101,6 +104,7 @@ __all__ = [
     "estimate_ode",
     "estimate_vlb",
     "evaluate_vlb",
+    "fit_class_pilot",
     "fit_pilot",
     "forget_origin",
     "gaussian_model_terms",
