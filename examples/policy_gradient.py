@@ -2,10 +2,9 @@
 
     python examples/policy_gradient.py [SEED]
 
-The network is trained on scikit-learn's digits; the reward of a sample is the probability that a linear classifier
-gives to its being a 3. Ten steps of the sampler are the policy: those that led to threes are made more probable (DDPO,
-with PPO's clipped ratio), and the exact KL of each step holds them to the network that was. It prints reward and test
-bits/dim before and after, and writes policy_gradient.png: samples of both, and the reward of each round between them.
+The reward of a sample of scikit-learn's digits is the probability that a linear classifier gives to its being a 3. Ten
+steps of the sampler are the policy: those that led to threes are made more probable (DDPO, with PPO's clipped ratio),
+and the exact KL of each holds them to the network that was. policy_gradient.png shows samples and the reward's rise.
 """
 
 import copy
@@ -24,6 +23,7 @@ from ddpm_vlb import (
     DDPMVLBScheduler,
     ImportanceTimesteps,
     ReverseProcess,
+    Trajectory,
     VLBEstimate,
     beta_start_for_levels,
     covariance_eigenvalues,
@@ -72,23 +72,28 @@ def mean_and_error(values: Tensor) -> Measured:
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
+def outputs(walk: Trajectory, k: int, unet: nn.Module, reference: nn.Module) -> tuple[Tensor, Tensor]:
+    """What the two networks say at the walk's step k."""
+    x_t, told = walk.states[:, k], walk.timesteps[k].expand(len(walk.states))
+    return unet(x_t, told).sample, reference(x_t, told).sample
+
+
+def surrogate(walk: Trajectory, k: int, output: Tensor, was: Tensor, advantage: Tensor) -> Tensor:
+    """What falls as step k of the samples of large advantage gets more probable, near the reference."""
+    ratio = walk.log_ratio(walk.reverse, output, k).exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+    return (KL_WEIGHT * step_kl(walk.reverse, output, was, walk.states[:, k], walk.t(k)) - gain).mean()
+
+
 def tune(pipeline: DiffusionPipeline, reference: nn.Module, reward: Reward, rounds: int, batch: int) -> list[Measured]:
     """Raise the reward of samples; returns it round by round, as it was before each."""
     unet, curve, optimizer = pipeline.unet, [], torch.optim.AdamW(pipeline.unet.parameters(), 3e-4)
     for _ in range(rounds):
-        sampled = pipeline(batch, **WALK)
-        walk, rewards = sampled.trajectory, reward(sampled.images)
-        curve.append(mean_and_error(rewards))
+        images, walk = pipeline(batch, **WALK).to_tuple()
+        curve.append(mean_and_error(rewards := reward(images)))
         advantage = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
         for k in torch.randperm(len(walk) - 1).tolist():  # the last step draws nothing
-            x_t, told = walk.states[:, k], walk.timesteps[k].expand(batch)
-            output = unet(x_t, told).sample
-            with torch.no_grad():
-                was = reference(x_t, told).sample
-            ratio = (walk.log_prob(walk.reverse, output, k) - walk.log_probs[:, k]).exp()
-            gain = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
-            kl = step_kl(walk.reverse, output, was, x_t, walk.t(k))
-            (KL_WEIGHT * kl - gain).mean().backward()
+            surrogate(walk, k, *outputs(walk, k, unet, reference), advantage).backward()
             nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -98,14 +103,11 @@ def tune(pipeline: DiffusionPipeline, reference: nn.Module, reward: Reward, roun
 @torch.no_grad()
 def measure(pipeline: DiffusionPipeline, reference: nn.Module, reward: Reward, number: int) -> tuple[Tensor, str]:
     """Samples, and their reward and divergence from the reference's walks in words."""
-    sampled = pipeline(number, **WALK)
-    walk, kl = sampled.trajectory, torch.zeros(number)
+    (images, walk), kl = pipeline(number, **WALK).to_tuple(), torch.zeros(number)
     for k in range(len(walk) - 1):
-        x_t, told = walk.states[:, k], walk.timesteps[k].expand(number)
-        own, was = (unet(x_t, told).sample for unet in (pipeline.unet, reference))
-        kl += step_kl(walk.reverse, own, was, x_t, walk.t(k))
-    (mean, error), (nats, of_nats) = mean_and_error(reward(sampled.images)), mean_and_error(kl)
-    return sampled.images, f"reward {mean:.3f} +- {error:.3f}, KL {nats:.2f} +- {of_nats:.2f} nats"
+        kl += step_kl(walk.reverse, *outputs(walk, k, pipeline.unet, reference), walk.states[:, k], walk.t(k))
+    (mean, error), (nats, of_nats) = mean_and_error(reward(images)), mean_and_error(kl)
+    return images, f"reward {mean:.3f} +- {error:.3f}, KL {nats:.2f} +- {of_nats:.2f} nats"
 
 
 def draw_picture(grids: list[Tensor], curve: list[Measured]) -> Image.Image:
@@ -115,11 +117,10 @@ def draw_picture(grids: list[Tensor], curve: list[Measured]) -> Image.Image:
         tiles = nn.functional.pad(samples[:64, 0].add(1).mul(127.5).clamp(0, 255), (1, 1, 1, 1)).reshape(8, 8, 10, 10)
         grid = Image.fromarray(tiles.transpose(1, 2).reshape(80, 80).byte().numpy())
         picture.paste(grid.resize((240, 240), Image.Resampling.NEAREST), (left, 0))
-    pen, points = ImageDraw.Draw(picture), []
-    for i, (mean, error) in enumerate(curve):
-        x, y, reach = 252 + 216 * i / len(curve), 230 - 220 * mean, 2 * 220 * error
-        points.append((x, y))
-        pen.line((x, y - reach, x, y + reach), 160)
+    pen = ImageDraw.Draw(picture)
+    points = [(252 + 216 * i / len(curve), 230 - 220 * mean) for i, (mean, _) in enumerate(curve)]
+    for (x, y), (_, error) in zip(points, curve):
+        pen.line((x, y - 440 * error, x, y + 440 * error), 160)
     pen.line(points, 0, 2)
     return picture
 
@@ -135,14 +136,13 @@ def main(seed: int = 0, steps: int = 500, rounds: int = 16, batch: int = 64, num
     train_network(unet, reverse, train, steps)
     reward, pipeline = make_reward(train, labels[:1500]), DDPMVLBPipeline(unet.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    untuned, samples, scores = copy.deepcopy(unet), list[Tensor](), list[VLBEstimate]()
+    untuned, samples, scores = copy.deepcopy(unet).requires_grad_(False), dict[str, Tensor](), list[VLBEstimate]()
     for name in ("before", "after"):
         curve = tune(pipeline, untuned, reward, rounds, batch) if scores else []
-        drawn, said = measure(pipeline, untuned, reward, 4 * batch)
-        samples.append(drawn)
+        samples[name], said = measure(pipeline, untuned, reward, 4 * batch)
         scores.append(score := estimate_vlb(unet, reverse, test.split(64), fit_pilot(unet, reverse, train)))
         print(f"{name}: {said}, {score.bits_per_dim:.3f} +- {score.noise_se:.3f} bits/dim of the test images")
-    draw_picture(samples, curve).save("policy_gradient.png")
+    draw_picture(list(samples.values()), curve).save("policy_gradient.png")
     return scores
 
 

@@ -1,7 +1,9 @@
-"""The benchmark that a person with a GPU runs: all of it runs, tiny, on the CPU, and tells what is wrong."""
+"""The benchmarks: each runs, tiny, on the CPU, and that of a person with a GPU tells what is wrong."""
 
 import itertools
+import json
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -13,10 +15,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import class_posterior as posterior_benchmark
 import gpu
 import gpu_checks
 import gpu_speed
+import mnist as hour
+import policy_gradients
+import widening
+from networks import scheduler, tiny_unet
 from processes import fresh_accelerate  # noqa: F401
+
+from ddpm_vlb import DDPMVLBPipeline
 
 CHECKS = gpu_checks.losses, gpu_checks.steps
 
@@ -46,6 +55,29 @@ def test_smoke(mnist, capsys):
     *plain, compiled = (variant.name for variant in gpu_speed.VARIANTS)
     assert all(f"\n| {name} | " in said for name in plain) and f"{compiled}: skipped: " in said
     assert "| test bits/dim | +- noise | +- images | test images |" in said
+
+
+def test_an_hour_of_mnist(mnist, tmp_path, monkeypatch):
+    """A tiny run is trained, scored and optimized once, and its report replaces that part of the page."""
+    tiny = "--block_out_channels 8 --norm_num_groups 4 --train_batch_size 4 --max_train_steps 2 --ddpm_num_steps 8"
+    told = f"{tiny} --ddpm_num_inference_steps 2 --eval_batch_size 4"
+    monkeypatch.setattr(hour, "FEW", "--steps 2 --num_images 4 --num_fit_images 16 --num_knots 4")
+    monkeypatch.setattr(hour, "RESULTS", tmp_path)
+    (tmp_path / "mnist.md").write_text(f"The choice.\n{hour.HEADING}\nWhat was before.\n")
+    run, told = tmp_path / "seed0", ["--mnist", str(mnist), *told.split()]
+
+    def read(name):
+        return json.loads((run / name).read_text())
+
+    hour.main(["run", str(run), *told])
+    spent = read("cpu_seconds.json")
+    hour.main(["run", str(run), *told])
+    assert read("cpu_seconds.json")["train"] == spent["train"] > 0
+    hour.main(["report", str(run), *told[:2]])
+    page, bound = (tmp_path / "mnist.md").read_text(), read("evaluation/metrics.json")["bits_per_dim"]
+    assert page.startswith(f"The choice.\n{hour.HEADING}\n10 test images, 4 network calls each")
+    assert "before" not in page and f"| **seed0** | {bound:.3f} | here |" in page and "| 2 | optimal | " in page
+    assert (tmp_path / "mnist.png").read_bytes() == (run / "samples.png").read_bytes()
 
 
 def raises(settings):
@@ -129,3 +161,50 @@ def test_no_step_waits_where_it_must_not(monkeypatch):
             gpu_checks.step_loop(gpu_speed.Settings(True, Path(), None, 0.0), kind)
     assert [mode for mode, _ in seen] == ["error", "default"] * 12
     assert all(before == after for (_, before), (_, after) in zip(seen[::2], seen[1::2]))
+
+
+def test_policy_gradients_smoke(capsys):
+    """Its tables, tiny: ratios and the optimal widths are one within four errors, the small variance's far below."""
+    policy_gradients.main(rows=200, side=8)
+    said = capsys.readouterr().out
+    assert re.findall("^## (.*)", said, re.MULTILINE) == ["Ratios", "Widths", "Digits"]
+    ones = re.findall(r"^\| (?:the [a-z ]+|\d+ \| optimal) \| ([\d.]+) \+- ([\d.]+) \|", said, re.MULTILINE)
+    assert len(ones) == 6 and all(abs(float(mean) - 1) < 4 * float(error) for mean, error in ones)
+    narrow = re.findall(r"\| fixed_small \| ([\d.]+) ", said)
+    assert len(narrow) == 3 and max(map(float, narrow)) < 0.9
+
+
+def test_a_widened_network_is_measured(monkeypatch, capsys):
+    """It scores and is sampled as the one that it was made of, and then it is trained."""
+    monkeypatch.setattr(widening, "KINDS", {"fixed_small": "betatilde_t"})
+    monkeypatch.setattr(widening, "WAYS", {"mean frozen": ["--freeze_mean"]})
+    monkeypatch.setattr(widening, "IMAGES", 2)
+    monkeypatch.setattr(widening, "KNOTS", 4)
+    monkeypatch.setattr(widening, "fit_pilot", partial(widening.fit_pilot, num_calls=128))
+    widening.main("--stock_steps 2 --steps 2 --images 2 --sampled_steps 4".split())
+    said = capsys.readouterr().out
+    rows = [line.split(" | ") for line in said.splitlines() if " +- " in line]
+    assert [name for name, *_ in rows] == [
+        "| stock's",
+        "| the same, the best variance of each step",
+        "| widened",
+        "| mean frozen",
+    ]
+    assert rows[0][1:3] == rows[2][1:3] != rows[3][1:3]
+    assert float(said.split("at most ")[1].split()[0]) < 1e-6
+
+
+def test_class_posterior_runs(tmp_path, capsys, monkeypatch):
+    """The benchmark of the classes, tiny: every row of its tables, for two networks that are there."""
+    for name, calls in (("fit_pilot", 64), ("fit_class_pilot", 128)):
+        monkeypatch.setattr(posterior_benchmark, name, partial(getattr(posterior_benchmark, name), num_calls=calls))
+    for name, classes in (("classes", 11), ("digits", None)):
+        tiny = tiny_unet(classes=classes), scheduler(levels=17, num_train_timesteps=20, beta_end=0.4)
+        DDPMVLBPipeline(*tiny).save_pretrained(tmp_path / name)
+    folders = "--model", str(tmp_path / "classes"), "--unconditional", str(tmp_path / "digits")
+    posterior_benchmark.main([*folders, "--images", "3", "--calls", "20", "40"])
+    said = capsys.readouterr().out
+    rows = [line.split(" | ")[1] for line in said.splitlines() if line.startswith(("| shared", "| draws"))]
+    assert rows == ["40", "20", "40", "20", "40", "40", "20", "40"]
+    assert "## Calibration at 40 calls" in said and said.count("+-") > 14
+    assert "| the label for no class | " in said and "| nothing: a network trained without labels | " in said

@@ -1,6 +1,7 @@
 """The single-file programs of examples/: each runs, says something true, and can be copied out of the repository."""
 
 import ast
+import copy
 import functools
 import importlib.util
 import sys
@@ -9,19 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline
-from networks import tiny_unet
+from networks import pipeline as tiny_pipeline
+from networks import seeded, tiny_unet
 from PIL import Image
 from processes import fresh_accelerate  # noqa: F401
 
-from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, fit_pilot
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, fit_pilot, step_kl
 
 FOLDER = Path(__file__).parents[1] / "examples"
-PROGRAMS = (
-    "class_conditional digits dit_latents flow_matching outlier_scores score_stock_checkpoint signals_1d".split()
-    + ["compress_digits", "policy_gradient", "text_to_image_validation"]
-)
-# Two programs in one, training and tuning; options, and what they refuse.
-LINES = {"policy_gradient": 150, "text_to_image_validation": 200}
+PROGRAMS = "class_conditional digits dit_latents flow_matching outliers score_stock_checkpoint signals_1d".split() + [
+    "compress_digits",
+    "policy_gradient",
+    "text_to_image_validation",
+]
+# Two programs in one, training and tuning; thirteen data sets and four scores; options, and what they refuse.
+LINES = {"policy_gradient": 150, "outliers": 200, "text_to_image_validation": 200}
 UNIFORM = 4.0875  # log2(17) bits/dim
 
 
@@ -132,28 +135,6 @@ def test_signals(program, tmp_path):
     assert samples.shape == (32, 1, 64) and samples.isfinite().all() and samples.abs().max() < 3
 
 
-@runs("outlier_scores")
-def test_outlier_scores(program):
-    """After a few steps inverted and shuffled digits are found; blank images are not, as the program says."""
-    areas = program.main(steps=40, num_test=12)
-    assert areas["inverted"][0] > 0.8 and areas["shuffled pixels"][0] > 0.95
-    assert areas["blank"][0] < 0.5
-
-
-@runs("outlier_scores")
-def test_auroc(program):
-    """Two normals a standard deviation apart: area Phi(1 / sqrt 2), and the spread of many samples of 50 and 80."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = [
-        program.auroc(torch.randn(50, generator=generator), torch.randn(80, generator=generator) + 1)
-        for _ in range(100)
-    ]
-    areas, errors = torch.tensor(pairs).T
-    truth = 0.5 * (1 + torch.erf(torch.tensor(0.5)))
-    assert abs(areas.mean() - truth) < 4 * areas.std() / 100**0.5
-    assert errors.mean() == pytest.approx(areas.std().item(), rel=0.3)
-
-
 @runs("policy_gradient")
 def test_policy_gradient(program, tmp_path, monkeypatch, capsys):
     """The network that was is its own reference, the tuned one is another; the picture holds both and the curve."""
@@ -181,6 +162,63 @@ def test_other_codecs_of_noise(program):
     noise = torch.randint(0, 256, (40, 1, 8, 8), generator=torch.Generator().manual_seed(0)).float()
     sizes = program.others(noise)
     assert sizes.pop("raw") == 2560 and all(2500 < size < 2800 for size in sizes.values())
+
+
+@pytest.fixture
+def policy(program):
+    """A pipeline of a tiny network, what it sampled, and its copy, which is the reference."""
+    pipe = tiny_pipeline()
+    return pipe, pipe(16, generator=seeded(), **program.WALK), copy.deepcopy(pipe.unet).requires_grad_(False)
+
+
+@runs("policy_gradient")
+def test_the_surrogate_on_policy_is_reinforce(program, policy):
+    """With the weights that sampled the ratio is 1 and the divergence 0, exactly; the gradient is A grad log p."""
+    pipe, (_, walk), reference = policy[0], policy[1].to_tuple(), policy[2]
+    advantage, weights = torch.linspace(-1, 2, 16), list(pipe.unet.parameters())
+    for k in (0, 8):
+        own, was = program.outputs(walk, k, pipe.unet, reference)
+        loss = program.surrogate(walk, k, own, was, advantage)
+        assert torch.equal(loss, -advantage.mean())
+        reinforce = -(advantage * walk.log_prob(walk.reverse, own, k)).mean()
+        found, expected = (torch.autograd.grad(of, weights, retain_graph=True) for of in (loss, reinforce))
+        size = max(float(part.abs().max()) for part in expected)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * size)
+
+
+@runs("policy_gradient")
+def test_the_surrogate_off_policy_is_clipped_and_pays_for_its_divergence(program, policy):
+    """A step that is more probable by CLIP already is not pushed on, nor one that is less so down; the KL is exact."""
+    walk, k = policy[1].trajectory, 4
+    own = walk.outputs[:, k] + 0.02 * torch.randn(16, 2, 8, 8, generator=seeded(1))
+    own.requires_grad_()
+    ratio = walk.log_ratio(walk.reverse, own, k).exp()
+    assert (ratio > 1 + program.CLIP).any() and (ratio < 1 - program.CLIP).any()
+    for sign, pushed in ((1.0, ratio < 1 + program.CLIP), (-1.0, ratio > 1 - program.CLIP)):
+        (slope,) = torch.autograd.grad(
+            program.surrogate(walk, k, own, own.detach(), torch.full((16,), sign)), own, retain_graph=True
+        )
+        assert torch.equal(slope.flatten(1).abs().sum(1) > 0, pushed)
+    far = walk.outputs[:, k] + torch.randn(16, 2, 8, 8, generator=seeded(2))
+    kl, back = (step_kl(walk.reverse, *pair, walk.states[:, k], walk.t(k)).mean() for pair in ((own, far), (far, own)))
+    alone = program.surrogate(walk, k, own, far, torch.zeros(16))
+    torch.testing.assert_close(alone, program.KL_WEIGHT * kl)
+    assert kl > 1 and abs(back / kl - 1) > 1e-3
+
+
+@runs("policy_gradient")
+def test_a_round_makes_what_was_rewarded_more_probable(program, policy):
+    """It gives out the reward of its samples, and correlates the change of their probability with their advantage."""
+    pipe, sampled, reference = policy
+    ink = sampled.images.mean((1, 2, 3))
+    again = type("Again", (), {"unet": pipe.unet, "__call__": lambda *given, **options: sampled})()
+    (told,) = program.tune(again, reference, lambda x: x.mean((1, 2, 3)), 1, 16)
+    assert told == program.mean_and_error(ink)
+    walk, gain = sampled.trajectory, torch.zeros(16)
+    with torch.no_grad():
+        for k in range(9):
+            gain += walk.log_ratio(walk.reverse, program.outputs(walk, k, pipe.unet, reference)[0], k)
+    assert torch.corrcoef(torch.stack([gain, ink]))[0, 1] > 0.5
 
 
 @runs("score_stock_checkpoint")

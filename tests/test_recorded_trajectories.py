@@ -14,14 +14,19 @@ from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, SquaredErrors, StoredPat
 STORED = StoredPath((999, 700, 400, 60), "per_pixel", 0.2)
 
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def walk(pipe, batch: int = 3, **arguments):
     options = {"num_inference_steps": 4, "output_type": "latent", "generator": seeded()} | arguments
     return pipe(batch, return_trajectory=True, **options)
 
 
 def made(kind: str) -> DDPMVLBPipeline:
-    """A network of one channel with a variance half, and the scheduler of this kind."""
+    """A network of one channel with a variance half, used or not, and the scheduler of this kind."""
     pipe = pipeline(variance_type="fixed_large" if kind == "fixed_large" else "learned_range")
+    if kind in HALVES:
+        pipe.to(HALVES[kind])
     if kind == "stored":
         pixels = torch.rand(1000, 1, 8, 8, generator=seeded(4)) * 0.1 + 0.01
         errors = SquaredErrors(torch.arange(1000), pixels.flatten(1).mean(1), pixels)
@@ -29,19 +34,24 @@ def made(kind: str) -> DDPMVLBPipeline:
     return pipe
 
 
-@pytest.mark.parametrize("kind", ["learned_range", "fixed_large", "stored", "eta"])
+@pytest.mark.parametrize("kind", ["learned_range", "fixed_large", "stored", "eta", *HALVES])
 def test_the_ratio_is_one_on_policy(kind):
-    """The same weights give the stored log-probabilities bit for bit, with gradients, from a process of one's own."""
-    pipe, channels = made(kind), 1 if kind == "fixed_large" else 2
+    """The same weights give what is stored bit for bit, with gradients, from a process of one's own too.
+
+    In half precision the states stay in float32, and the network gets them in its own dtype; of 2 C outputs a fixed
+    variance takes the mean half.
+    """
+    pipe = made(kind)
     steps = walk(pipe, eta=0.6 if kind == "eta" else None).trajectory
-    own = pipe.scheduler.reverse_process(num_inference_steps=4)
-    reverse = steps.reverse if kind == "eta" else own
+    assert steps.states.dtype == steps.outputs.dtype == steps.log_probs.dtype == torch.float32
+    reverse = steps.reverse if kind == "eta" else pipe.scheduler.reverse_process(num_inference_steps=4)
     for k in range(3):
-        x_t = steps.states[:, k]
-        output = pipe.unet(x_t, steps.timesteps[k].expand(3)).sample[:, :channels]
-        direct = step_log_prob(reverse, output, x_t, 3 - k, steps.states[:, k + 1])
-        assert direct.requires_grad and torch.equal((direct - steps.log_probs[:, k]).exp(), torch.ones(3))
+        output = pipe.unet(steps.states[:, k].to(pipe.unet.dtype), steps.timesteps[k].expand(3)).sample
+        ratio = steps.log_ratio(reverse, output, k).exp()
+        assert ratio.requires_grad and torch.equal(ratio, torch.ones(3))
         assert torch.equal(steps.log_prob(reverse, output, k), steps.log_probs[:, k])
+        direct = step_log_prob(reverse, output, steps.states[:, k], 3 - k, steps.states[:, k + 1])
+        assert torch.equal(direct, steps.log_probs[:, k])
 
 
 def test_a_flow_s_trajectory_is_its_chain_s():
@@ -63,6 +73,7 @@ def test_the_states_are_what_the_scheduler_drew(monkeypatch):
     assert len(steps) == 4 and steps.states.shape == (3, 5, 1, 8, 8)
     assert steps.log_probs.shape == (3, 4) and steps.log_probs.dtype == torch.float32
     assert steps.timesteps.tolist() == [call["timestep"] for call in calls]
+    assert torch.equal(steps.outputs, torch.stack([call["output"] for call in calls], dim=1))
     assert all(torch.equal(steps.states[:, k], call["image"]) for k, call in enumerate(calls))
     assert torch.equal(steps.states[:, -1], found.images) and torch.equal(found.images, plain)
     assert not steps.log_probs[:, -1].any() and steps.log_probs[:, :-1].all()
@@ -72,8 +83,10 @@ def test_other_weights_have_another_ratio():
     pipe = pipeline()
     steps = walk(pipe).trajectory
     output = tiny_unet(seed=1)(steps.states[:, 1], steps.timesteps[1].expand(3)).sample
-    ratio = (steps.log_prob(steps.reverse, output, 1) - steps.log_probs[:, 1]).exp()
-    assert ratio.isfinite().all() and not torch.allclose(ratio, torch.ones(3), atol=1e-3)
+    log_ratio = steps.log_ratio(steps.reverse, output, 1)
+    assert log_ratio.isfinite().all() and not torch.allclose(log_ratio, torch.zeros(3), atol=1e-3)
+    difference = steps.log_prob(steps.reverse, output, 1) - steps.log_probs[:, 1]
+    torch.testing.assert_close(log_ratio, difference, rtol=1e-4, atol=1e-4)
 
 
 def test_under_guidance_it_is_that_of_the_guided_step():
@@ -86,10 +99,12 @@ def test_under_guidance_it_is_that_of_the_guided_step():
     mean = torch.lerp(unconditional[:, :1], conditional[:, :1], 2.5)
     guided = torch.cat([mean, conditional[:, 1:]], dim=1)
     assert torch.equal(steps.log_prob(steps.reverse, guided, 0, guidance_scale=2.5), steps.log_probs[:, 0])
+    assert not steps.log_ratio(steps.reverse, guided, 0, guidance_scale=2.5).any()
     bare = step_log_prob(steps.reverse, conditional, x_t, steps.t(0), steps.states[:, 1])
     assert not torch.allclose(bare, steps.log_probs[:, 0])
-    with pytest.raises(ValueError, match="guidance_scale=2.5"):
-        steps.log_prob(steps.reverse, conditional, 0)
+    for score in (steps.log_prob, steps.log_ratio):
+        with pytest.raises(ValueError, match="guidance_scale=2.5"):
+            score(steps.reverse, conditional, 0)
 
 
 def test_the_output_is_stock_s_and_more():
@@ -130,9 +145,10 @@ def walked():
 @pytest.mark.parametrize("name", CHAINS)
 def test_another_chain_is_refused(walked, name):
     pipe, steps, output = walked
-    with pytest.raises(ValueError, match="another chain") as error:
-        steps.log_prob(CHAINS[name](pipe), output, 0)
-    assert "\n" not in str(error.value)
+    for score in (steps.log_prob, steps.log_ratio):
+        with pytest.raises(ValueError, match="another chain") as error:
+            score(CHAINS[name](pipe), output, 0)
+        assert "\n" not in str(error.value)
 
 
 def test_the_same_chain_is_taken_in_any_precision(walked):
@@ -143,15 +159,26 @@ def test_the_same_chain_is_taken_in_any_precision(walked):
 
 def test_the_step_that_drew_nothing_is_refused(walked):
     _, steps, output = walked
-    with pytest.raises(ValueError, match="draws nothing"):
-        steps.log_prob(steps.reverse, output, 3)
-    for k in (4, -1):
-        with pytest.raises(IndexError, match="0 .. 3"):
-            steps.log_prob(steps.reverse, output, k)
+    for score in (steps.log_prob, steps.log_ratio):
+        with pytest.raises(ValueError, match="draws nothing"):
+            score(steps.reverse, output, 3)
+        for k in (4, -1):
+            with pytest.raises(IndexError, match="0 .. 3"):
+                score(steps.reverse, output, k)
 
 
 def swapped() -> DDPMVLBPipeline:
     return quiet(DDPMVLBPipeline(tiny_unet(), DDIMScheduler()))
+
+
+def writes_at(k: int):
+    """A callback that changes one value of one image after step k."""
+
+    def callback(pipe, step, timestep, tensors):
+        if step == k:
+            tensors["latents"][1, 0, 2, 3] += 0.01
+
+    return callback
 
 
 REFUSED = {
@@ -161,6 +188,8 @@ REFUSED = {
         lambda: walk(pipeline(), callback_on_step_end=lambda *given: {"latents": given[-1]["latents"] * 0.9}),
         "no log-probability",
     ),
+    "a state written into": (lambda: walk(pipeline(), callback_on_step_end=writes_at(1)), "write into none"),
+    "a sample written into": (lambda: walk(pipeline(), callback_on_step_end=writes_at(3)), "write into none"),
 }
 
 
@@ -177,3 +206,27 @@ def test_a_callback_may_watch():
     pipe = pipeline()
     found = walk(pipe, callback_on_step_end=lambda *given: seen.append(copy.copy(given[-1]["latents"])))
     assert torch.equal(torch.stack(seen, dim=1), found.trajectory.states[:, 1:])
+
+
+def test_what_is_kept_stays():
+    """A callback that keeps the states and writes into those of steps that are over changes nothing."""
+    kept, pipe = [], pipeline()
+
+    def callback(pipe, step, timestep, tensors):
+        kept.append(tensors["latents"])
+        for old in kept[:-1]:
+            old.zero_()
+
+    plain, found = walk(pipe), walk(pipe, callback_on_step_end=callback)
+    assert torch.equal(found.trajectory.states, plain.trajectory.states) and not kept[0].any()
+
+
+def test_a_walk_in_inference_mode_can_be_trained_on():
+    pipe, plain = pipeline(), walk(pipeline()).trajectory
+    with torch.inference_mode():
+        steps = walk(pipe).trajectory
+    assert torch.equal(steps.log_probs, plain.log_probs)
+    assert not any(own.is_inference() for own in (steps.states, steps.timesteps, steps.outputs, steps.log_probs))
+    output = pipe.unet(steps.states[:, 0], steps.timesteps[0].expand(3)).sample
+    steps.log_ratio(steps.reverse, output, 0).sum().backward()
+    assert any(own.grad.any() for own in pipe.unet.parameters())

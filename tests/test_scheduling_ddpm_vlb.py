@@ -1,6 +1,7 @@
 """DDPMVLBScheduler: the steps that it visits, a step of each, and the reverse process behind them."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -183,6 +184,52 @@ def test_a_changed_chain_leaves_what_was_drawn():
     ours.set_timesteps(2)
     for kept in (result, copy.deepcopy(result)):
         assert torch.equal(kept.distribution.mean, mean)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_what_was_drawn_from_is_not_told_of_tensors_written_into(which):
+    """Nor by a copy made since; a copy made before has tensors of its own."""
+    ours = DDPMVLBScheduler(100, variance_type="learned_range")
+    given = randn(1, (3, 4, 4, 5)).mul_(0.5), torch.full((3,), 60), randn(0)
+    result, unasked = ours.step(*given), ours.step(*given)
+    mean = result.distribution.mean
+    early = copy.deepcopy(result)
+    given[which][0] -= 1
+    for late in (result, copy.copy(unasked), copy.deepcopy(unasked)):
+        with pytest.raises(ValueError, match="written into|copied") as error:
+            late.distribution  # noqa: B018
+        assert "\n" not in str(error.value)
+    assert torch.equal(early.distribution.mean, mean)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_inference_tensors_tell_what_was_drawn_from(inside):
+    """They do not count what is written into them; nor does it matter in which mode one steps and asks."""
+    ours = DDPMVLBScheduler(100)
+    expected = ours.step(randn(1), 40, randn(0)).distribution
+    with torch.inference_mode():
+        given = randn(1), torch.tensor(40), randn(0)
+        result = ours.step(*given) if inside else None
+    result = result or ours.step(*given)
+    output, sample = randn(1), randn(0)
+    ordinary = ours.step(output, 40, sample)
+    with torch.inference_mode():
+        within = ours.step(output, 40, sample)
+        assert torch.equal(ordinary.distribution.mean, expected.mean)
+    for told in (result, within):
+        assert torch.equal(told.distribution.mean, expected.mean)
+
+
+def test_an_output_made_by_hand_has_no_distribution():
+    """It is an output all the same, of `dataclasses.replace` or of tensors."""
+    ours = DDPMVLBScheduler(100)
+    result = ours.step(randn(1), 40, randn(0))
+    replaced = dataclasses.replace(result, prev_sample=randn(2))
+    assert torch.equal(replaced.prev_sample, randn(2)) and list(replaced) == list(result)
+    for output in (replaced, type(result)(randn(0)), copy.deepcopy(replaced)):
+        with pytest.raises(ValueError, match="made by hand") as error:
+            output.distribution  # noqa: B018
+        assert "\n" not in str(error.value)
 
 
 def test_last_step_draws_nothing():

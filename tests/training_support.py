@@ -34,11 +34,13 @@ def tiny(folder, options="", *more, pictures=False):
     with pytest.MonkeyPatch.context() as patch:
         for name in () if pictures else ("plot_samples", "plot_vlb_terms"):
             patch.setattr(training_pictures, name, lambda *args: None)
-        # Without effect, and refused, beside a network's own config, or where nothing is scored.
-        size = [] if "--model_config_name_or_path" in options else SIZE
+        # Without effect, and refused, beside a network's own config or chain, or where nothing is scored.
+        pretrained = "--pretrained" in [*options.split(), *more]
+        size = [] if "--model_config_name_or_path" in options or pretrained else SIZE
+        rest = [own for own in REST if not (pretrained and own in ("--ddpm_num_steps", "20"))]
         calls = [] if "--num_test_images 0" in options else CALLS
         return train.main(
-            [*size, *REST, *calls, "--cpu", "--output_dir", str(folder), *options.split(), *map(str, more)]
+            [*size, *rest, *calls, "--cpu", "--output_dir", str(folder), *options.split(), *map(str, more)]
         )
 
 

@@ -2,6 +2,7 @@
 
 from .checkpoint_scores import check_scorable, score
 from .checks import check_data
+from .classification import ClassPosterior, class_posterior, fit_class_pilot
 from .compressed_files import CompressedFile
 from .compression import BitsBackCodec, Decompressed, compress, decompress
 from .counter_noise import counter_keys, counter_normal
@@ -29,7 +30,7 @@ from .reverse_process import PREDICTION_TYPES, VARIANCE_TYPES, Prediction, Rever
 from .schedules import BETA_SCHEDULES, beta_start_for_levels, make_betas, rescale_betas_zero_snr
 from .scheduling_ddpm_vlb import DDPMVLBScheduler
 from .scores import VLBDifference, VLBEstimate, VLBScores, compacted, estimate_from_scores, merge_scores
-from .step_log_probs import Trajectory, step_kl, step_log_prob
+from .step_log_probs import Trajectory, step_kl, step_log_prob, step_log_ratio
 from .step_statistics import FEW_IMAGES, MIN_IMAGES, StepStatistics, collect_statistics, spread_knots
 from .timestep_samplers import (
     ImportanceTimesteps,
@@ -40,6 +41,7 @@ from .timestep_samplers import (
 from .transition_costs import crossfitted_cost, step_costs
 from .validation import Validation
 from .walk import DDPMVLBSchedulerOutput
+from .widening import with_learned_range
 
 __version__ = "0.1.0"
 
@@ -59,6 +61,7 @@ __all__ = [
     "VARIANCES",
     "VARIANCE_TYPES",
     "BitsBackCodec",
+    "ClassPosterior",
     "CompressedFile",
     "ControlVariate",
     "DDPMVLBPipeline",
@@ -93,6 +96,7 @@ __all__ = [
     "beta_start_for_levels",
     "check_data",
     "check_scorable",
+    "class_posterior",
     "collect_statistics",
     "compacted",
     "compress",
@@ -107,6 +111,7 @@ __all__ = [
     "estimate_ode",
     "estimate_vlb",
     "evaluate_vlb",
+    "fit_class_pilot",
     "fit_pilot",
     "forget_origin",
     "gaussian_model_terms",
@@ -132,9 +137,11 @@ __all__ = [
     "step_costs",
     "step_kl",
     "step_log_prob",
+    "step_log_ratio",
     "stock_sigmas",
     "values_in_a_call",
     "vlb_loss",
     "vlb_term",
+    "with_learned_range",
     "write_code",
 ]

@@ -222,8 +222,8 @@ def fit_pilot(
         raise ValueError(f"`num_calls` must be at least 1, but got {num_calls!r}.")
     check_conditioning(conditioning, len(x_0))
     check_same_chain(reverse, also)
-    x_0, steps = x_0.cpu(), len(reverse.forward)
-    knots, t = _probes(steps, num_calls)
+    x_0 = x_0.cpu()
+    knots, t = probes(len(reverse.forward), num_calls)
     gaps = _log_snr_gaps(reverse)
     generator = image_generator(seed, -1)
     image = torch.randperm(len(x_0), generator=generator)[torch.arange(len(t)) % len(x_0)]
@@ -249,10 +249,7 @@ def fit_pilot(
         regressors = torch.cat(features)
         control = replace(unit, slopes=torch.stack([_fit_slopes(own, regressors, knots, t, gaps) for own in values]))
         values = values - (regressors * control.slopes[:, t]).sum(2)
-    roots = [(_interpolate(_smooth_log_rms(own, knots, t, gaps), knots, steps) + gaps).exp() for own in values]
-    share = torch.stack([root / root.sum() for root in roots]).mean(0)
-    probabilities = (1 - uniform_fraction) * share + uniform_fraction / steps
-    return Pilot(probabilities, control, len(t))
+    return Pilot(shares_by_size(reverse, values, knots, t, uniform_fraction), control, len(t))
 
 
 def pilot_positions(total: int, dims: int) -> list[int]:
@@ -275,8 +272,13 @@ def max_pilot_images(dims: int) -> int:
     return min(2048, max(64, 2**25 // dims))
 
 
-def _probes(steps: int, num_calls: int) -> tuple[Tensor, Tensor]:
-    """The steps to probe, closest near the data, and the step of each call; t = 0, the decoder, has four shares."""
+def probes(steps: int, num_calls: int) -> tuple[Tensor, Tensor]:
+    """The steps to probe, closest near the data, and the step of each call; t = 0, the decoder, has four shares.
+
+    Args:
+        steps: T.
+        num_calls: how many there may be; each step is probed at least once.
+    """
     spaced = torch.logspace(0, math.log10(max(steps - 1, 1)), 63).round().long()
     knots = torch.cat([torch.zeros(1, dtype=torch.int64), spaced]).unique()
     knots = knots[knots < steps]
@@ -284,6 +286,24 @@ def _probes(steps: int, num_calls: int) -> tuple[Tensor, Tensor]:
     shares[0] = 4
     each = num_calls // int(shares.sum())
     return knots, knots.repeat_interleave(shares * each if each else torch.ones_like(shares))
+
+
+def shares_by_size(
+    reverse: ReverseProcess, values: Tensor, knots: Tensor, t: Tensor, uniform_fraction: float
+) -> Tensor:
+    """p_t proportional to the root mean square of what was found at the probed steps, (T,) (equation 1).
+
+    Args:
+        reverse: p, whose chain it is.
+        values: of each probe, in nats, (V, P); each of the V has an equal share of p_t.
+        knots: the steps that were probed, (K,).
+        t: the step of each probe, (P,).
+        uniform_fraction: share of p_t that is uniform, in (0, 1].
+    """
+    gaps, steps = _log_snr_gaps(reverse), len(reverse.forward)
+    roots = [(_interpolate(_smooth_log_rms(own, knots, t, gaps), knots, steps) + gaps).exp() for own in values]
+    share = torch.stack([root / root.sum() for root in roots]).mean(0)
+    return (1 - uniform_fraction) * share + uniform_fraction / steps
 
 
 def _log_snr_gaps(reverse: ReverseProcess) -> Tensor:

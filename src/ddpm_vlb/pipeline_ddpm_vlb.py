@@ -286,8 +286,8 @@ class DDPMVLBPipeline(DiffusionPipeline):
                 a dict with a new "latents".
             callback_on_step_end_tensor_inputs: names of the tensors to hand to it: "latents", which is x_t.
             null_class_label: the label that stands for no class under guidance; the network's last when None.
-            return_trajectory: give out the states and log-probabilities of all steps too, as a `Trajectory`, which
-                takes K + 1 times the memory. Under guidance they are those of the guided steps.
+            return_trajectory: give out states, outputs and log-probabilities of all steps too, as a `Trajectory`, in
+                2 K + 1 times the memory, 3 K + 1 with a learned variance; under guidance those of the guided steps.
 
         Raises:
             ValueError: an unknown output type or callback tensor, a wrong number of generators, labels that the

@@ -23,8 +23,14 @@ class DDPMVLBPipelineOutput(ImagePipelineOutput):
     trajectory: Trajectory | None = None
 
 
+_NOT_DRAWN = (
+    "`return_trajectory` keeps what was drawn, but `callback_on_step_end` put other `latents` in its place, which "
+    "have no log-probability: return none from it, and write into none."
+)
+
+
 class Recorder:
-    """The states and log-probabilities of a walk, step by step.
+    """The states, outputs and log-probabilities of a walk, step by step.
 
     Args:
         scheduler: ours, its timesteps set.
@@ -44,8 +50,12 @@ class Recorder:
         self._reverse = scheduler._walk.process.to(x_t.device, x_t.dtype)
         if self._reverse.eta == 0:
             raise ValueError("`return_trajectory` needs `eta` above 0: with 0 no step draws, and none is probable.")
-        self._timesteps, self._scale = scheduler.timesteps, guidance_scale
-        self._states, self._log_probs = [x_t], list[Tensor]()
+        with torch.inference_mode(False):  # a trajectory is there to be trained on
+            self._timesteps = scheduler.timesteps.clone()
+        self._scale, self._last = guidance_scale, x_t
+        self._kept: dict[str, Tensor] = {}
+        self._written: list[Tensor] = []
+        self._keep("states", 0, x_t, len(self._timesteps) + 1)
 
     def note(self, x_t: Tensor, output: Tensor, x_s: Tensor) -> None:
         """Keep a step.
@@ -59,10 +69,14 @@ class Recorder:
             ValueError: a callback has put another state in the place of what the last step drew.
         """
         self._check_drawn(x_t)
-        t = len(self._timesteps) - len(self._states)
+        k, steps = len(self._written) - 1, len(self._timesteps)
+        t = steps - 1 - k
         drawn = t > 0  # the last step's log-probability is that of nothing
-        self._log_probs.append(step_log_prob(self._reverse, output, x_t, t, x_s) if drawn else x_t.new_zeros(len(x_t)))
-        self._states.append(x_s)
+        log_prob = step_log_prob(self._reverse, output, x_t, t, x_s) if drawn else x_t.new_zeros(len(x_t))
+        self._keep("states", k + 1, x_s, steps + 1)
+        self._keep("outputs", k, output, steps)
+        self._keep("log_probs", k, log_prob, steps)
+        self._last = x_s
 
     def trajectory(self, x_0: Tensor) -> Trajectory:
         """What was kept.
@@ -71,18 +85,24 @@ class Recorder:
             x_0: what is given out.
 
         Raises:
-            ValueError: as `note`.
+            ValueError: as `note`, or a callback has written into what a step drew.
         """
         self._check_drawn(x_0)
-        states, log_probs = (torch.stack(kept, dim=1) for kept in (self._states, self._log_probs))
-        return Trajectory(states, self._timesteps, log_probs, self._reverse, self._scale)
+        if bool(torch.stack(self._written).any()):
+            raise ValueError(_NOT_DRAWN)
+        return Trajectory(timesteps=self._timesteps, reverse=self._reverse, guidance_scale=self._scale, **self._kept)
+
+    def _keep(self, name: str, k: int, value: Tensor, length: int) -> None:
+        """Copy a step's value, so that it stays what it was."""
+        if name not in self._kept:
+            with torch.inference_mode(False):
+                self._kept[name] = value.new_empty((len(value), length, *value.shape[1:]))
+        self._kept[name][:, k] = value
 
     def _check_drawn(self, x: Tensor) -> None:
-        if x is not self._states[-1]:
-            raise ValueError(
-                "`return_trajectory` keeps what was drawn, but `callback_on_step_end` put other `latents` in its "
-                "place, which have no log-probability: return none from it."
-            )
+        if x is not self._last:
+            raise ValueError(_NOT_DRAWN)
+        self._written.append((x != self._kept["states"][:, len(self._written)]).any())  # looked at in the end
 
 
 def check_tensor_inputs(names: Sequence[str], known: Sequence[str]) -> None:

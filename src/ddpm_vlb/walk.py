@@ -51,6 +51,8 @@ class DDPMVLBSchedulerOutput(DDPMSchedulerOutput):
     Its fields are stock's, `prev_sample` x_{t-1} and `pred_original_sample` x_0_hat, (B, C, *).
     """
 
+    _step = None
+
     @classmethod
     def drawn(cls, prev_sample: Tensor, x_0: Tensor, walk: "Walk", given: Any) -> "DDPMVLBSchedulerOutput":
         """That of a step.
@@ -61,12 +63,14 @@ class DDPMVLBSchedulerOutput(DDPMSchedulerOutput):
             walk: whose step it was.
             given: its model output, timestep and sample.
         """
+        # Inference tensors do not count how often they are written into, and to ask one is slow.
+        unknown = torch.compiler.is_dynamo_compiling() or torch.is_inference_mode_enabled()
         # The parent's own way, by `fields` and a look among the keys for each, takes a fifth of a small step.
         output = cls.__new__(cls)
         fields = {"prev_sample": prev_sample, "pred_original_sample": x_0}
         for name, value in fields.items():
             OrderedDict.__setitem__(output, name, value)
-        output.__dict__.update(fields, _step=(walk, given))
+        output.__dict__.update(fields, _step=(walk, given, None if unknown else _versions(given)))
         return output
 
     @property
@@ -76,10 +80,42 @@ class DDPMVLBSchedulerOutput(DDPMSchedulerOutput):
         Worked out when it is asked for, from the tensors that `step` was given; on a GPU that waits.
 
         Raises:
-            ValueError: some of the samples are at the chain's last step, and some are not.
+            ValueError: some of the samples are at the chain's last step, and some are not; a tensor that `step` was
+                given has been written into since (of inference tensors that is not seen); or no output of a step's.
         """
-        walk, given = self._step
+        if self._step is None:
+            raise ValueError(
+                "This output was made by hand or copied, and does not tell what it was drawn from: ask for the "
+                "`distribution` of the one that `step` returned."
+            )
+        walk, given, versions = self._step
+        if _written(given, versions):
+            raise ValueError(
+                "`distribution` is worked out from the tensors that `step` was given, but one of them was written "
+                "into since: ask before that, or give `step` a copy."
+            )
         return walk.distribution(*given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        made, fields, state, *others = super().__reduce__()
+        if self._step is not None:
+            walk, given, versions = self._step
+            # The tensors of a copy count anew.
+            state = state | {"_step": None if _written(given, versions) else (walk, given, None)}
+        return made, fields, state, *others
+
+
+def _versions(given: tuple[Tensor, int | Tensor, Tensor]) -> tuple[int, int, int] | None:
+    """How often each has been written into; None where one is an inference tensor."""
+    output, timestep, sample = given
+    try:
+        return output._version, getattr(timestep, "_version", 0), sample._version
+    except RuntimeError:
+        return None
+
+
+def _written(given: tuple[Tensor, int | Tensor, Tensor], versions: tuple[int, int, int] | None) -> bool:
+    return versions is not None and versions != _versions(given)
 
 
 class Walk:

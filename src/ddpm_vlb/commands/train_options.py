@@ -33,6 +33,7 @@ Without options: scikit-learn's 8x8 digits with their own 17 levels, in a few mi
     ddpm-vlb train
     ddpm-vlb train --dataset_name ylecun/mnist --block_out_channels 32 64 --max_train_steps 20000
     ddpm-vlb train --path flow
+    ddpm-vlb train --pretrained google/ddpm-cifar10-32 --dataset_name uoft-cs/cifar10 --image_column img
 """
 PATHS = ("ddpm", "flow", "edm")
 # "piecewise_constant" needs rules that no option holds.
@@ -62,6 +63,13 @@ def build_parser() -> Parser:
     )
 
     model = parser.add_argument_group("model")
+    model.add_argument(
+        "--pretrained", help="Pipeline of fixed variance, a folder or a Hub name: its network gains a learned one."
+    )
+    model.add_argument("--revision", help="Its branch, tag or commit on the Hub.")
+    model.add_argument(
+        "--freeze_mean", action=SWITCH, default=False, help="Train the variance half of its last layer alone."
+    )
     model.add_argument("--model_config_name_or_path", help="A UNet2DModel config in place of the size flags.")
     model.add_argument("--block_out_channels", type=positive_int, nargs="+", default=[32, 64], help="U-Net widths.")
     model.add_argument("--layers_per_block", type=positive_int, default=1, help="ResNet blocks in each level.")
@@ -93,7 +101,11 @@ def build_parser() -> Parser:
     process.add_argument("--timestep_spacing", choices=TIMESTEP_SPACINGS, default="linspace", help="Of short chains.")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--objective", choices=("simple", "hybrid", "vlb"), default="vlb", help="The loss.")
+    training.add_argument(
+        "--objective",
+        choices=("simple", "hybrid", "vlb"),
+        help="The loss; default: vlb, or hybrid of --pretrained without --freeze_mean.",
+    )
     training.add_argument(
         "--timestep_sampler",
         choices=("uniform", "low_discrepancy", "loss_second_moment", "gaussian", "sigma"),
@@ -112,7 +124,11 @@ def build_parser() -> Parser:
     )
     training.add_argument("--num_epochs", type=positive_int, help="Epochs, in place of --max_train_steps.")
     training.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches for each step.")
-    training.add_argument("--learning_rate", type=positive_float, default=2e-3, help="Peak learning rate of AdamW.")
+    training.add_argument(
+        "--learning_rate",
+        type=positive_float,
+        help="Peak learning rate of AdamW; default: 2e-3, or 1e-4 of --pretrained without --freeze_mean.",
+    )
     training.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="cosine", help="Its schedule.")
     training.add_argument("--lr_warmup_steps", type=not_negative_int, default=100, help="Its warm-up.")
     training.add_argument("--adam_beta1", type=fraction, default=0.9, help="AdamW's beta_1.")
@@ -200,11 +216,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("pass only one of --dataset_name and --train_data_dir")
     if args.max_train_steps is not None and args.num_epochs is not None:
         parser.error("pass only one of --max_train_steps and --num_epochs")
+    started = args.pretrained is not None
+    moves_the_mean = started and not args.freeze_mean
+    if args.objective is None:
+        args.objective = "hybrid" if moves_the_mean else "vlb"
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if moves_the_mean else 2e-3
     parser.refuse_idle(args, _idle(args))
+    if started and Path(args.pretrained).resolve() == Path(args.output_dir).resolve():
+        parser.error(f"--pretrained {args.pretrained} is --output_dir, which the result would replace: give another")
+    if args.freeze_mean:
+        args.adam_weight_decay = 0.0  # which would move a mean without a gradient
+        if args.objective != "vlb":
+            parser.error(f"--freeze_mean leaves L_simple of --objective {args.objective} nothing to train: take vlb")
     if args.keep_best is None:  # what ends a run as overfitted must not keep that network
         args.keep_best = args.patience is not None
     if args.variance_type is None:
-        args.variance_type = "fixed_small" if args.objective == "simple" else "learned_range"
+        args.variance_type = "fixed_small" if args.objective == "simple" and not started else "learned_range"
     if args.objective == "hybrid" and not args.variance_type.startswith("learned"):
         parser.error(f"--objective hybrid trains the variance, but --variance_type {args.variance_type} has none")
     if args.objective == "simple" and args.variance_type.startswith("learned"):
@@ -223,9 +251,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         args.timestep_sampler = "gaussian" if args.objective == "vlb" else as_simple
     if args.timestep_sampler == "sigma" and (args.objective == "vlb" or not other_path):
         parser.error("--timestep_sampler sigma draws as L_simple of --path flow or edm does: take another")
-    if args.ddpm_num_inference_steps is None:
+    if args.ddpm_num_inference_steps is None and not started:
         args.ddpm_num_inference_steps = min(250, args.ddpm_num_steps)
-    if args.ddpm_num_inference_steps > args.ddpm_num_steps:
+    if not started and args.ddpm_num_inference_steps > args.ddpm_num_steps:
         parser.error(
             f"--ddpm_num_inference_steps {args.ddpm_num_inference_steps} is more than the chain's "
             f"--ddpm_num_steps {args.ddpm_num_steps}"
@@ -239,11 +267,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def _idle(args: argparse.Namespace) -> dict[str, bool]:
     """Options that others leave without effect."""
     named, size = args.model_config_name_or_path is not None, "block_out_channels layers_per_block norm_num_groups"
-    betas = "ddpm_beta_schedule ddpm_beta_start ddpm_beta_end"
+    betas, started = "ddpm_beta_schedule ddpm_beta_start ddpm_beta_end", args.pretrained is not None
+    decided = f"model_config_name_or_path {size} attention_levels dropout path ddpm_num_steps {betas}"
+    decided += " rescale_betas_zero_snr prediction_type variance_type timestep_spacing class_conditional"
     hub = "hub_model_id hub_private_repo hub_include_code hub_license hub_overwrite"
     return {
         "dataset_config_name, without --dataset_name": args.dataset_name is None,
         "label_column label_dropout, without --class_conditional": not args.class_conditional,
+        f"{decided}, beside --pretrained, whose checkpoint decides": started,
+        "revision freeze_mean, without --pretrained": not started,
+        "adam_weight_decay, with --freeze_mean": args.freeze_mean,
         f"{size} attention_levels dropout, beside --model_config_name_or_path": named,
         f"ddpm_beta_start ddpm_beta_end, on --ddpm_beta_schedule {args.ddpm_beta_schedule}": args.ddpm_beta_schedule
         in ("squaredcos_cap_v2", "laplace"),

@@ -65,7 +65,7 @@ def loss_terms(run: Run, output: Tensor, diffused: Diffused) -> Tensor:
             loss = simple_loss(run.of_the_mean, mean_half, diffused, run.args.snr_gamma)
             values.append(run.simple_weights[diffused.t] * loss)  # 1, but in the terms of another --path
         elif name == "vlb":
-            frozen = run.args.objective == "hybrid"
+            frozen = run.args.objective == "hybrid" or run.args.freeze_mean
             values.append(vlb_loss(run.reverse, output, diffused, freeze_mean=frozen))
     return torch.stack(values, dim=1)
 

@@ -50,17 +50,17 @@ def load_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
     return pipeline
 
 
-def read_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
-    """The checkpoint as a pipeline of ours, with any chain that it samples by."""
+def read_pipeline(args: argparse.Namespace, option: str = "--model") -> DDPMVLBPipeline:
+    """The checkpoint as a pipeline of ours, with any chain that it samples by; `option` is what messages name."""
     folder = Path(args.model)
     if not folder.is_dir() and (args.model.count("/") != 1 or args.model.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"--model {args.model}: there is no such folder, and it is no Hub name (user/name).")
+        raise FileNotFoundError(f"{option} {args.model}: there is no such folder, and it is no Hub name (user/name).")
     if folder.is_dir() and args.revision is not None:
         raise ValueError(
-            f"--revision {args.revision} has no effect: --model {args.model} is a folder, not on the Hub."
+            f"--revision {args.revision} has no effect: {option} {args.model} is a folder, not on the Hub."
         )
     if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"--model {args.model}: the folder holds no pipeline (no model_index.json).")
+        raise FileNotFoundError(f"{option} {args.model}: the folder holds no pipeline (no model_index.json).")
     try:
         if not folder.is_dir():
             _reach_hub(args)
@@ -69,7 +69,7 @@ def read_pipeline(args: argparse.Namespace) -> DDPMVLBPipeline:
         said = str(error).rstrip(".")
         if not folder.is_dir():
             said = f"there is no such folder, and of the Hub: {said}. {HUB_HINT}"
-        raise ValueError(f"--model {args.model} cannot be loaded: {said}") from error
+        raise ValueError(f"{option} {args.model} cannot be loaded: {said}") from error
 
 
 def name_distilled(pipeline: DDPMVLBPipeline) -> str | None:

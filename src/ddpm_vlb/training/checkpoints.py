@@ -24,7 +24,8 @@ from ddpm_vlb.runtime.stopping import end, lost_contact
 
 MANIFEST = "checkpoint.json"
 RUN_FILE = ".run.json"
-EARLIER = {"--path": "ddpm"}  # what checkpoints from before there was such an option do not say
+# What checkpoints from before there was such an option do not say.
+EARLIER = {"--path": "ddpm", "--freeze_mean": False}
 KEYS = {"step", "run", "fixed", "free", "files"}
 _PREFIX = "checkpoint-"
 _KINDS = ("checkpoint", "superseded", "diverged")

@@ -32,6 +32,7 @@ from ddpm_vlb.training.paths import (
     measured_sigma_data,
     weights_of_simple,
 )
+from ddpm_vlb.training.pretrained import pretrained_parts
 from ddpm_vlb.training.validations import Validations
 
 # Options that say what the network's output means.
@@ -45,7 +46,11 @@ def build_parts(
     args: argparse.Namespace, data: ImageData, sigma_data: float | None
 ) -> tuple[DDPMVLBScheduler, SchedulerMixin | None, UNet2DModel]:
     """The chain, the scheduler of stock beside it, and the network."""
-    chain, unet = build_path(args, data.levels, sigma_data), build_unet(args, data)
+    if args.pretrained is None:
+        chain, unet = build_path(args, data.levels, sigma_data), build_unet(args, data)
+    else:
+        scheduler, unet = pretrained_parts(args, data)
+        chain = scheduler, None
     return *chain, unet.to(memory_format=torch.channels_last) if args.channels_last else unet
 
 
@@ -174,12 +179,15 @@ class Run:
             **{f"--{name}": getattr(args, name) for name in CHAIN},
             "--timestep_sampler": args.timestep_sampler,
             **{f"--{name}": getattr(args, name) for name in ("use_ema", "validation_calls", "keep_best")},
+            "--freeze_mean": args.freeze_mean,
             "the network": {k: v for k, v in self.network_config.items() if not k.startswith("_")},
             "training images": {
                 **{k: self.data.record[k] for k in ("num_images", "size", "levels", "test_fingerprint")},
                 "train_fingerprint": self.data.train_fingerprint,
             },
         }
+        if args.pretrained is not None:  # of which a checkpoint has the weights, wherever it lies by now
+            fixed["the chain"] = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         kind = accelerator.distributed_type
         fixed["sharding by"] = kind.value if is_sharded(accelerator) else "nothing"
         if kind == DistributedType.DEEPSPEED:  # its optimizer's shards fit no other number
