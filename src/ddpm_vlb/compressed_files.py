@@ -8,6 +8,7 @@ Numbers are varints (7 bits a byte, the lowest first) but for hashes and CRCs. A
 first. A chunk is appended by writing it over the index, and a new index after it.
 """
 
+import math
 import struct
 import zlib
 from collections.abc import Iterable
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 
 MAGIC, VERSION = b"DVLB", 1
 DTYPES = ("float64", "float32")
-_HASH = 8
+_HASH = 6
 _MOST = 2**31  # of any count: more is damage
+_LARGEST = 2**28  # values of an image
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Header:
     """What a file was made with.
 
     Args:
-        network: hash of the weights, 8 bytes.
-        chain: hash of the integers that the chain's coder is made of, 8 bytes.
+        network: hash of the weights, 6 bytes.
+        chain: hash of what the chain's coder is made of, 6 bytes.
         steps: K.
         dtype: of the network, of `DTYPES`.
         levels: of the data.
@@ -70,8 +72,8 @@ class Header:
         steps, dtype, levels, ndim = (reader.number() for _ in range(4))
         shape = tuple(reader.number() for _ in range(min(ndim, 16)))
         environment = reader.take(reader.number()).decode(errors="replace")
-        if dtype >= len(DTYPES):
-            raise ValueError("`data` is damaged: its header names no dtype.")
+        if dtype >= len(DTYPES) or math.prod(shape) > _LARGEST:
+            raise ValueError("`data` is damaged: its header is of no images.")
         return cls(network, chain, steps, DTYPES[dtype], levels, shape, environment), start + length + 4
 
 
@@ -265,6 +267,8 @@ def unsealed(data: bytes, what: str) -> bytes:
 
 def _packed(body: bytes) -> bytes:
     """Bytes with their lengths, deflated where that is shorter: the length inflated is 0 where they are not."""
+    if not body:
+        return varint(0)
     small = zlib.compress(body, 9)
     inflated, own = (len(body), small) if len(small) + 1 < len(body) else (0, body)
     return varint(len(own)) + varint(inflated) + own
@@ -303,7 +307,10 @@ class Reader:
 
     def packed(self) -> bytes:
         """Bytes of `_packed`."""
-        length, inflated = self.number(), self.number()
+        length = self.number()
+        if not length:
+            return b""
+        inflated = self.number()
         own = self.take(length)
         if not inflated:
             return own

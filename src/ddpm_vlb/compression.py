@@ -28,6 +28,7 @@ from .seed_images import count, no_counts, pop_seeds, push_seeds
 # A sum taken in another order must not round to another integer.
 _MARGIN = 1e-9
 _TRIES = 64
+_MOST_LANES = 16
 _CHUNK_VALUES = 2**20  # of pixels: more come near a boundary more often, and a chunk is then made anew
 Progress = Callable[[int], object]
 NetBits = Callable[[int, float], object]
@@ -60,7 +61,7 @@ class BitsBackCodec:
             raise ValueError("`reverse` is of continuous data, which no number of bits can hold: give it `levels`.")
         if reverse.eta == 0:
             raise ValueError("`reverse` draws nothing (`eta=0`), and has no bound: take a chain with noise.")
-        self.network = fingerprint(model)[:8]
+        self.network = fingerprint(model)[:6]
         self.dtype = dtype
         self.coder = ChainCoder(exact_network(model, dtype), reverse.to(dtype=torch.float64), dtype)
 
@@ -77,10 +78,10 @@ class BitsBackCodec:
         for t in range(len(chain)):
             for own in reverse.coefficients(t, torch.zeros(1, *shape, dtype=torch.float64)):
                 digest.update(own.float().cpu().numpy().tobytes())  # their last digits may differ between machines
-        environment = f"torch {torch.__version__}, {platform.machine()}"
+        environment = f"torch {torch.__version__} {platform.machine()}"
         return Header(
             self.network,
-            digest.digest()[:8],
+            digest.digest()[:6],
             len(chain),
             str(self.dtype).removeprefix("torch."),
             reverse.levels or 0,
@@ -275,6 +276,8 @@ class BitsBackCodec:
             ValueError: other images come out than went in.
         """
         size, levels, lanes = math.prod(shape), self.coder.reverse.levels or 0, len(chunk.stacks)
+        if not lanes or size * chunk.images > max(_CHUNK_VALUES, size):
+            raise ValueError("`data` is damaged: a chunk is of more images than it can hold.")
         stacks = [stack_for(size, _supply(chunk.nonce, i), *parts) for i, parts in enumerate(chunk.stacks)]
         k = np.zeros((chunk.images, *shape), dtype=np.int64)
         labels = np.array(chunk.labels) if chunk.labels else None
@@ -367,9 +370,8 @@ def _of(done: int, bits: NetBits | None) -> NetBits | None:
 
 
 def _lanes(images: int, lanes: int | None) -> int:
-    if lanes is None:
-        lanes = 4 if images >= 128 else 1
-    return max(1, min(lanes, images))
+    """As asked for; else so few that what they cost is below a hundredth of the file."""
+    return max(1, min(images // 256, _MOST_LANES) if lanes is None else min(lanes, images))
 
 
 def _seeds(images: int, lanes: int) -> int:

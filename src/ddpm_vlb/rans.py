@@ -243,5 +243,7 @@ def stack_for(dimensions: int, supply: Callable[[int], int], state: bytes = b"",
         state: likewise.
         words: likewise.
     """
-    size = dimensions // _DIMENSIONS_A_STATE
+    size = dimensions // _DIMENSIONS_A_STATE if dimensions >= _NARROW else 1
+    if len(state) not in (0, 8 * size):
+        raise ValueError(f"`data` is damaged: a stack has {len(state) // 8} states, not {size}.")
     return Stack(supply, state, words) if dimensions < _NARROW else WideStack(supply, size, state, words)

@@ -51,7 +51,9 @@ def build_parser() -> Parser:
     coder = parser.add_argument_group("coder")
     steps = "Network calls for each image: the stored path of so many steps, else even ones; default: 20."
     coder.add_argument("--num_inference_steps", type=positive_int, help=steps)
-    coder.add_argument("--lanes", type=positive_int, help="Images in a network call; default: 1, of 128 and more 4.")
+    coder.add_argument(
+        "--lanes", type=positive_int, help="Images in a network call; default: 1 for each 256, at most 16."
+    )
     coder.add_argument(
         "--dtype",
         choices=("float64", "float32"),
