@@ -2,8 +2,8 @@
 
 python benchmarks/compression.py [--model runs/digits] [--steps 5 10 20 50]
 
-The model is what `ddpm-vlb train` leaves, with the paths of these steps that `ddpm-vlb optimize-timesteps` stores in it;
-the images are the digits' test split. Every file is decoded and compared.
+The model is what `ddpm-vlb train` leaves, with the paths of these steps that `ddpm-vlb optimize-timesteps` stores in
+it; the images are the digits' test split. Every file is decoded and compared.
 """
 
 import argparse
