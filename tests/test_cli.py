@@ -97,7 +97,7 @@ def test_bad_options_are_answered_before_anything_is_launched(launched, capsys, 
     assert line.startswith(f"ddpm-vlb {name}: error: ") and "--seed" in line and "'three'" in line
 
 
-@pytest.mark.parametrize("name", [*cli.LAUNCHED, "publish"])
+@pytest.mark.parametrize("name", [*cli.LAUNCHED, "publish", "compress", "decompress", "inspect"])
 def test_every_command_has_help(launched, capsys, name):
     """Printed at once, with the command as the user types it."""
     with pytest.raises(SystemExit) as stop:

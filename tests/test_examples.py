@@ -15,10 +15,11 @@ from networks import seeded, tiny_unet
 from PIL import Image
 from processes import fresh_accelerate  # noqa: F401
 
-from ddpm_vlb import fit_pilot, step_kl
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, fit_pilot, step_kl
 
 FOLDER = Path(__file__).parents[1] / "examples"
 PROGRAMS = "class_conditional digits dit_latents flow_matching outliers score_stock_checkpoint signals_1d".split() + [
+    "compress_digits",
     "policy_gradient",
     "text_to_image_validation",
 ]
@@ -35,7 +36,7 @@ def program(request, tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     # A pilot of the usual size would take most of the time; with a smaller one the estimate is as unbiased.
-    monkeypatch.setattr(module, "fit_pilot", functools.partial(fit_pilot, num_calls=128))
+    monkeypatch.setattr(module, "fit_pilot", functools.partial(fit_pilot, num_calls=128), raising=False)
     return module
 
 
@@ -143,6 +144,24 @@ def test_policy_gradient(program, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert "KL 0.00 +- 0.00 nats" in said[0] and "KL 0.00" not in said[1]
     assert Image.open(tmp_path / "policy_gradient.png").size == (720, 240)
+
+
+@runs("compress_digits")
+def test_compress_digits(program, capsys):
+    """Every pixel comes back, and what the file is compared with is long enough to be true."""
+    scheduler = DDPMVLBScheduler(num_train_timesteps=50, variance_type="learned_range", levels=17)
+    DDPMVLBPipeline(tiny_unet(), scheduler).save_pretrained("tiny")
+    size = program.main("tiny", num_test=6, num_fit=16, steps=3)
+    said = capsys.readouterr().out
+    assert f"6 images: {size} bytes" in said and "raw: 384" in said and "Every pixel came back" in said
+
+
+@runs("compress_digits")
+def test_other_codecs_of_noise(program):
+    """They take what noise takes, its entropy and little more."""
+    noise = torch.randint(0, 256, (40, 1, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    sizes = program.others(noise)
+    assert sizes.pop("raw") == 2560 and all(2500 < size < 2800 for size in sizes.values())
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_the_first_training_command_is_the_default_one():
     assert documented("train")[0] == []
 
 
-@pytest.mark.parametrize("command", [*cli.LAUNCHED, "publish"])
+@pytest.mark.parametrize("command", [*cli.LAUNCHED, "publish", "compress", "decompress", "inspect"])
 def test_commands_parse(command, tmp_path, monkeypatch):
     """Every command of a document has options that exist, with values that they take, for itself or for the launch."""
     module = importlib.import_module(f"ddpm_vlb.commands.{command.replace('-', '_')}")

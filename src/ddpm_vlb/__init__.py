@@ -3,6 +3,8 @@
 from .checkpoint_scores import check_scorable, score
 from .checks import check_data
 from .classification import ClassPosterior, class_posterior, fit_class_pilot
+from .compressed_files import CompressedFile
+from .compression import BitsBackCodec, Decompressed, compress, decompress
 from .counter_noise import counter_keys, counter_normal
 from .distributions import DiagonalGaussian
 from .estimation import ESTIMATORS, SECOND_DRAWS, VLBEstimator, estimate_vlb
@@ -58,12 +60,15 @@ __all__ = [
     "TIMESTEP_SPACINGS",
     "VARIANCES",
     "VARIANCE_TYPES",
+    "BitsBackCodec",
     "ClassPosterior",
+    "CompressedFile",
     "ControlVariate",
     "DDPMVLBPipeline",
     "DDPMVLBPipelineOutput",
     "DDPMVLBScheduler",
     "DDPMVLBSchedulerOutput",
+    "Decompressed",
     "DiagonalGaussian",
     "Diffused",
     "ForwardProcess",
@@ -94,10 +99,12 @@ __all__ = [
     "class_posterior",
     "collect_statistics",
     "compacted",
+    "compress",
     "counter_keys",
     "counter_normal",
     "covariance_eigenvalues",
     "crossfitted_cost",
+    "decompress",
     "describe_path",
     "enough_replicates",
     "estimate_from_scores",

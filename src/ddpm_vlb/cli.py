@@ -24,6 +24,9 @@ LAUNCHED = {
     "sample-quality": "how good samples in few steps are",
 }
 OTHERS = {
+    "compress": "images as a file of as many bits as the bound says, without loss",
+    "decompress": "the images of such a file, bit for bit",
+    "inspect": "what such a file holds, without the network",
     "publish": "upload a finished run to the Hub",
     "cp": "copy a recipe to a file of yours: ddpm-vlb cp train my_train.py",
 }
@@ -170,7 +173,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     others: dict[str, Callable[[], object]] = {
         "cp": lambda: copy(rest),
-        "publish": lambda: load("ddpm_vlb.commands.publish").main(rest),
         "--help": lambda: print(usage()),
         "-h": lambda: print(usage()),
     }
@@ -178,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         launch(name, rest)
     elif name in others:
         others[name]()
+    elif name in OTHERS:
+        load(f"ddpm_vlb.commands.{name}").main(rest)
     else:
         sys.exit(f"ddpm-vlb: there is no command {name!r}; there are {', '.join(LAUNCHED | OTHERS)}.")
 

@@ -83,17 +83,18 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"--{'no-' if value is False else ''}{name} has no effect {why}: leave it out")
 
 
-def add_model_options(parser: argparse.ArgumentParser, verb: str, output: str) -> None:
+def add_model_options(parser: argparse.ArgumentParser, verb: str, output: str | None = None) -> None:
     """Options that say which checkpoint is meant, and where the results go.
 
     Args:
         parser: of the command.
         verb: what it does with the checkpoint.
-        output: the help text of --output_dir.
+        output: the help text of --output_dir; None where there is none.
     """
     parser.add_argument("--model", required=True, help=f"Pipeline to {verb}: a folder or a Hub name.")
     parser.add_argument("--revision", help="Its branch, tag or commit on the Hub.")
-    parser.add_argument("--output_dir", help=output)
+    if output is not None:
+        parser.add_argument("--output_dir", help=output)
     parser.add_argument("--cache_dir", help="Where downloads are kept.")
 
 
@@ -139,21 +140,32 @@ def add_data_options(parser: argparse.ArgumentParser, verb: str) -> Any:
     return data
 
 
-def add_scored_options(parser: argparse.ArgumentParser) -> None:
+def add_scored_options(parser: argparse.ArgumentParser, verb: str = "score") -> None:
     """Options that say which images to score, and as what.
 
     Args:
         parser: of the command.
+        verb: what it does with the images.
     """
-    data = add_data_options(parser, "score")
-    data.add_argument("--num_images", type=positive_int, help="Score only the first so many; default: all.")
+    data = add_data_options(parser, verb)
+    what = f"{verb.capitalize()} only the first so many; default: all."
+    data.add_argument("--num_images", type=positive_int, help=what)
     data.add_argument(
         "--levels",
         type=_levels,
         default=argparse.SUPPRESS,
         help="Levels of the data on [-1, 1], or none for continuous; default: what the checkpoint says.",
     )
-    data.add_argument(
+    add_ratios_option(data)
+
+
+def add_ratios_option(group: Any) -> None:
+    """The option that gives a network without a chain of its own one.
+
+    Args:
+        group: a parser or a group of its options.
+    """
+    group.add_argument(
         "--ratios",
         type=positive_float,
         nargs=2,

@@ -14,9 +14,14 @@ MEASURED_FOLDERS = ("evaluation", "evaluation-????????", "sample_quality")
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write JSON aside, bring it to the disk and rename it, so that nothing ever leaves half a file."""
+    """Write JSON, whole."""
+    write_whole((json.dumps(content, indent=2, allow_nan=False) + "\n").encode(), path)
+
+
+def write_whole(content: bytes, path: Path) -> None:
+    """Write a file aside, bring it to the disk and rename it, so that nothing ever leaves half a file."""
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    aside.write_bytes(content)
     to_disk(aside)
     os.replace(aside, path)
     to_disk(path.parent)

@@ -146,6 +146,25 @@ def plot_per_image(estimate: VLBEstimate, path: Path, unit: str = "bits/dim") ->
     save(figure, path)
 
 
+def plot_net_bits(net: dict[int, float], estimate: VLBEstimate, path: Path) -> None:
+    """Write the bits/dim that each image took in a file against its bound.
+
+    Args:
+        net: by the image's number.
+        estimate: of all images, on the steps that coded them.
+        path: the PNG file to write.
+    """
+    bound = estimate.per_image.numpy()[list(net)]
+    figure = Figure(figsize=(6, 6))
+    axis = figure.subplots()
+    axis.scatter(bound, list(net.values()), s=8)
+    ends = [min(bound.min(), *net.values()), max(bound.max(), *net.values())]
+    axis.plot(ends, ends, color="tab:red", label="as many bits as the bound says")
+    axis.set(xlabel="bound of an image, bits/dim", ylabel="net bits/dim in the file")
+    axis.legend(frameon=False)
+    save(figure, path)
+
+
 def score(estimate: VLBEstimate, discrete: bool = True) -> dict[str, float | int | None]:
     """The numbers of an estimate, under the names of metrics.json.
 

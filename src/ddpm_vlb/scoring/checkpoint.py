@@ -150,8 +150,8 @@ def _wrong_values(record: dict[str, Any]) -> list[str]:
     return wrong + [name for name, own in known.items() if name in record and record[name] not in own]
 
 
-def load_data(args: argparse.Namespace, network: NetworkShape, check: bool) -> ScoringData:
-    """The images to score, and others for the pilot; all of them checked, if asked for."""
+def load_data(args: argparse.Namespace, network: NetworkShape, check: bool, pilot: bool = True) -> ScoringData:
+    """The images to score, and others for the pilot if there is one; all of them checked, if asked for."""
     record = Path(args.model) / "data.json"
     with named_data(args.dataset_name or f"of {record}"):
         return load_scoring_data(
@@ -167,6 +167,7 @@ def load_data(args: argparse.Namespace, network: NetworkShape, check: bool) -> S
             args.cache_dir,
             "levels" in args,
             check,
+            pilot,
         )
 
 

@@ -66,6 +66,7 @@ def load_scoring_data(
     cache_dir: str | None = None,
     levels_given: bool = False,
     check: bool = True,
+    pilot: bool = True,
 ) -> ScoringData:
     """Load the split to score, and other images.
 
@@ -83,6 +84,7 @@ def load_scoring_data(
         cache_dir: where `datasets` keeps its files.
         levels_given: the network's levels were asked for, and the digits keep them.
         check: read all images, to refuse what cannot be scored and fingerprint the rest; one process is enough.
+        pilot: take other images for it; without one nothing is kept back, and they are the split's own.
 
     Raises:
         ValueError: an unknown split or column, no images, or images that the checkpoint does not take.
@@ -108,7 +110,7 @@ def load_scoring_data(
         chosen = [source.get("train_split", "train"), source.get("test_split")]
         made = make_splits(datasets.DatasetDict(parts), image_column, *chosen)
         parts = dict(zip(("train", "validation", "test"), made))
-    scored, other, other_name = _scored_and_other(parts, split)
+    scored, other, other_name = _scored_and_other(parts, split, pilot)
     total = len(scored) if num_images is None else min(num_images, len(scored))
     scored = scored.select(range(total))
     if digits and network.levels == 256 and not levels_given:
@@ -137,9 +139,31 @@ def load_scoring_data(
         "fingerprint": _checked(images[0], columns[1:]) if check else None,
         "pilot_split": other_name,
         "num_pilot_images": len(images[1]),
-        "pilot_fingerprint": _checked(images[1], columns[1:]) if check else None,
+        "pilot_fingerprint": _checked(images[1], columns[1:]) if check and pilot else None,
     }
     return ScoringData(images[0], images[1], network.levels, record)
+
+
+def load_image_files(
+    network: NetworkShape, paths: list[str], labels: list[int] | None, resolution: int | None = None
+) -> ScoringData:
+    """Image files as the network takes them, without others for a pilot.
+
+    Args:
+        network: what the checkpoint takes.
+        paths: of the files, in their order.
+        labels: class labels of the images, for a class-conditional network.
+        resolution: resize and crop images to this square size.
+
+    Raises:
+        ValueError: an image or a label that the checkpoint does not take.
+    """
+    columns = {"image": paths} if labels is None else {"image": paths, "label": labels}
+    data = datasets.Dataset.from_dict(columns)
+    if labels is not None:
+        check_labels(labels, "label", network.classes or 0)
+    images = _as_images(data, list(columns), network, resolution, None)
+    return ScoringData(images, images, network.levels, {})
 
 
 def _check_effect(
@@ -168,7 +192,7 @@ def _checked(images: "Arrays | Images", label_columns: list[str]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _scored_and_other(parts: Any, split: str) -> tuple[datasets.Dataset, datasets.Dataset, str]:
+def _scored_and_other(parts: Any, split: str, pilot: bool) -> tuple[datasets.Dataset, datasets.Dataset, str | None]:
     """The split, and another one for the pilot; where there is only one, the pilot's images are not scored."""
     if split not in parts:
         raise ValueError(
@@ -177,6 +201,8 @@ def _scored_and_other(parts: Any, split: str) -> tuple[datasets.Dataset, dataset
         )
     if len(parts[split]) == 0:
         raise ValueError(f"The split {split!r} holds no images.")
+    if not pilot:
+        return parts[split], parts[split], None
     others = [name for name in ("train", "validation", "test", *parts) if name in parts and name != split]
     found = next((name for name in others if len(parts[name]) >= 2), None)
     if found is not None:

@@ -1,0 +1,323 @@
+"""The file of a compressed set of images: a header, chunks that stand alone, and where they lie.
+
+    header   "DVLB", version 1, length, hashes of network and chain, K, dtype, levels, shape, the environment, CRC
+    chunks   length, then counts, nonce, CRC of the pixels, labels, names, and of each stack its states and words, CRC
+    index    number of chunks, and of each its length and images; CRC, and the index's length in 4 bytes
+
+Numbers are varints (7 bits a byte, the lowest first) but for hashes and CRCs. All bytes lie under a CRC, which comes
+first. A chunk is appended by writing it over the index, and a new index after it.
+"""
+
+import math
+import struct
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MAGIC, VERSION = b"DVLB", 1
+DTYPES = ("float64", "float32")
+_HASH = 6
+_MOST = 2**31  # of any count: more is damage
+_LARGEST = 2**28  # values of an image
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file was made with.
+
+    Args:
+        network: hash of the weights, 6 bytes.
+        chain: hash of what the chain's coder is made of, 6 bytes.
+        steps: K.
+        dtype: of the network, of `DTYPES`.
+        levels: of the data.
+        shape: of one image, (C, *).
+        environment: for information.
+    """
+
+    network: bytes
+    chain: bytes
+    steps: int
+    dtype: str
+    levels: int
+    shape: tuple[int, ...]
+    environment: str
+
+    def to_bytes(self) -> bytes:
+        """The header as it stands in the file."""
+        told = self.environment.encode()[:255]
+        numbers = (self.steps, DTYPES.index(self.dtype), self.levels, len(self.shape), *self.shape, len(told))
+        body = self.network + self.chain + b"".join(map(varint, numbers)) + told
+        return sealed(MAGIC + bytes([VERSION]) + varint(len(body)) + body)
+
+    @classmethod
+    def read(cls, data: bytes) -> tuple["Header", int]:
+        """The header of a file, and where the chunks begin.
+
+        Args:
+            data: the file, or its beginning.
+
+        Raises:
+            ValueError: no such file, one of another version, or a damaged one.
+        """
+        if data[:4] != MAGIC:
+            raise ValueError("`data` is no file of `compress`: it does not begin with DVLB.")
+        if len(data) > 4 and data[4] != VERSION:
+            raise ValueError(f"`data` is of version {data[4]} of the format, but this package reads {VERSION}.")
+        whole = Reader(data, 5)
+        length = whole.number()
+        start = whole.place
+        reader = Reader(unsealed(data[: start + length + 4], "header"), start)
+        network, chain = reader.take(_HASH), reader.take(_HASH)
+        steps, dtype, levels, ndim = (reader.number() for _ in range(4))
+        shape = tuple(reader.number() for _ in range(min(ndim, 16)))
+        environment = reader.take(reader.number()).decode(errors="replace")
+        if dtype >= len(DTYPES) or math.prod(shape) > _LARGEST:
+            raise ValueError("`data` is damaged: its header is of no images.")
+        return cls(network, chain, steps, DTYPES[dtype], levels, shape, environment), start + length + 4
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images that are decoded without any others.
+
+    Args:
+        images: number of them.
+        seeds: how many of them lie below the others, coded by counts.
+        nonce: of the whitening.
+        pixels: CRC of the levels.
+        labels: class labels, or nothing.
+        names: of the images, or nothing.
+        stacks: states and words of each.
+    """
+
+    images: int
+    seeds: int
+    nonce: int
+    pixels: int
+    labels: tuple[int, ...]
+    names: tuple[str, ...]
+    stacks: tuple[tuple[bytes, bytes], ...]
+
+    def to_bytes(self) -> bytes:
+        """The chunk as it stands in the file."""
+        labels = _packed(b"".join(map(varint, self.labels)))
+        names = _packed("\n".join(self.names).encode("utf-8", "surrogateescape"))
+        parts = [varint(own) for own in (self.images, self.seeds, self.nonce)]
+        parts += [struct.pack("<I", self.pixels), labels, names, varint(len(self.stacks))]
+        for states, words in self.stacks:
+            parts += [varint(len(states) // 8), varint(len(words) // 4), states, words]
+        return sealed(b"".join(parts))
+
+    @classmethod
+    def read(cls, data: bytes) -> "Chunk":
+        """The chunk from its bytes.
+
+        Args:
+            data: all of it and nothing else.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        reader = Reader(unsealed(data, "chunk"))
+        images, seeds, nonce = (reader.number() for _ in range(3))
+        (pixels,) = struct.unpack("<I", reader.take(4))
+        labels, names = reader.packed(), reader.packed()
+        stacks = []
+        for _ in range(reader.number()):
+            states, words = reader.number(), reader.number()
+            stacks.append((reader.take(8 * states), reader.take(4 * words)))
+        told = Reader(labels)
+        numbers = tuple(told.number() for _ in range(images)) if labels else ()
+        split = tuple(names.decode("utf-8", "surrogateescape").split("\n")) if names else ()
+        if (split and len(split) != images) or seeds > images or reader.place < len(reader.data):
+            raise ValueError("`data` is damaged: a chunk contradicts itself.")
+        return cls(images, seeds, nonce, pixels, numbers, split, tuple(stacks))
+
+
+def index_of(chunks: Iterable[tuple[int, int]]) -> bytes:
+    """The end of a file.
+
+    Args:
+        chunks: bytes and images of each.
+    """
+    numbers = [own for chunk in chunks for own in chunk]
+    body = sealed(varint(len(numbers) // 2) + b"".join(map(varint, numbers)))
+    return body + struct.pack("<I", len(body))
+
+
+def read_index(data: bytes, start: int) -> list[tuple[int, int, int]]:
+    """Where each chunk begins and ends, and its images.
+
+    Args:
+        data: the file.
+        start: where the chunks begin.
+
+    Raises:
+        ValueError: the end is missing or damaged.
+    """
+    (length,) = struct.unpack("<I", data[-4:]) if len(data) >= start + 4 else (0,)
+    begin = len(data) - 4 - length
+    if begin < start or not length:
+        raise ValueError("`data` is damaged: it is cut off, its index is missing.")
+    reader = Reader(unsealed(data[begin:-4], "index"))
+    places, place = [], start
+    for _ in range(reader.number()):
+        size, images = reader.number(), reader.number()
+        places.append((place, place + size, images))
+        place += size
+    if place != begin:
+        raise ValueError("`data` is damaged: its chunks are not as long as its index says.")
+    return places
+
+
+@dataclass(frozen=True)
+class CompressedFile:
+    """A file of `compress`, read without the network.
+
+    Args:
+        data: all of it.
+        header: what it was made with, with `steps`, `dtype`, `levels`, `shape` and `environment`.
+        places: where each chunk begins and ends, and its images.
+    """
+
+    data: bytes
+    header: Header
+    places: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def read(cls, data: bytes) -> "CompressedFile":
+        """Its header and index; the chunks are not looked at.
+
+        Args:
+            data: the file.
+
+        Raises:
+            ValueError: no such file, one of another version, or one whose header or index is damaged.
+        """
+        header, start = Header.read(data)
+        return cls(data, header, tuple(read_index(data, start)))
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return sum(images for _, _, images in self.places)
+
+    def part(self, index: int) -> bytes:
+        """A chunk, as `BitsBackCodec.decode_part` takes it.
+
+        Args:
+            index: its number.
+        """
+        begin, end, _ = self.places[index]
+        return self.data[begin:end]
+
+    def chunk(self, index: int) -> Chunk:
+        """What a chunk says of its images: `labels`, `names` and `stacks`.
+
+        Args:
+            index: its number.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        chunk = Chunk.read(self.part(index))
+        if chunk.images != self.places[index][2]:
+            raise ValueError("`data` is damaged: a chunk has other images than the index says.")
+        return chunk
+
+
+def varint(value: int) -> bytes:
+    """A number of 0 or more, 7 bits a byte.
+
+    Args:
+        value: the number.
+    """
+    parts = []
+    while value > 127:
+        parts.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*parts, value])
+
+
+def sealed(body: bytes) -> bytes:
+    """The bytes with their CRC.
+
+    Args:
+        body: the bytes.
+    """
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def unsealed(data: bytes, what: str) -> bytes:
+    """The bytes without their CRC.
+
+    Args:
+        data: of `sealed`.
+        what: they are, for the message.
+
+    Raises:
+        ValueError: they are not what was sealed.
+    """
+    body = data[:-4]
+    if len(data) < 4 or struct.pack("<I", zlib.crc32(body)) != data[-4:]:
+        raise ValueError(f"`data` is damaged: the CRC of a part ({what}) is not that of its bytes.")
+    return body
+
+
+def _packed(body: bytes) -> bytes:
+    """Bytes with their lengths, deflated where that is shorter: the length inflated is 0 where they are not."""
+    if not body:
+        return varint(0)
+    small = zlib.compress(body, 9)
+    inflated, own = (len(body), small) if len(small) + 1 < len(body) else (0, body)
+    return varint(len(own)) + varint(inflated) + own
+
+
+@dataclass
+class Reader:
+    """Numbers and bytes from a place on; what is not there is damage."""
+
+    data: bytes
+    place: int = 0
+
+    def take(self, count: int) -> bytes:
+        """So many bytes.
+
+        Args:
+            count: of them.
+        """
+        taken = self.data[self.place : self.place + count]
+        if len(taken) < count:
+            raise ValueError("`data` is damaged: it is cut off.")
+        self.place += count
+        return taken
+
+    def number(self) -> int:
+        """A varint."""
+        value = 0
+        for digit in range(0, 70, 7):
+            (byte,) = self.take(1)
+            value |= (byte & 127) << digit
+            if byte < 128:
+                break
+        if value > _MOST:
+            raise ValueError("`data` is damaged: it holds an impossible number.")
+        return value
+
+    def packed(self) -> bytes:
+        """Bytes of `_packed`."""
+        length = self.number()
+        if not length:
+            return b""
+        inflated = self.number()
+        own = self.take(length)
+        if not inflated:
+            return own
+        try:
+            body = zlib.decompressobj().decompress(own, inflated + 1)
+        except zlib.error as error:
+            raise ValueError("`data` is damaged: labels or names cannot be inflated.") from error
+        if len(body) != inflated:
+            raise ValueError("`data` is damaged: labels or names are not as long as they say.")
+        return body

@@ -1,0 +1,287 @@
+"""Compression without loss: images come back, files are as long as the bound says, and damaged ones are refused."""
+
+import numpy as np
+import pytest
+import torch
+from analytic import PosteriorMean, images, process
+from diffusers.models.embeddings import Timesteps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import tiny_unet
+from path_networks import rewritten
+
+from ddpm_vlb import CompressedFile, DDPMVLBScheduler, evaluate_vlb
+from ddpm_vlb.bits_back import whitening
+from ddpm_vlb.compressed_files import Header, read_index
+from ddpm_vlb.compression import BitsBackCodec, compress, decompress
+from ddpm_vlb.exact_networks import Float64Timesteps
+from ddpm_vlb.rans import stack_for
+
+
+def same(ours, x_0, levels):
+    """Whether the levels are alike, whichever way they were made numbers."""
+    return torch.equal(*(((own.double() + 1) * ((levels - 1) / 2)).round() for own in (ours, x_0)))
+
+
+def restored(reverse, x_0, model=None, **options):
+    """The images through a file, and the file."""
+    codec = BitsBackCodec(PosteriorMean(reverse.forward) if model is None else model, reverse)
+    data = codec.compress(x_0, **options)
+    return codec.decompress(data), data
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256, 65536])
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 3, 5), (2, 7)])
+def test_every_image_comes_back(levels, shape):
+    """Any number of levels, channels and dimensions."""
+    x_0 = images(6, shape, levels, dtype=torch.float32)
+    assert same(restored(process(levels), x_0)[0].x_0, x_0, levels)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 9])
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_any_number_of_images(count, lanes):
+    """None and one too, one after another and side by side."""
+    x_0 = images(count, levels=17, dtype=torch.float32)
+    assert torch.equal(restored(process(17), x_0, lanes=lanes)[0].x_0, x_0)
+
+
+UNLIKE = {
+    "noise": lambda: torch.randint(0, 17, (6, 1, 4, 4), generator=torch.Generator().manual_seed(0)),
+    "constant": lambda: torch.full((6, 1, 4, 4), 5),
+    "extremes": lambda: torch.arange(96).reshape(6, 1, 4, 4) % 2 * 16,
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_images_unlike_any_that_the_network_knows(kind):
+    """They cost more, and come back."""
+    x_0 = UNLIKE[kind]() * 0.125 - 1
+    assert torch.equal(restored(process(17), x_0)[0].x_0, x_0)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned", "learned_range"])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_every_kind_of_chain(variance_type, steps):
+    """All variances, and few steps and many, with a real network."""
+    learned = variance_type.startswith("learned")
+    scheduler = DDPMVLBScheduler(variance_type=variance_type, levels=17)
+    reverse = scheduler.reverse_process(num_inference_steps=steps)
+    x_0 = images(5, (1, 8, 8), 17, dtype=torch.float32)
+    assert torch.equal(restored(reverse, x_0, tiny_unet(out=1 + learned))[0].x_0, x_0)
+
+
+def test_many_dimensions():
+    """Rows of symbols at once."""
+    x_0 = images(4, (3, 20, 20), 256, dtype=torch.float32)
+    assert same(restored(process(256), x_0)[0].x_0, x_0, 256)
+
+
+def test_each_image_s_bits_are_told(monkeypatch):
+    """But the seeds', by its number in whichever chunk it is; what else is on a chunk's stacks is these seeds'."""
+    monkeypatch.setattr("ddpm_vlb.compression._CHUNK_VALUES", 16 * 20)
+    bits = {}
+    data = restored(process(17), images(40, levels=17), lanes=2, bits=bits.__setitem__)[1]
+    assert set(bits) == {*range(4, 20), *range(24, 40)}
+    file = CompressedFile.read(data)
+    for index, own in enumerate((range(4, 20), range(24, 40))):
+        written = 8 * sum(len(state) + len(words) for state, words in file.chunk(index).stacks)
+        # 64 values of 17 levels, and two stacks' whole words and first draws
+        assert 64 * 2.5 < written - sum(bits[image] for image in own) < 64 * 4.5 + 2 * 96
+
+
+def test_class_labels_and_names_are_stored():
+    """The file holds what the network needs to know, and the names in their order."""
+    reverse = DDPMVLBScheduler(variance_type="learned_range", levels=17).reverse_process(num_inference_steps=3)
+    x_0, labels, names = images(5, (1, 8, 8), 17, dtype=torch.float32), torch.tensor([2, 0, 1, 2, 2]), tuple("edcba")
+    own, _ = restored(reverse, x_0, tiny_unet(classes=3), conditioning={"class_labels": labels}, names=names)
+    assert torch.equal(own.x_0, x_0) and torch.equal(own.class_labels, labels) and own.names == names
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_net_bits_are_the_bound(variance_type):
+    """Of 160 images: the mean of the paired differences is within 3 of its standard errors and 0.01 bits/dim of 0."""
+    reverse = process(17, variance_type=variance_type)
+    x_0 = images(160, levels=17)
+    codec = BitsBackCodec(PosteriorMean(reverse.forward), reverse)
+    stacks, net = [stack_for(16, lambda n, lane=lane: 977 * n + lane << 8) for lane in range(16)], []
+    for own in np.split(np.arange(160), 10):
+        before = np.array([stack.bits() for stack in stacks])
+        codec.coder.encode(stacks, codec.levels_of(x_0[own]), {}, whitening(0, own.tolist(), (1, 4, 4)))
+        net += [*(np.array([stack.bits() for stack in stacks]) - before) / 16]
+    generator = torch.Generator().manual_seed(1)  # not the images' own
+    bound = [evaluate_vlb(codec.coder.model, reverse, x_0, generator=generator).bits_per_dim for _ in range(6)]
+    difference = np.array(net) - torch.stack(bound).mean(0).numpy()
+    error = difference.std(ddof=1) / 160**0.5
+    assert error < 0.05 and abs(difference.mean()) < 3 * error + 0.01
+
+
+class Trembling(PosteriorMean):
+    """A network whose values differ a little from call to call, as those of other machines do."""
+
+    size = 1e-13
+
+    def __call__(self, x_t, timesteps):
+        """x_0_hat."""
+        out = super().__call__(x_t, timesteps)
+        return out + self.size * torch.randn(out.shape, dtype=out.dtype)
+
+
+def test_last_digits_do_not_matter():
+    """Values that tremble by 1e-13 are rounded to the same integers."""
+    torch.manual_seed(0)
+    reverse = process(17)
+    x_0 = images(12, levels=17, dtype=torch.float32)
+    assert torch.equal(restored(reverse, x_0, Trembling(reverse.forward))[0].x_0, x_0)
+
+
+def test_a_network_that_is_not_exact_is_refused():
+    """What trembles by 1e-4 is found out before a file is made."""
+    torch.manual_seed(0)
+    reverse = process(17)
+    model = Trembling(reverse.forward)
+    model.size = 1e-4
+    with pytest.raises(ValueError, match="`x_0` is not decoded to itself"):
+        compress(model, reverse, images(12, levels=17))
+
+
+def test_a_number_near_a_boundary_is_coded_anew():
+    """A chunk in which a mean is within 1e-9 of being rounded otherwise gets another whitening."""
+    reverse = process(17)
+    codec = BitsBackCodec(PosteriorMean(reverse.forward), reverse)
+    k = np.random.default_rng(0).integers(0, 17, (6, 1, 4, 4))
+    plain = codec.encode(k)
+    seen, pushed_with = [], codec.coder.pushed_with
+
+    def near(*given):
+        if not seen:
+            codec.coder.margin = 1e-10
+        seen.append(1)
+        return pushed_with(*given)
+
+    codec.coder.pushed_with = near
+    again = codec.encode(k)
+    codec.coder.pushed_with = pushed_with
+    assert (plain.nonce, again.nonce) == (0, 1)
+    assert (codec.decode(again, k.shape[1:]) == k).all()
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A codec and a file of it."""
+    reverse = process(17)
+    codec = BitsBackCodec(PosteriorMean(reverse.forward), reverse)
+    return codec, codec.compress(images(8, levels=17), names=[f"image {i}" for i in range(8)])
+
+
+def test_every_flipped_bit_is_refused(made):
+    """With one line, whichever bit it is."""
+    codec, data = made
+    for bit in range(8 * len(data)):
+        wrong = bytearray(data)
+        wrong[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError, match="^`data` [^\n]*$"):
+            codec.decompress(bytes(wrong))
+
+
+def test_every_truncation_is_refused(made):
+    """Wherever it is cut off."""
+    codec, data = made
+    for length in range(len(data)):
+        with pytest.raises(ValueError, match="^`data` [^\n]*$"):
+            codec.decompress(data[:length])
+
+
+@settings(max_examples=60, deadline=2000)
+@given(st.data())
+def test_random_damage_is_refused(made, draw):
+    """Bytes put in, taken out or replaced."""
+    codec, data = made
+    begin = draw.draw(st.integers(0, len(data)))
+    wrong = data[:begin] + draw.draw(st.binary(max_size=40)) + data[begin + draw.draw(st.integers(0, 40)) :]
+    if wrong != data:
+        with pytest.raises(ValueError, match="^`data` [^\n]*$"):
+            codec.decompress(wrong)
+
+
+def test_a_damaged_chunk_costs_itself_only(monkeypatch):
+    """The others are decoded from their places."""
+    monkeypatch.setattr("ddpm_vlb.compression._CHUNK_VALUES", 16 * 3)
+    reverse = process(17)
+    codec = BitsBackCodec(PosteriorMean(reverse.forward), reverse)
+    x_0 = images(9, levels=17, dtype=torch.float32)
+    data = bytearray(codec.compress(x_0))
+    places = read_index(bytes(data), Header.read(bytes(data))[1])
+    data[places[1][0] + 9] ^= 1
+    with pytest.raises(ValueError, match="CRC"):
+        codec.decompress(bytes(data))
+    whole = [codec.decode_part(bytes(data[begin:end]), x_0.shape[1:]) for begin, end, _ in (places[0], places[2])]
+    assert torch.equal(torch.cat([own.x_0 for own in whole]), x_0[[0, 1, 2, 6, 7, 8]])
+
+
+def test_another_network_is_refused():
+    """By its weights, before anything is decoded."""
+    reverse = DDPMVLBScheduler(variance_type="learned_range", levels=17).reverse_process(num_inference_steps=2)
+    data = compress(tiny_unet(), reverse, images(4, (1, 8, 8), 17))
+    with pytest.raises(ValueError, match="another network"):
+        decompress(tiny_unet(seed=1), reverse, data)
+
+
+@pytest.mark.parametrize("change", [{"levels": 33}, {"variance_type": "fixed_large"}, {"clip_sample": True}])
+def test_another_chain_is_refused(made, change):
+    """By what is made of it."""
+    _, data = made
+    reverse = process(**({"levels": 17} | change))
+    with pytest.raises(ValueError, match="another chain"):
+        decompress(PosteriorMean(reverse.forward), reverse, data)
+
+
+REFUSED = {
+    "continuous": (lambda: (process(None), images(2)), "continuous data"),
+    "off its levels": (lambda: (process(17), images(2)), "levels"),
+    "captions": (lambda: (process(17), images(2, levels=17), {"encoder_hidden_states": torch.zeros(2, 3)}), "labels"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_bad_input_is_refused(kind):
+    """In one line."""
+    make, message = REFUSED[kind]
+    reverse, *rest = make()
+    with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
+        compress(PosteriorMean(reverse.forward), reverse, *rest)
+
+
+def test_a_file_of_another_version_is_refused(made):
+    """And says which."""
+    codec, data = made
+    with pytest.raises(ValueError, match="version 2"):
+        codec.decompress(data[:4] + b"\x02" + data[5:])
+
+
+def test_diffusers_embedding_in_float64():
+    """It is diffusers' to float32's precision, in either order of its halves and with an odd number of channels."""
+    for options in ((32, True, 0), (32, False, 1), (9, True, 0.5, 2)):
+        own, timesteps = Timesteps(*options), torch.tensor([0, 3, 999])
+        exact = Float64Timesteps(own)(timesteps)
+        assert exact.dtype == torch.float64
+        torch.testing.assert_close(exact.float(), own(timesteps), atol=2e-4, rtol=0)
+        torch.testing.assert_close(exact[:2].float(), own(timesteps[:2]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["flow", "edm"])
+def test_every_path(kind):
+    """A network of another Gaussian path is coded on its chain."""
+    path, model = rewritten(kind)
+    reverse = path.reverse_process(levels=17)
+    x_0 = images(5, (1, 4, 4), 17, dtype=torch.float32)
+    assert torch.equal(restored(reverse, x_0, path.network(model))[0].x_0, x_0)
+
+
+@pytest.mark.parametrize("beside", [0, 1, 5])
+def test_decoding_in_batches_of_another_shape(beside):
+    """The network's calls may hold any number of images beside."""
+    reverse = DDPMVLBScheduler(variance_type="learned_range", levels=17).reverse_process(num_inference_steps=4)
+    codec = BitsBackCodec(tiny_unet(), reverse)
+    k = codec.levels_of(images(9, (1, 8, 8), 17))
+    assert (codec.decode(codec.encode(k, lanes=2, verify=False), k.shape[1:], beside=beside) == k).all()
