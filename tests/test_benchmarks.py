@@ -21,6 +21,8 @@ import gpu_checks
 import gpu_speed
 import mnist as hour
 import policy_gradients
+import text_to_image
+import tiny_pipelines
 import widening
 from networks import scheduler, tiny_unet
 from processes import fresh_accelerate  # noqa: F401
@@ -208,3 +210,19 @@ def test_class_posterior_runs(tmp_path, capsys, monkeypatch):
     assert rows == ["40", "20", "40", "20", "40", "40", "20", "40"]
     assert "## Calibration at 40 calls" in said and said.count("+-") > 14
     assert "| the label for no class | " in said and "| nothing: a network trained without labels | " in said
+
+
+def test_a_fine_tune_is_told_by_its_benchmark(monkeypatch, capsys):
+    """Tiny, by what the full loop says within four errors; what nothing changed does not differ at all."""
+    monkeypatch.setitem(tiny_pipelines.BETAS, "num_train_timesteps", 20)
+    monkeypatch.setattr(text_to_image, "fine_tune", partial(tiny_pipelines.fine_tune, steps=10))
+    monkeypatch.setattr(text_to_image, "CALLS", (8,))
+    monkeypatch.setattr(text_to_image, "CHANGES", {0.0: 1, 1e-2: 1})
+    text_to_image.main(images=8, seeds=1)
+    said = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if re.match(r"\| \d", line)]
+    base, tuned, true = (float(cell.split(" ")[0]) for cell in rows[0][1:4])
+    off = float(rows[0][4].split(", ")[2])
+    assert true == pytest.approx(tuned - base, abs=0.002) and true < 0 and abs(off) < 4
+    assert "\nmy/tuned: " in said and "\ndifference: " in said
+    assert rows[1] == "0 0 0 1 0 0 0".split() and rows[2][0] == "0.01" and 0 < float(rows[2][6]) < 0.1

@@ -2,11 +2,10 @@
 
 import importlib.util
 import json
-import string
+import sys
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -14,19 +13,15 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
-from PIL import Image
 from scoring_support import network
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ddpm_vlb import DDPMVLBScheduler, simple_loss
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-WORDS = "dark light".split()
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+import tiny_pipelines
 
 
 @pytest.fixture(scope="module")
@@ -47,56 +42,15 @@ def home(tmp_path_factory):
         yield folder
 
 
-def tokenizer_of(folder):
-    """Of single letters, from the two files that every version of transformers reads."""
-    words = [
-        "<|startoftext|>",
-        "<|endoftext|>",
-        *string.ascii_lowercase,
-        *(f"{c}</w>" for c in string.ascii_lowercase),
-    ]
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=8)
-
-
 @pytest.fixture(scope="module")
 def base(home):
-    """A tiny pipeline of the parts that a Stable Diffusion has, with random weights."""
-    torch.manual_seed(0)
-    tokenizer = tokenizer_of(home / "words")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    coder = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4, sample_size=8, **coder)
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    widths = {"block_out_channels": (16,), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
-    unet = UNet2DConditionModel(4, mid_block_type=None, cross_attention_dim=16, **blocks, **widths)
-    scheduler = PNDMScheduler(skip_prk_steps=True, **BETAS)
-    parts = (vae, CLIPTextModel(text).eval(), tokenizer, unet, scheduler, None, None)
-    return StableDiffusionPipeline(*parts, requires_safety_checker=False)
+    return tiny_pipelines.build(home / "words")
 
 
 @pytest.fixture(scope="module")
 def images(home):
-    """A folder of dark and light pictures, and captions that say which; a size that must be cut."""
-    rng, folder, lines = np.random.default_rng(0), home / "images", []
-    folder.mkdir()
-    for i in range(24):
-        k = rng.integers(0, 128, (8, 12, 3)) + 128 * (i % 2)
-        Image.fromarray(k.astype(np.uint8)).save(folder / f"{i:02d}.png")
-        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": WORDS[i % 2]}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    tiny_pipelines.draw_pictures(home / "images", 24)
+    return home / "images"
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +64,7 @@ def folders(program, home, base, data):
     base.save_pretrained(home / "base")
     tuned = StableDiffusionPipeline.from_pretrained(home / "base", safety_checker=None)
     x, told = program.encode_images(tuned, data[0][:12], None, 1), program.encode_captions(tuned, data[1][:12])
-    reverse = DDPMVLBScheduler.from_config(base.scheduler.config, levels=None, clip_sample=False).reverse_process()
-    optimizer = torch.optim.AdamW(tuned.unet.parameters(), lr=3e-3)
-    for step in range(40):
-        diffused = reverse.forward.diffuse(x, torch.randint(1000, (12,), generator=seeded(step)), noise_like(x, step))
-        output = tuned.unet(diffused.x_t, diffused.t, encoder_hidden_states=told).sample
-        simple_loss(reverse, output, diffused).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    tiny_pipelines.fine_tune(tuned, x, told)
     tuned.save_pretrained(home / "tuned")
     return {"base": str(home / "base"), "tuned": str(home / "tuned")}
 
@@ -135,10 +82,6 @@ def with_part(base, **parts):
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
-
-
-def noise_like(x, seed):
-    return torch.randn(x.shape, generator=seeded(-seed))
 
 
 # What is scored
@@ -169,7 +112,7 @@ def test_captions_are_told_without_guidance(program, base, data):
     with torch.no_grad():
         expected = base.text_encoder(tokens)[0]
     found = program.encode_captions(base, data[1])
-    assert data[1][:2] == WORDS and not torch.equal(found[0], found[1])
+    assert data[1][:2] == tiny_pipelines.WORDS and not torch.equal(found[0], found[1])
     torch.testing.assert_close(found, expected)
 
 
