@@ -78,7 +78,7 @@ class BitsBackCodec:
         for t in range(len(chain)):
             for own in reverse.coefficients(t, torch.zeros(1, *shape, dtype=torch.float64)):
                 digest.update(own.float().cpu().numpy().tobytes())  # their last digits may differ between machines
-        environment = f"torch {torch.__version__} {platform.machine()}"
+        environment = f"{torch.__version__.split('+')[0]} {platform.machine()}"
         return Header(
             self.network,
             digest.digest()[:6],
@@ -375,8 +375,8 @@ def _lanes(images: int, lanes: int | None) -> int:
 
 
 def _seeds(images: int, lanes: int) -> int:
-    """How many images lie first."""
-    return min(images, 3 if lanes == 1 else 2 * lanes)
+    """How many images lie first: two hold what is borrowed, some five bits for each dimension."""
+    return min(images, 2 * lanes)
 
 
 def _rounds(seeds: int, images: int, lanes: int) -> Iterator[range]:
