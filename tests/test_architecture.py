@@ -111,7 +111,7 @@ SIBLINGS = {
     "rans": {"integer_gaussians"},
     "seed_images": {"integer_gaussians", "rans"},
     "compressed_files": set(),
-    "exact_networks": {"checks"},
+    "exact_networks": {"checks", "forward_process", "path_networks", "reverse_process"},
     "bits_back": {"checks", "evaluation", "integer_gaussians", "rans", "reverse_process"},
 }
 # The console command stands above all of this: test_wings.py.

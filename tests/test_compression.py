@@ -1,9 +1,13 @@
 """Compression without loss: images come back, files are as long as the bound says, and damaged ones are refused."""
 
+import math
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from analytic import PosteriorMean, images, process
+from analytic import BETAS, PosteriorMean, images, process
 from diffusers.models.embeddings import Timesteps
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +19,10 @@ from ddpm_vlb.bits_back import whitening
 from ddpm_vlb.compressed_files import Header, read_index
 from ddpm_vlb.compression import BitsBackCodec, compress, decompress
 from ddpm_vlb.exact_networks import Float64Timesteps
+from ddpm_vlb.integer_gaussians import PLACES, exact_power
 from ddpm_vlb.rans import stack_for
+
+TWO = process(17, betas=BETAS[:2])
 
 
 def same(ours, x_0, levels):
@@ -145,25 +152,101 @@ def test_a_network_that_is_not_exact_is_refused():
         compress(model, reverse, images(12, levels=17))
 
 
+class NearABoundary(PosteriorMean):
+    """A network whose first estimate of x_0 is within 1e-10 of being rounded otherwise."""
+
+    def __init__(self, reverse):
+        super().__init__(reverse.forward)
+        self.step, self.unit = (
+            reverse.coefficients(0, torch.zeros(1, 1, dtype=torch.float64)),
+            2 / (reverse.levels - 1),
+        )
+        self.near = True
+
+    def __call__(self, x_t, timesteps):
+        """x_0_hat."""
+        x_0 = super().__call__(x_t, timesteps)
+        if self.near:  # of the decoder, whose mean it is
+            self.near = False
+            octaves = round(32 * math.log2(float(self.step.log_variance_offset.exp().sqrt()) / self.unit))
+            x_0 = x_0.clone()
+            x_0.view(-1)[0] = (0.5 + 1e-10) / PLACES * exact_power(octaves) * self.unit - 1
+        return x_0
+
+
 def test_a_number_near_a_boundary_is_coded_anew():
     """A chunk in which a mean is within 1e-9 of being rounded otherwise gets another whitening."""
     reverse = process(17)
-    codec = BitsBackCodec(PosteriorMean(reverse.forward), reverse)
+    model = NearABoundary(reverse)
+    codec = BitsBackCodec(model, reverse)
     k = np.random.default_rng(0).integers(0, 17, (6, 1, 4, 4))
-    plain = codec.encode(k)
-    seen, pushed_with = [], codec.coder.pushed_with
+    chunk = codec.encode(k, verify=False)
+    assert chunk.nonce == 1 and codec.encode(k).nonce == 0
+    assert (codec.decode(chunk, k.shape[1:]) == k).all()
 
-    def near(*given):
-        if not seen:
-            codec.coder.margin = 1e-10
-        seen.append(1)
-        return pushed_with(*given)
 
-    codec.coder.pushed_with = near
-    again = codec.encode(k)
-    codec.coder.pushed_with = pushed_with
-    assert (plain.nonce, again.nonce) == (0, 1)
-    assert (codec.decode(again, k.shape[1:]) == k).all()
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_images_in_any_lanes(draw):
+    """Constant ones and noise, first or later, side by side or not: seeds of either code among them."""
+    levels, lanes = draw.draw(st.sampled_from([2, 17, 256])), draw.draw(st.integers(1, 6))
+    constant = draw.draw(st.lists(st.booleans(), min_size=1, max_size=16))
+    rng = np.random.default_rng(len(constant))
+    k = np.stack([np.full((1, 4, 4), 1) if own else rng.integers(0, levels, (1, 4, 4)) for own in constant])
+    codec = BitsBackCodec(PosteriorMean(TWO.forward), process(levels, betas=BETAS[:2]))
+    assert (codec.decode(codec.encode(k, lanes=lanes, verify=False), (1, 4, 4)) == k).all()
+
+
+def test_a_file_does_not_depend_on_the_precision_of_the_process():
+    """Float32 tables, on the way, are float64's, made anew: a command's file and a program's are the same."""
+    for variance_type in ("learned_range", "fixed_small", "fixed_large"):
+        scheduler = DDPMVLBScheduler(variance_type=variance_type, levels=17)
+        model = tiny_unet(out=1 + (variance_type == "learned_range"))
+        files = {
+            compress(model, scheduler.reverse_process(dtype=dtype, num_inference_steps=4), images(6, (1, 8, 8), 17))
+            for dtype in (torch.float32, torch.float64)
+        }
+        assert len(files) == 1
+
+
+def test_a_network_of_another_precision_is_refused():
+    """A function around a float32 network would make files that other machines cannot read."""
+    reverse, unet = DDPMVLBScheduler(levels=17).reverse_process(num_inference_steps=2), tiny_unet(out=1)
+    with pytest.raises(ValueError, match="^`model` must compute in torch.float64, but gives torch.float32"):
+        compress(lambda x_t, timesteps: unet(x_t.float(), timesteps).sample, reverse, images(6, (1, 8, 8), 17))
+
+
+FORGED = {
+    "many images": {"images": 2**15},
+    "more than fit": {"images": 2**20},
+    "no seeds": {"seeds": 0},
+    "more seeds": {"seeds": 6},
+    "an empty stack": {"stacks": ((b"\1" * 8, b""),)},
+    "two states": {"stacks": ((b"\1" * 16, b""),)},
+    "no stack": {"stacks": ()},
+    "a label": {"labels": (1,) * 8},
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_forged_chunks_are_refused_soon(made, kind):
+    """What is sealed anew after a change has a right CRC, and is refused all the same, in one line and no time."""
+    codec, data = made
+    file = CompressedFile.read(data)
+    forged = replace(file.chunk(0), names=(), **FORGED[kind]).to_bytes()
+    start = time.process_time()
+    with pytest.raises(ValueError, match="^`data` [^\n]*$"):
+        codec.decode_part(forged, file.header.shape)
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (1, 5, 5), (2**14, 2**14)])
+def test_forged_headers_are_refused(made, shape):
+    """Another shape, none, or one that no memory holds."""
+    codec, data = made
+    header, start = Header.read(data)
+    with pytest.raises(ValueError, match="^`data` [^\n]*$"):
+        codec.decompress(replace(header, shape=shape).to_bytes() + data[start:])
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ receiver's network may differ in its last digits.
 Sources: Townsend, Bird & Barber 2019 (BB-ANS); Kingma, Abbeel & Ho 2019 (Bit-Swap), algorithm 1, for the order.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Grids:
         log_r = torch.log2(-torch.expm1(log_abar))
         posterior = torch.zeros_like(forward)  # the prior at the end
         posterior[:-1] = forward[1:] + 0.5 * (log_r[:-1] - log_r[1:])
-        spacing = torch.floor(OCTAVE * torch.minimum(forward, posterior))
+        spacing = torch.floor(OCTAVE * torch.minimum(forward, posterior) + 1e-6)  # round numbers are common
         share = torch.round(2.0**_SHARE * (0.5 * log_alpha).exp())
         width = torch.round(OCTAVE * forward)
         return cls(*(tuple(int(value) for value in own.tolist()) for own in (spacing, share, width)))
@@ -97,6 +98,21 @@ class ChainCoder:
         self.pixels = Bins(0, (reverse.levels or 2) - 1)
         self.margin = 0.5
 
+    def digest(self, shape: Sequence[int]) -> bytes:
+        """A hash of all that the coder is made of, but the network; 32 bytes.
+
+        Args:
+            shape: of one image, (C, *).
+        """
+        reverse, steps = self.reverse, self.reverse.forward.timesteps.tolist()
+        clipping = reverse.clip_sample and reverse.clip_sample_range, reverse.thresholding
+        told = tuple(shape), self.grids, steps, clipping, reverse.prediction_type, reverse.levels
+        digest = hashlib.sha256(repr(told).encode())
+        for t in range(len(self.grids)):
+            for own in reverse.coefficients(t, torch.zeros(1, dtype=torch.float64).expand(1, *shape)):
+                digest.update(own.float().cpu().numpy().tobytes())  # their last digits may differ between machines
+        return digest.digest()
+
     def drawn_from(self, t: int, before: Integers) -> tuple[Bins, Rounded]:
         """q(x_t | x_{t-1}) on the grid of x_t: its bins, and its Gaussians in their units.
 
@@ -127,6 +143,11 @@ class ChainCoder:
         output = model_output(
             self.model, x_t[rows].to(self.dtype), timesteps, {name: own[rows] for name, own in told.items()}
         )
+        if output.dtype != self.dtype:
+            raise ValueError(
+                f"`model` must compute in {self.dtype}, but gives {output.dtype}: pass the module itself, which is "
+                "copied in that precision, and no function around one that is not."
+            )
         p = self.reverse(output[: len(x_t)].double(), x_t, t).p
         mean, log2_sigma = p.mean.cpu().numpy(), p.log_variance.cpu().numpy() * (0.5 / math.log(2))
         if t == 0:
@@ -202,6 +223,16 @@ def whitening(key: int, images: Sequence[int], shape: Sequence[int]) -> Whitenin
         return (np.stack(raw).reshape(-1, *shape) >> np.uint64(64 - PRECISION)).astype(np.int64)
 
     return whites
+
+
+def supply(key: int, lane: int) -> Callable[[int], int]:
+    """The words that a stack begins with, by their number.
+
+    Args:
+        key: of the chunk.
+        lane: number of the stack.
+    """
+    return lambda n: int(np.random.Philox(key=[2**63 + key, lane << 40 | n]).random_raw()) >> 32
 
 
 def _pop(stacks: Sequence[Stack], bins: Bins, own: Rounded, whites: Integers | None = None) -> Integers:

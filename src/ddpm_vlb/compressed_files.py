@@ -1,11 +1,11 @@
 """The file of a compressed set of images: a header, chunks that stand alone, and where they lie.
 
     header   "DVLB", version 1, length, hashes of network and chain, K, dtype, levels, shape, the environment, CRC
-    chunks   length, then counts, nonce, CRC of the pixels, labels, names, and of each stack its states and words, CRC
+    chunks   images, seeds, nonce, CRC of the pixels, labels, names, and of each stack its states and words, CRC
     index    number of chunks, and of each its length and images; CRC, and the index's length in 4 bytes
 
-Numbers are varints (7 bits a byte, the lowest first) but for hashes and CRCs. All bytes lie under a CRC, which comes
-first. A chunk is appended by writing it over the index, and a new index after it.
+Numbers are varints (7 bits a byte, the lowest first) but for hashes and CRCs. All bytes lie under a CRC, which is
+looked at first. A chunk is found by the index, and needs no other.
 """
 
 import math
@@ -19,6 +19,7 @@ DTYPES = ("float64", "float32")
 _HASH = 6
 _MOST = 2**31  # of any count: more is damage
 _LARGEST = 2**28  # values of an image
+_LONGEST_NAME = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Header:
         steps, dtype, levels, ndim = (reader.number() for _ in range(4))
         shape = tuple(reader.number() for _ in range(min(ndim, 16)))
         environment = reader.take(reader.number()).decode(errors="replace")
-        if dtype >= len(DTYPES) or math.prod(shape) > _LARGEST:
+        if dtype >= len(DTYPES) or not 0 < math.prod(shape) <= _LARGEST:
             raise ValueError("`data` is damaged: its header is of no images.")
         return cls(network, chain, steps, DTYPES[dtype], levels, shape, environment), start + length + 4
 
@@ -122,7 +123,7 @@ class Chunk:
         reader = Reader(unsealed(data, "chunk"))
         images, seeds, nonce = (reader.number() for _ in range(3))
         (pixels,) = struct.unpack("<I", reader.take(4))
-        labels, names = reader.packed(), reader.packed()
+        labels, names = reader.packed(5 * images), reader.packed(_LONGEST_NAME * images)
         stacks = []
         for _ in range(reader.number()):
             states, words = reader.number(), reader.number()
@@ -130,7 +131,8 @@ class Chunk:
         told = Reader(labels)
         numbers = tuple(told.number() for _ in range(images)) if labels else ()
         split = tuple(names.decode("utf-8", "surrogateescape").split("\n")) if names else ()
-        if (split and len(split) != images) or seeds > images or reader.place < len(reader.data):
+        whole = reader.place == len(reader.data) and told.place == len(labels) and len(split) in (0, images)
+        if not whole or not 0 < len(stacks) <= seeds <= images:
             raise ValueError("`data` is damaged: a chunk contradicts itself.")
         return cls(images, seeds, nonce, pixels, numbers, split, tuple(stacks))
 
@@ -305,12 +307,18 @@ class Reader:
             raise ValueError("`data` is damaged: it holds an impossible number.")
         return value
 
-    def packed(self) -> bytes:
-        """Bytes of `_packed`."""
+    def packed(self, most: int) -> bytes:
+        """Bytes of `_packed`.
+
+        Args:
+            most: how many there can be.
+        """
         length = self.number()
         if not length:
             return b""
         inflated = self.number()
+        if max(length, inflated) > most:
+            raise ValueError("`data` is damaged: labels or names are longer than they can be.")
         own = self.take(length)
         if not inflated:
             return own

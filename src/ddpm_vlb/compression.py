@@ -5,30 +5,29 @@ chain, and every part of it has its CRC. See bits_back for how, seed_images for 
 compressed_files for the format.
 """
 
-import hashlib
 import math
 import platform
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .bits_back import ChainCoder, whitening
+from .bits_back import ChainCoder, supply, whitening
 from .checks import Conditioning, Model, check_conditioning, check_data, check_model
 from .compressed_files import Chunk, Header, index_of, read_index
-from .exact_networks import exact_network, fingerprint
+from .exact_networks import exact_network, exact_process, fingerprint
 from .integer_gaussians import Integers
 from .rans import Stack, stack_for
 from .reverse_process import ReverseProcess
-from .seed_images import count, no_counts, pop_seeds, push_seeds
+from .seed_images import count, lanes_for, no_counts, pop_seeds, push_seeds, rounds, seeds_for
 
 # A sum taken in another order must not round to another integer.
 _MARGIN = 1e-9
 _TRIES = 64
-_MOST_LANES = 16
+_MOST_LEVELS = 65536
 _CHUNK_VALUES = 2**20  # of pixels: more come near a boundary more often, and a chunk is then made anew
 Progress = Callable[[int], object]
 NetBits = Callable[[int, float], object]
@@ -57,13 +56,21 @@ class BitsBackCodec:
 
     def __init__(self, model: Model, reverse: ReverseProcess, dtype: torch.dtype = torch.float64):
         check_model(model)
+        if dtype not in (torch.float64, torch.float32):
+            raise ValueError(f"`dtype` must be torch.float64 or torch.float32, but got {dtype}.")
         if reverse.levels is None:
             raise ValueError("`reverse` is of continuous data, which no number of bits can hold: give it `levels`.")
+        if reverse.levels > _MOST_LEVELS:
+            raise ValueError(f"`reverse` must have at most {_MOST_LEVELS} levels, but has {reverse.levels}.")
         if reverse.eta == 0:
             raise ValueError("`reverse` draws nothing (`eta=0`), and has no bound: take a chain with noise.")
         self.network = fingerprint(model)[:6]
         self.dtype = dtype
-        self.coder = ChainCoder(exact_network(model, dtype), reverse.to(dtype=torch.float64), dtype)
+        self.coder = ChainCoder(exact_network(model, dtype), exact_process(reverse), dtype)
+        if max(self.coder.grids.bins(t).high for t in range(len(self.coder.grids))) > _MOST_LEVELS:
+            raise ValueError(
+                "`reverse` begins with less noise than the codec's grids can tell: take a larger first beta."
+            )
 
     def header(self, shape: Sequence[int]) -> Header:
         """What a file for images of a shape says of this codec.
@@ -71,22 +78,14 @@ class BitsBackCodec:
         Args:
             shape: of one image, (C, *).
         """
-        chain, reverse = self.coder.grids, self.coder.reverse
-        steps = reverse.forward.timesteps.tolist()
-        clipping = reverse.clip_sample and reverse.clip_sample_range, reverse.thresholding
-        digest = hashlib.sha256(repr((chain, steps, clipping, reverse.prediction_type, reverse.levels)).encode())
-        for t in range(len(chain)):
-            for own in reverse.coefficients(t, torch.zeros(1, *shape, dtype=torch.float64)):
-                digest.update(own.float().cpu().numpy().tobytes())  # their last digits may differ between machines
-        environment = f"{torch.__version__.split('+')[0]} {platform.machine()}"
         return Header(
             self.network,
-            digest.digest()[:6],
-            len(chain),
+            self.coder.digest(shape)[:6],
+            len(self.coder.grids),
             str(self.dtype).removeprefix("torch."),
-            reverse.levels or 0,
+            self.coder.reverse.levels or 0,
             tuple(shape),
-            environment,
+            f"{torch.__version__.split('+')[0]} {platform.machine()}",
         )
 
     def compress(
@@ -115,8 +114,10 @@ class BitsBackCodec:
                 that this machine does not decode to themselves.
         """
         k, labels = self.levels_of(x_0), _labels(conditioning, len(x_0))
-        if names is not None and (len(names) != len(k) or any("\n" in name for name in names)):
-            raise ValueError(f"`names` must be one line for each of {len(k)} images, but got {len(names)}.")
+        if names is not None and (len(names) != len(k) or not all(name and "\n" not in name for name in names)):
+            raise ValueError(
+                f"`names` must be one line, not empty, for each of {len(k)} images, but got {len(names)}."
+            )
         size = max(1, _CHUNK_VALUES // max(1, math.prod(k.shape[1:])))
         chunks = []
         for start in range(0, len(k), size):
@@ -177,13 +178,20 @@ class BitsBackCodec:
         own = self.header(header.shape)
         if header.dtype != own.dtype:
             raise ValueError(f"`data` was made in {header.dtype}, but this codec works in {own.dtype}: set `dtype`.")
-        if (header.steps, header.levels, header.chain) != (own.steps, own.levels, own.chain):
+        if (header.steps, header.levels) != (own.steps, own.levels):
             raise ValueError(
-                f"`data` was made with another chain (of {header.steps} steps and {header.levels} levels) than "
-                f"`reverse` (of {own.steps} and {own.levels})."
+                f"`data` was made with another chain, of {header.steps} steps and {header.levels} levels, than "
+                f"`reverse`, of {own.steps} and {own.levels}."
             )
         if header.network != own.network:
-            raise ValueError("`data` was made with another network than `model`: their weights differ.")
+            raise ValueError(
+                "`data` was made with another network than `model`: their weights, or the levels of a path, differ."
+            )
+        if header.chain != own.chain:
+            raise ValueError(
+                f"`data` was made with another chain than `reverse`, of as many steps ({own.steps}): other timesteps "
+                "(another stored path?), betas, variances or clipping."
+            )
 
     def encode(
         self,
@@ -209,16 +217,19 @@ class BitsBackCodec:
         Raises:
             ValueError: as of `compress`.
         """
+        if len(k) > 1 and k.size > _CHUNK_VALUES:
+            raise ValueError(f"`k` must have at most {_CHUNK_VALUES} values in a chunk, but has {k.size}: split it.")
         for nonce in range(_TRIES):
             self.coder.margin = 0.5
-            stacks = self._encoded(k, labels, _lanes(len(k), lanes), nonce, progress, bits)
+            stacks = self._encoded(k, labels, lanes_for(len(k), lanes), nonce, progress, bits)
             told = () if labels is None else tuple(labels.tolist())
             parts = tuple(stack.parts() for stack in stacks)
-            chunk = Chunk(len(k), _seeds(len(k), len(stacks)), nonce, _crc(k), told, names, parts)
+            chunk = Chunk(len(k), seeds_for(len(k), len(stacks)), nonce, _crc(k), told, names, parts)
             if self.coder.margin >= _MARGIN or self.dtype != torch.float64:
                 break
         else:
             raise ValueError("`model` comes too near to being rounded otherwise every time: its output is no float64.")
+        chunk = Chunk.read(chunk.to_bytes())
         if verify:
             self._verify(chunk, k)
         return chunk
@@ -242,15 +253,15 @@ class BitsBackCodec:
         progress: Progress | None,
         bits: NetBits | None,
     ) -> list[Stack]:
-        seeds, size = _seeds(len(k), lanes), math.prod(k.shape[1:])
-        stacks = [stack_for(size, _supply(nonce, lane)) for lane in range(lanes)]
+        seeds, size = seeds_for(len(k), lanes), math.prod(k.shape[1:])
+        stacks = [stack_for(size, supply(nonce, lane)) for lane in range(lanes)]
         levels = self.coder.reverse.levels or 0
         counts = no_counts(size, levels)
         if counts is not None:
             count(counts, k[seeds:].reshape(-1, size))
         for lane, stack in enumerate(stacks):
             push_seeds(stack, k[:seeds][lane::lanes], levels, counts)
-        for own in _rounds(seeds, len(k), lanes):
+        for own in rounds(seeds, len(k), lanes):
             whites = whitening(nonce, own, k.shape[1:])
             before = [] if bits is None else [stack.bits() for stack in stacks]
             self.coder.encode(stacks[: len(own)], k[own], self._told(labels, own), whites)
@@ -273,15 +284,26 @@ class BitsBackCodec:
             beside: so many more images in each of the network's calls, for another batch shape.
 
         Raises:
-            ValueError: other images come out than went in.
+            ValueError: other images come out than went in, or the network does not take what the file says.
         """
+        try:
+            return self._decoded(chunk, shape, progress, beside)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            said = " ".join(str(error).split())
+            if said.startswith("`"):
+                raise
+            raise ValueError(f"`data` is damaged, or of another network: {said}") from error
+
+    def _decoded(self, chunk: Chunk, shape: Sequence[int], progress: Progress | None, beside: int) -> Integers:
         size, levels, lanes = math.prod(shape), self.coder.reverse.levels or 0, len(chunk.stacks)
         if not lanes or size * chunk.images > max(_CHUNK_VALUES, size):
             raise ValueError("`data` is damaged: a chunk is of more images than it can hold.")
-        stacks = [stack_for(size, _supply(chunk.nonce, i), *parts) for i, parts in enumerate(chunk.stacks)]
+        stacks = [stack_for(size, supply(chunk.nonce, i), *parts) for i, parts in enumerate(chunk.stacks)]
+        for stack in stacks:
+            stack.lends = False
         k = np.zeros((chunk.images, *shape), dtype=np.int64)
         labels = np.array(chunk.labels) if chunk.labels else None
-        for own in reversed(list(_rounds(chunk.seeds, chunk.images, lanes))):
+        for own in reversed(list(rounds(chunk.seeds, chunk.images, lanes))):
             whites = whitening(chunk.nonce, own, shape)
             k[own] = self.coder.decode(stacks[: len(own)], shape, self._told(labels, own), whites, beside)
             if progress is not None:
@@ -356,7 +378,10 @@ def _labels(conditioning: Conditioning | None, images: int) -> Integers | None:
         raise ValueError(
             f"`conditioning` can be stored where it is class labels, integers, but got {sorted(conditioning)}."
         )
-    return conditioning["class_labels"].cpu().long().numpy()
+    labels = conditioning["class_labels"].cpu().long().numpy()
+    if labels.ndim != 1 or (images and not 0 <= labels.min() <= labels.max() < 2**31):
+        raise ValueError(f"`class_labels` must be one integer of 0 .. 2^31 - 1 for each of {images} images.")
+    return labels
 
 
 def _from(done: int, progress: Progress | None) -> Progress | None:
@@ -369,24 +394,5 @@ def _of(done: int, bits: NetBits | None) -> NetBits | None:
     return None if bits is None else lambda image, own: bits(done + image, own)
 
 
-def _lanes(images: int, lanes: int | None) -> int:
-    """As asked for; else so few that what they cost is below a hundredth of the file."""
-    return max(1, min(images // 256, _MOST_LANES) if lanes is None else min(lanes, images))
-
-
-def _seeds(images: int, lanes: int) -> int:
-    """How many images lie first: two hold what is borrowed, some five bits for each dimension."""
-    return min(images, 2 * lanes)
-
-
-def _rounds(seeds: int, images: int, lanes: int) -> Iterator[range]:
-    return (range(start, min(start + lanes, images)) for start in range(seeds, images, lanes))
-
-
 def _crc(k: Integers) -> int:
     return zlib.crc32(k.astype("<u4").tobytes())
-
-
-def _supply(nonce: int, lane: int) -> Callable[[int], int]:
-    """Words of 32 bits that a stack begins with."""
-    return lambda n: int(np.random.Philox(key=[2**63 + nonce, lane * 2**40 + n]).random_raw()) >> 32

@@ -7,12 +7,18 @@ by 1e-14 standard deviations, where float32 moves it by 1e-5.
 import copy
 import hashlib
 import math
+from dataclasses import replace
 
 import torch
-from diffusers.models.embeddings import Timesteps
+from diffusers.models.embeddings import GaussianFourierProjection, Timesteps
 from torch import Tensor, nn
 
 from .checks import Model
+from .forward_process import ForwardProcess
+from .path_networks import PathNetwork
+from .reverse_process import ReverseProcess
+
+_WRAPPERS = (torch._dynamo.OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class Float64Timesteps(nn.Module):
@@ -41,6 +47,26 @@ class Float64Timesteps(nn.Module):
         return nn.functional.pad(torch.cat([first, second], dim=-1), (0, own.num_channels % 2))
 
 
+class Float64Input(nn.Module):
+    """A module whose argument is cast to float64: diffusers' Fourier features take the logarithm of integers.
+
+    Args:
+        own: the module.
+    """
+
+    def __init__(self, own: nn.Module):
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module gives.
+
+        Args:
+            x: its argument.
+        """
+        return self.own(x.double())
+
+
 def exact_network(model: Model, dtype: torch.dtype = torch.float64) -> Model:
     """A copy of a network in float64; what is no module, a function, is taken as it is.
 
@@ -56,7 +82,24 @@ def exact_network(model: Model, dtype: torch.dtype = torch.float64) -> Model:
             for name, child in layer.named_children():
                 if isinstance(child, Timesteps):
                     setattr(layer, name, Float64Timesteps(child))
+                elif isinstance(child, GaussianFourierProjection):
+                    setattr(layer, name, Float64Input(child))
+            for upcast in ("upcast_softmax", "upcast_attention"):  # to float32
+                if hasattr(layer, upcast):
+                    setattr(layer, upcast, False)
     return exact.eval().requires_grad_(False)
+
+
+def exact_process(reverse: ReverseProcess) -> ReverseProcess:
+    """The process with float64 tables, made of its root: a cast of float32 ones would be another process.
+
+    Args:
+        reverse: p, in any precision.
+    """
+    forward, device = reverse.forward, reverse.forward.timesteps.device
+    root = forward.log_alphas_cumprod.cpu().double()
+    betas = -torch.expm1(torch.diff(root, prepend=root.new_zeros(1)))
+    return replace(reverse, forward=ForwardProcess._from_root(forward.timesteps.cpu(), root, betas).to(device))
 
 
 def fingerprint(model: Model) -> bytes:
@@ -72,9 +115,13 @@ def fingerprint(model: Model) -> bytes:
         own = value.detach().cpu()
         own = own.double() if own.is_floating_point() else own.long()
         digest.update(f"{name} {tuple(own.shape)} ".encode() + own.contiguous().numpy().tobytes())
+    if isinstance(model, PathNetwork):
+        digest.update(model._float64.float().numpy().tobytes())
     return digest.digest()
 
 
 def _plain(model: nn.Module) -> nn.Module:
     """What `torch.compile` or data parallelism is around."""
-    return getattr(model, "_orig_mod", getattr(model, "module", model))
+    while isinstance(model, _WRAPPERS):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model

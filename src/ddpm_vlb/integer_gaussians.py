@@ -38,6 +38,7 @@ _ROOT = 36  # binary digits of 2^(-s/32)
 _FARTHEST = (2 * _WIDE) << _FINE
 _HALF_ROOT, _MEAN, _BETWEEN = _ROOT + 1 - _FINE, _FINE - 6, _FINE - 8
 _FAR = 2.0**40  # in places of the mean
+_DIGITS = 1e-13
 _FRACTION = (1 << _BETWEEN) - 1
 
 
@@ -137,7 +138,9 @@ def rounded(mean: NDArray[np.float64], log2_sigma: NDArray[np.float64]) -> Round
     inverse = _inverse_sigmas()[s - SMALLEST] * (PLACES / 2.0**_ROOT)
     places = np.clip(np.clip(np.nan_to_num(mean), -_FAR, _FAR) * inverse, -_FAR, _FAR)
     m = np.rint(places).astype(np.int64)
-    margin = 0.5 - max(np.abs(places - m).max(initial=0.0), np.abs(octaves - s).max(initial=0.0))
+    # The last digits of a large number are worth more.
+    off = np.abs(places - m) + _DIGITS * np.abs(places)
+    margin = 0.5 - max(off.max(initial=0.0), np.abs(octaves - s).max(initial=0.0))
     return Rounded(m, s, float(margin))
 
 

@@ -27,7 +27,7 @@ _NARROW = 1000
 
 
 class Stack:
-    """A stack with one state, for data of few dimensions.
+    """A stack with one state, for data of few dimensions; `lends` is whether it goes on from the supply when empty.
 
     Args:
         supply: the n-th word that is there before anything is pushed, n = 0, 1 ..; zeros would not be drawn from.
@@ -38,6 +38,7 @@ class Stack:
     def __init__(self, supply: Callable[[int], int], state: bytes = b"", words: bytes = b""):
         self._supply = supply
         self.supplied = 1
+        self.lends = True
         self._x = int.from_bytes(state, "little") or _LOWEST | supply(0)
         self._words: list[int] = np.frombuffer(words, "<u4").tolist()
 
@@ -113,8 +114,14 @@ class Stack:
     def _word(self) -> int:
         if self._words:
             return self._words.pop()
+        self._ask()
         self.supplied += 1
         return self._supply(self.supplied - 1)
+
+    def _ask(self) -> None:
+        """Refuse to go on from an empty stack that does not lend: who decodes has all that was pushed."""
+        if not self.lends:
+            raise ValueError("`data` is damaged: a stack is empty before its end.")
 
     def bits(self) -> float:
         """How much is on the stack beyond what was supplied."""
@@ -142,6 +149,7 @@ class WideStack(Stack):
     def __init__(self, supply: Callable[[int], int], size: int, state: bytes = b"", words: bytes = b""):
         self._supply = supply
         self.supplied = size
+        self.lends = True
         self._states = np.frombuffer(state, "<u8").astype(np.uint64) if state else self._fresh(size)
         self._buffer = np.frombuffer(words, "<u4").astype(np.uint64)
         self._used = len(self._buffer)
@@ -210,6 +218,8 @@ class WideStack(Stack):
     def _get(self, count: int) -> NDArray[np.uint64]:
         start = self._used - count
         missing = max(-start, 0)
+        if missing:
+            self._ask()
         supply = [self._supply(self.supplied + n) for n in reversed(range(missing))]
         taken = np.concatenate([np.array(supply, dtype=np.uint64), self._buffer[max(start, 0) : self._used]])
         self.supplied += missing

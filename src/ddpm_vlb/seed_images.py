@@ -10,6 +10,7 @@ Source: Krichevsky & Trofimov 1981, "The performance of universal encoding".
 """
 
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -17,17 +18,51 @@ from .integer_gaussians import TOTAL, Integers
 from .rans import Stack
 
 _MOST_LEVELS = 256  # of counts, of which there is a table of dimensions x levels
+_LARGEST_TABLE = 2**22
+_MOST_LANES = 16
 _FILTERS = (None, -1, -2)  # the axis along which neighbours are subtracted
 
 
+def lanes_for(images: int, lanes: int | None) -> int:
+    """How many images are coded side by side: as asked for, else so few that they cost less than a hundredth.
+
+    Args:
+        images: number of them.
+        lanes: as asked for.
+    """
+    return max(1, min(images // 256, _MOST_LANES) if lanes is None else min(lanes, images))
+
+
+def seeds_for(images: int, lanes: int) -> int:
+    """How many images lie first: two hold what is borrowed, some five bits for each dimension.
+
+    Args:
+        images: number of them.
+        lanes: of `lanes_for`.
+    """
+    return min(images, 2 * lanes)
+
+
+def rounds(seeds: int, images: int, lanes: int) -> Iterator[range]:
+    """The other images, those of a round side by side.
+
+    Args:
+        seeds: how many lie first.
+        images: number of all.
+        lanes: of `lanes_for`.
+    """
+    return (range(start, min(start + lanes, images)) for start in range(seeds, images, lanes))
+
+
 def no_counts(dimensions: int, levels: int) -> Integers | None:
-    """The counts of no images, (D, L); None for too many levels.
+    """The counts of no images, (D, L); None for too many levels or dimensions.
 
     Args:
         dimensions: D.
         levels: L.
     """
-    return np.zeros((dimensions, levels), dtype=np.int64) if levels <= _MOST_LEVELS else None
+    fits = levels <= _MOST_LEVELS and dimensions * levels <= _LARGEST_TABLE
+    return np.zeros((dimensions, levels), dtype=np.int64) if fits else None
 
 
 def count(counts: Integers, k: Integers) -> None:
@@ -81,7 +116,10 @@ def pop_seeds(stack: Stack, number: int, shape: tuple[int, ...], levels: int, co
         values = number * int(np.prod(shape)) * np.dtype(_kind(levels)).itemsize
         if length > values + values // 1000 + 64:
             raise ValueError("`data` is damaged: a stack says that more follows than can.")
-        return _inflated(_pop_bytes(stack, length), (number, *shape), levels)
+        k = _inflated(_pop_bytes(stack, length), (number, *shape), levels)
+        if counts is not None:  # as who pushed them did, for the stacks that follow
+            count(counts, k.reshape(number, -1))
+        return k
     if counts is None:
         raise ValueError("`data` is damaged: so many levels are not counted.")
     images = []

@@ -35,7 +35,7 @@ def describe(file: CompressedFile, name: str) -> list[str]:
     return [
         f"{name}: {images} images of {shape} in {header.levels} levels, {_size(len(file.data), images, header.shape)}",
         f"  network {header.network.hex()}, chain {header.chain.hex()} of {header.steps} steps, in {header.dtype}",
-        f"  made with {header.environment}",
+        f"  made with torch {header.environment}",
     ]
 
 
