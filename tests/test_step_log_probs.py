@@ -130,6 +130,17 @@ def test_the_log_ratio_of_a_vanishing_variance_is_not_nan(old):
     assert not bool(step_log_ratio(reverse, before, before, x_t, 2, x_s).any())
 
 
+def test_the_divergence_of_a_vanishing_variance_is_that_of_float64():
+    """From a policy that has collapsed it is some 90 nats a dimension; from its reference, whatever there is."""
+    reverse, exact, x_t = process("learned", dtype=torch.float32), process("learned"), randn(3, *SHAPE).float()
+    means = outputs(exact, 3).float()
+    own, other = (torch.cat([x, torch.full_like(x, size)], 1) for x, size in zip(means.chunk(2, 1), (-190.0, -5.0)))
+    found = step_kl(reverse, own, other, x_t, 2)
+    expected = step_kl(exact, own.double(), other.double(), x_t.double(), 2)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    assert bool((step_kl(reverse, other, own, x_t, 2) > 1e30).all())
+
+
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("kind", ["learned_range", "learned", "per_pixel", "eta"])
 def test_gradients_are_finite_differences(kind, clip):

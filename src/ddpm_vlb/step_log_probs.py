@@ -108,8 +108,10 @@ def step_kl(
     Source: equation 2 above; Fan et al. 2023, section 4.2.
     """
     reference, gap, u = _pair(reverse, model_output, reference_output, x_t, t)
-    scaled = gap * torch.exp(-0.5 * (reference.log_variance + u))
-    return gaussian_kl(scaled, -u).flatten(1).sum(1)
+    scaled = gap * torch.exp(-0.5 * _floored(reference.log_variance))
+    # In the reference's sigmas, as p's may vanish.
+    of_variances = gaussian_kl(gap.new_zeros(()), _floored(-u))
+    return (0.5 * scaled.square() + of_variances).flatten(1).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
