@@ -188,14 +188,15 @@ def test_a_changed_chain_leaves_what_was_drawn():
 
 @pytest.mark.parametrize("which", range(3))
 def test_what_was_drawn_from_is_not_told_of_tensors_written_into(which):
-    """Nor by a copy made since; a copy made before has tensors of its own."""
+    """Nor by a copy of the same tensors, or made since; a deep copy made before has tensors of its own."""
     ours = DDPMVLBScheduler(100, variance_type="learned_range")
     given = randn(1, (3, 4, 4, 5)).mul_(0.5), torch.full((3,), 60), randn(0)
     result, unasked = ours.step(*given), ours.step(*given)
     mean = result.distribution.mean
-    early = copy.deepcopy(result)
+    early, shallow = copy.deepcopy(result), copy.copy(result)
+    assert torch.equal(shallow.distribution.mean, mean)
     given[which][0] -= 1
-    for late in (result, copy.copy(unasked), copy.deepcopy(unasked)):
+    for late in (result, shallow, copy.copy(unasked), copy.deepcopy(unasked)):
         with pytest.raises(ValueError, match="written into|copied") as error:
             late.distribution  # noqa: B018
         assert "\n" not in str(error.value)

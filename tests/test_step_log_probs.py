@@ -88,28 +88,64 @@ def test_the_log_ratio_is_the_difference_of_two_log_probabilities(kind):
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("t", [1, 500])
-def test_the_log_ratio_of_many_dimensions_keeps_its_digits(t):
-    """At 3x260x260 within 1e-3 nats of float64's, where log-probabilities of 2e5 to 6e5 nats differ by more."""
-    shape, scheduler = (1, 3, 260, 260), DDPMVLBScheduler(variance_type="learned_range")
+@pytest.mark.parametrize(
+    ("t", "kind", "clip"),
+    [
+        (1, "learned_range", True),
+        (500, "learned_range", True),
+        (1, "learned_range", False),
+        (1, "fixed_small", False),
+    ],
+)
+def test_the_log_ratio_of_many_dimensions_keeps_its_digits(t, kind, clip):
+    """At 3x260x260 within 1e-4 nats of float64's, where log-probabilities of 2e5 to 6e5 nats differ by more."""
+    shape, scheduler = (1, 3, 260, 260), DDPMVLBScheduler(variance_type=kind, clip_sample=clip)
     single, double = (scheduler.reverse_process(dtype=dtype) for dtype in (torch.float32, torch.float64))
     noise, change = randn(*shape), 1e-3 * randn(1, 6, 260, 260, seed=1)
     abar = double.forward.alphas_cumprod[t]
     x_t = (abar.sqrt() * randn(*shape, seed=2).clamp(-1, 1) + (1 - abar).sqrt() * noise).float()
     old = torch.cat([noise + 0.3 * randn(*shape, seed=3), 0.3 * randn(*shape, seed=4)], dim=1).float()
+    old, change = (x if single.learns_variance else x[:, :3] for x in (old, change))
     new, x_s = (old + change).float(), single(old, x_t, t).p.sample(randn(*shape, seed=5).float())
     exact = step_log_ratio(double, new.double(), old.double(), x_t.double(), t, x_s.double())
     of_sums = [step_log_prob(double, output.double(), x_t.double(), t, x_s.double()) for output in (new, old)]
     torch.testing.assert_close(exact, of_sums[0] - of_sums[1], rtol=0, atol=1e-7)
     found = step_log_ratio(single, new, old, x_t, t, x_s)
     assert found.dtype == torch.float32 and exact.abs() > 5e-3
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("old", [-5.0, -190.0, -300.0])
+def test_the_log_ratio_of_a_vanishing_variance_is_not_nan(old):
+    """Log-probabilities of -inf leave a ratio that is very low, and 0 on policy."""
+    reverse, (x_t, x_s) = process("learned", dtype=torch.float32), (randn(3, *SHAPE, seed=s).float() for s in (0, 2))
+    mean = outputs(reverse, 3).float()[:, : SHAPE[0]]
+    before, now = (torch.cat([mean, torch.full_like(mean, size)], dim=1) for size in (old, old - 185))
+    now.requires_grad_()
+    assert bool((step_log_prob(reverse, now, x_t, 2, x_s) == -torch.inf).all())
+    found = step_log_ratio(reverse, now, before, x_t, 2, x_s)
+    assert bool((found < -1e30).all())
+    if old == -5:  # what one would train from
+        assert bool(torch.autograd.grad(found.sum(), now)[0].isfinite().all())
+    assert not bool(step_log_ratio(reverse, before, before, x_t, 2, x_s).any())
+
+
+def test_the_divergence_of_a_vanishing_variance_is_that_of_float64():
+    """From a policy that has collapsed it is some 90 nats a dimension; from its reference, whatever there is."""
+    reverse, exact, x_t = process("learned", dtype=torch.float32), process("learned"), randn(3, *SHAPE).float()
+    means = outputs(exact, 3).float()
+    own, other = (torch.cat([x, torch.full_like(x, size)], 1) for x, size in zip(means.chunk(2, 1), (-190.0, -5.0)))
+    found = step_kl(reverse, own, other, x_t, 2)
+    expected = step_kl(exact, own.double(), other.double(), x_t.double(), 2)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    assert bool((step_kl(reverse, other, own, x_t, 2) > 1e30).all())
+
+
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("kind", ["learned_range", "learned", "per_pixel", "eta"])
-def test_gradients_are_finite_differences(kind):
-    """Of the log-probability, and of both outputs of its ratio and divergence, where x_0_hat is not clipped."""
-    reverse = dataclasses.replace(process(kind), clip_sample=False)
+def test_gradients_are_finite_differences(kind, clip):
+    """Of the log-probability, and of both outputs of its ratio and divergence."""
+    reverse = dataclasses.replace(process(kind), clip_sample=clip)
     t, x_t, x_s = torch.tensor([5, 1]), randn(2, *SHAPE), randn(2, *SHAPE, seed=2)
     own, other = (outputs(reverse, 2, seed).requires_grad_() for seed in (1, 3))
     assert torch.autograd.gradcheck(lambda o: step_log_prob(reverse, o, x_t, t, x_s), own, fast_mode=True)

@@ -8,12 +8,14 @@ A sampler's step from x_t draws x_s, s = t - 1 on its chain; its last step, t = 
    u = log sigma^2 / sigma'^2 and d = z - z' = z' expm1(-u/2) - (mu - mu') / sigma' exp(-u/2)
 
 All in nats, summed (not averaged) over dimensions in float32 or better. Equation 1 is of the size of the number of
-dimensions, and known to 1e-7 of that; equation 3 sums their changes, and nothing of that size is rounded.
+dimensions, and known to 1e-7 of that; equation 3 sums their changes, and nothing of that size is rounded: mu - mu' and
+u are those of the outputs, times their coefficients.
 
 Sources: Black et al. 2024 (DDPO), section 4 (the steps as a policy); Fan et al. 2023 (DPOK), section 4.2 (the
 divergence of two policies, step by step).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +65,9 @@ def step_log_ratio(
     """log p(x_s | x_t) / p_old(x_s | x_t) of a step under two outputs, (B,), in nats; differentiable in both.
 
     What two of `step_log_prob` differ by, as the sum of each dimension's difference: to subtract their sums loses 0.02
-    nats at 3x256x256. 0 bit for bit where the outputs are the same.
+    nats at 3x256x256. 0 bit for bit where the outputs are the same. Where the old variance, or the new one in parts of
+    it, is below 2e-35 (1e-277 in float64), the distances in sigmas are those at 2e-35: log-probabilities may be -inf
+    there, and their ratio is very low but not NaN.
 
     Args:
         reverse: p of the chain that was sampled, as short as it was.
@@ -79,10 +83,10 @@ def step_log_ratio(
     Source: equation 3 above; Schulman et al. 2017 (PPO), section 3, has the ratio.
     """
     _check_states(x_t, x_s)
-    p, old, gap = _pair(reverse, model_output, old_output, x_t, t)
-    old_sigma = torch.exp(0.5 * old.log_variance)
-    z, u = (promote_half(x_s) - old.mean) / old_sigma, p.log_variance - old.log_variance
-    d = z * torch.expm1(-0.5 * u) - gap / old_sigma * torch.exp(-0.5 * u)
+    old, gap, u = _pair(reverse, model_output, old_output, x_t, t)
+    old_precision = torch.exp(-0.5 * _floored(old.log_variance))
+    z, shrunk = (promote_half(x_s) - old.mean) * old_precision, -0.5 * _floored(u)
+    d = z * torch.expm1(shrunk) - gap * old_precision * torch.exp(shrunk)
     return -0.5 * (d * (d + 2 * z) + u).flatten(1).sum(1)
 
 
@@ -103,9 +107,11 @@ def step_kl(
 
     Source: equation 2 above; Fan et al. 2023, section 4.2.
     """
-    p, reference, gap = _pair(reverse, model_output, reference_output, x_t, t)
-    scaled = gap * torch.exp(-0.5 * p.log_variance)
-    return gaussian_kl(scaled, reference.log_variance - p.log_variance).flatten(1).sum(1)
+    reference, gap, u = _pair(reverse, model_output, reference_output, x_t, t)
+    scaled = gap * torch.exp(-0.5 * _floored(reference.log_variance))
+    # In the reference's sigmas, as p's may vanish.
+    of_variances = gaussian_kl(gap.new_zeros(()), _floored(-u))
+    return (0.5 * scaled.square() + of_variances).flatten(1).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,14 +215,34 @@ def _used(reverse: ReverseProcess, model_output: Tensor, x_t: Tensor) -> Tensor:
 
 def _pair(
     reverse: ReverseProcess, model_output: Tensor, other_output: Tensor, x_t: Tensor, t: Tensor | int
-) -> tuple[DiagonalGaussian, DiagonalGaussian, Tensor]:
-    """What a step draws from under two outputs, and the difference of the means."""
+) -> tuple[DiagonalGaussian, Tensor, Tensor]:
+    """What a step draws from under the other output, mu - mu' and u."""
     c = reverse.coefficients(_drawing(reverse, x_t, t), x_t)
-    (p, x_0), (other, other_x_0) = (
-        reverse.predict(_used(reverse, output, x_t), x_t, c) for output in (model_output, other_output)
+    (output, variance), (other, other_variance) = (
+        reverse.split(_used(reverse, whole, x_t), x_t) for whole in (model_output, other_output)
     )
-    # The means share the term in x_t, which subtracting them would cancel with digits lost.
-    return p, other, c.x_0_to_mean * (x_0 - other_x_0)
+    x_t = promote_half(x_t)
+    other_mean, other_x_0 = reverse.predict_mean(other, x_t, c)
+    # The outputs are subtracted, not what is made of them: the terms that they share would cancel with digits lost.
+    gap = c.output_to_x_0 * (output - other)
+    if reverse.clip_sample or reverse.thresholding:
+        x_0 = reverse.predict_x_0(output, x_t, c)
+        gap = torch.where(_inside(reverse, x_0) & _inside(reverse, other_x_0), gap, x_0 - other_x_0)
+    p = DiagonalGaussian(other_mean, c.log_variance(other_variance))
+    u = gap.new_zeros(())
+    if variance is not None and other_variance is not None:
+        u = c.variance_slope * (variance - other_variance)
+    return p, c.x_0_to_mean * gap, u
+
+
+def _inside(reverse: ReverseProcess, x_0: Tensor) -> Tensor:
+    """Where x_0_hat is what the output gave; thresholding rescales it everywhere."""
+    return x_0.abs() < (0 if reverse.thresholding else reverse.clip_sample_range)
+
+
+def _floored(log_ratio: Tensor) -> Tensor:
+    """The logarithm of a variance, or of two's ratio, of which the inverse can be multiplied without an inf."""
+    return log_ratio.clamp(min=-0.9 * math.log(torch.finfo(log_ratio.dtype).max))
 
 
 def _drawing(reverse: ReverseProcess, x_t: Tensor, t: Tensor | int) -> Tensor:

@@ -81,7 +81,8 @@ class DDPMVLBSchedulerOutput(DDPMSchedulerOutput):
 
         Raises:
             ValueError: some of the samples are at the chain's last step, and some are not; a tensor that `step` was
-                given has been written into since (of inference tensors that is not seen); or no output of a step's.
+                given has been written into since (of inference tensors, and through `.data`, that is not seen); or
+                no output of a step's.
         """
         if self._step is None:
             raise ValueError(
@@ -96,11 +97,19 @@ class DDPMVLBSchedulerOutput(DDPMSchedulerOutput):
             )
         return walk.distribution(*given)
 
+    def __copy__(self) -> "DDPMVLBSchedulerOutput":
+        # By `__reduce__` it would take the tensors to be its own.
+        output = self.__class__.__new__(self.__class__)
+        for name, value in self.items():
+            OrderedDict.__setitem__(output, name, value)
+        output.__dict__.update(self.__dict__)
+        return output
+
     def __reduce__(self) -> tuple[Any, ...]:
         made, fields, state, *others = super().__reduce__()
         if self._step is not None:
             walk, given, versions = self._step
-            # The tensors of a copy count anew.
+            # The tensors of a deep copy count anew.
             state = state | {"_step": None if _written(given, versions) else (walk, given, None)}
         return made, fields, state, *others
 
