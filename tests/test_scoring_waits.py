@@ -58,7 +58,7 @@ def statistics(network: nn.Module, p: ReverseProcess):
 
 
 WAYS = {
-    "score": (score, 2),  # and one for the prior, and one for the digest of the chain, once an estimator
+    "score": (score, 1),  # and one for the prior
     "pilot": (lambda network, p: pilot(network, p).probabilities, 0),
     "statistics": (statistics, 0),
     "evaluate_vlb": (

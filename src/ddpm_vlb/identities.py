@@ -37,7 +37,7 @@ def quantities(reverse: ReverseProcess, also: Sequence[ReverseProcess | Loss]) -
         reverse: p.
         also: further reverse processes of its chain, and losses.
     """
-    chain = digest(reverse.forward.log_alphas_cumprod, reverse.forward.timesteps)
+    chain = digest(reverse.forward.log_alphas_cumprod)  # which lies on the CPU: no wait for a device
     quantities = [(chain, reverse.levels or 0, "")]
     for own in also:
         if isinstance(own, ReverseProcess):
