@@ -1,6 +1,7 @@
 """Which of two checkpoints is better: `Validation` beside what trainers do, against the full 1000-step bound.
 
-python benchmarks/validation.py
+    python benchmarks/validation.py
+    python benchmarks/validation.py --only_stops
 
 Twenty checkpoints of a training run on the digits 0 to 4, and twenty of a fine-tune of its last one on 64 images of
 the digits 5 to 9, which gets better and then overfits; each is validated on 64 held-out images of its own digits. The
@@ -12,6 +13,10 @@ checkpoints counts where the truth tells them apart by 2 paired standard errors.
 `paired z` is the mean of the images' differences over its standard error, which the choice of images limits; `noise z`
 the same over the standard deviation of that mean over seeds, on the same images: medians over the pairs. `calls for
 our noise z` takes it to grow with the root of the calls.
+
+False stops are simulated: each validation's images are normal numbers of deviation one about a mean that is the same
+for all validations, or falls by `drift` paired standard errors from each to the next. `--patience` is asked after each
+of them; whatever it ends, it ends wrongly.
 """
 
 import argparse
@@ -37,8 +42,11 @@ from ddpm_vlb import (
     vlb_loss,
     vlb_term,
 )
+from ddpm_vlb.training.validations import Validations
 
 CHECKPOINTS, CALLS = 20, 8
+SIMULATED = ((40, 64, 0.0), (200, 64, 0.0), (40, 8, 0.0), (40, 64, 0.1), (40, 8, 0.1))
+"""Validations, images and drift of the false stops."""
 Scored = Callable[[nn.Module], Tensor]
 """A network's value for each image, (N,); lower is better."""
 
@@ -144,6 +152,56 @@ def validation(reverse: ReverseProcess, x_0: Tensor, seed: int) -> Scored:
     return lambda network: ours(network).per_image
 
 
+class Split(list):
+    """Images as `Validations` reads them."""
+
+    def __getitems__(self, positions: list[int]) -> list[Tensor]:
+        return [self[i] for i in positions]
+
+
+def deciding(network: Network, reverse: ReverseProcess, x_0: Tensor, patience: int) -> Validations:
+    """What `--patience` decides by; its one estimate is of these images, which others have to be of too."""
+    decides = Validations(Split(x_0), reverse, CALLS, seed=0, keep_best=False, patience=patience)
+    decides.add(decides.so_far.score(network), 0, network)
+    return decides
+
+
+def end(decides: Validations, values: Tensor, ends: Callable[[Validations], bool] = Validations.exhausted) -> int:
+    """Which validation ends a run, from 1; 0: none does. From values (validations, images)."""
+    own = next(iter(decides.so_far.history.values()))
+    history = decides.so_far.history = {}
+    for number, rows in enumerate(values, 1):
+        history[number] = dataclasses.replace(own, per_image=rows, bits_per_dim=float(rows.mean()))
+        if ends(decides):
+            return number
+    return 0
+
+
+def beyond_two_errors(decides: Validations) -> bool:
+    """The rule that asks for no more the more validations there are."""
+    estimates, best = list(decides.so_far.history.values()), decides.so_far.history[decides.so_far.best]
+    gaps = [own - best for own in estimates[-decides.patience :]]
+    return len(gaps) == decides.patience and all(gap.bits_per_dim > 2 * gap.se for gap in gaps)
+
+
+def false_stops(network: Network, reverse: ReverseProcess, x_0: Tensor, runs: int) -> None:
+    """Print how many of the simulated runs are ended."""
+    print(f"\n## False stops, {runs} simulated runs each\n")
+    print("| rule | validations | images | drift | `--patience 1` | `--patience 3` |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    cases = [("surely worse", Validations.exhausted, *own) for own in SIMULATED]
+    cases.append(("two standard errors", beyond_two_errors, *SIMULATED[0]))
+    for rule, ends, count, images, drift in cases:
+        cells = []
+        for patience in (1, 3):
+            decides, generator = deciding(network, reverse, x_0[:images], patience), torch.Generator().manual_seed(0)
+            fall = drift * (2 / images) ** 0.5 * torch.arange(count)[:, None]
+            made = (torch.randn(count, images, generator=generator).double() - fall for _ in range(runs))
+            share = sum(end(decides, values, ends) > 0 for values in tqdm(made, rule, runs)) / runs
+            cells.append(f"{100 * share:.1f} +- {100 * (share * (1 - share) / runs) ** 0.5:.1f} %")
+        print(f"| {rule} | {count} | {images} | {drift} | {' | '.join(cells)} |", flush=True)
+
+
 def paired(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard error of the difference of all pairs of checkpoints, from values (checkpoints, images)."""
     first, second = torch.tensor(list(itertools.combinations(range(len(values)), 2))).T
@@ -179,7 +237,10 @@ def rows(name: str, checkpoints: list, exact: Tensor, reverse: ReverseProcess, x
             flush=True,
         )
         lines.append(f"{method}: {', '.join(str(int(own.mean(1).argmin()) + 1) for own in values)}")
-    print("\nThe best checkpoint by each, seed by seed. " + "; ".join(lines) + ".", flush=True)
+    print("\nThe best checkpoint by each, seed by seed. " + "; ".join(lines) + ".")
+    decides = deciding(checkpoints[0], reverse, x_0, patience=3)
+    ends = [end(decides, values) for values in scored["`Validation`, the bound"]]
+    print(f"\n`--patience 3` stops at number (0: at none), seed by seed: {', '.join(map(str, ends))}.", flush=True)
 
 
 def coverage(name: str, pair: list, reverse: ReverseProcess, x_0: Tensor, replicates: int, truths: int = 8) -> None:
@@ -208,13 +269,15 @@ def coverage(name: str, pair: list, reverse: ReverseProcess, x_0: Tensor, replic
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1000, help="Of each run.")
     parser.add_argument("--images", type=int, default=64, help="Validation images.")
     parser.add_argument("--seeds", type=int, default=8, help="Of each method's draws.")
     parser.add_argument("--replicates", type=int, default=200, help="Of the coverage.")
-    args = parser.parse_args()
+    parser.add_argument("--runs", type=int, default=1000, help="Of each simulation of false stops.")
+    parser.add_argument("--only_stops", action="store_true", help="Simulate these, and train nothing.")
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     print(describe(), flush=True)
@@ -223,6 +286,8 @@ def main() -> None:
     first, second = (digits[:1500][own[:1500]] for own in (low, ~low))
     held_out = [digits[1500:][own[1500:]][: args.images] for own in (low, ~low)]
     network, reverse = build()
+    if args.only_stops:
+        return false_stops(network, reverse, held_out[0], args.runs)
     runs = {"Training": train(network, reverse, first, args.steps, 5e-3, True)}
     runs["Fine-tune on 64 images"] = train(network, reverse, second[:64], args.steps, 2e-4, False)
     for (name, kept), x_0 in zip(runs.items(), held_out, strict=True):
@@ -234,6 +299,7 @@ def main() -> None:
     for (name, kept), x_0 in zip(runs.items(), held_out, strict=True):
         i, j = CHECKPOINTS - 3, CHECKPOINTS - 1
         coverage(f"{name}, {i + 1} and {j + 1}", [kept[i], kept[j]], reverse, x_0, args.replicates)
+    false_stops(network, reverse, held_out[0], args.runs)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ import mnist as hour
 import policy_gradients
 import text_to_image
 import tiny_pipelines
+import validation as checkpoints
 import widening
 from networks import scheduler, tiny_unet
 from processes import fresh_accelerate  # noqa: F401
 
-from ddpm_vlb import DDPMVLBPipeline
+from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler
 
 CHECKS = gpu_checks.losses, gpu_checks.steps
 
@@ -226,3 +227,23 @@ def test_a_fine_tune_is_told_by_its_benchmark(monkeypatch, capsys):
     assert true == pytest.approx(tuned - base, abs=0.002) and true < 0 and abs(off) < 4
     assert "\nmy/tuned: " in said and "\ndifference: " in said
     assert rows[1] == "0 0 0 1 0 0 0".split() and rows[2][0] == "0.01" and 0 < float(rows[2][6]) < 0.1
+
+
+def test_checkpoints_are_ordered_by_their_benchmark(monkeypatch, capsys):
+    """Tiny: in every table numbers, the bound's estimates near the truth; by two errors more equals end a run."""
+    options = dict(num_train_timesteps=20, beta_end=0.4, variance_type="learned_range", levels=17)
+    tiny = checkpoints.Network(16, 1), DDPMVLBScheduler(**options).reverse_process()
+    monkeypatch.setattr(checkpoints, "build", lambda: tiny)
+    monkeypatch.setattr(checkpoints, "CHECKPOINTS", 3)
+    monkeypatch.setattr(checkpoints, "SIMULATED", ((10, 8, 0.0),))
+    checkpoints.main("--steps 30 --images 8 --seeds 2 --replicates 2 --runs 20".split())
+    said = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    headings = ["Training", "Fine-tune on 64 images", "Coverage of the", "False stops, 20"]
+    assert re.findall(r"^## (.*?)(?: paired.*| simulated.*)?$", said, re.MULTILINE) == headings and "nan" not in said
+    bounds = [row for row in rows if row[0] == "`Validation`, the bound"]
+    assert [row[1:3] for row in bounds] == [["1.000 (1.000)", "0.0 %"]] * 2
+    for _, truth, mean, _, error, _ in [row for row in rows if "+-" in row[1]]:
+        assert 0 < abs(float(truth.split()[0]) - float(mean.split()[0])) < 4 * float(error)
+    shares = [[float(cell.split()[0]) for cell in row[4:]] for row in rows if row[1:4] == ["10", "8", "0.0"]]
+    assert 0 <= shares[0][1] <= shares[0][0] < shares[1][0] and said.count("seed by seed: 0, 0.") == 2

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from analytic import BETAS, PosteriorMean, expected_bits, images, process
@@ -113,6 +114,24 @@ def test_losses_have_names():
     assert loss_name(Loss()) == "Loss" and loss_name(lambda: None) == "<lambda>"
     assert loss_name(functools.partial(simple_loss, snr_gamma=5)) == "simple_loss(snr_gamma=5)"
     assert loss_name(functools.partial(scaled, simple_loss)) == "scaled(simple_loss)"
+    given = ["a", None, True], (torch.float32, np.float64(2)), {"b": Loss(), "a": np.int64(3)}, object(), np.float32
+    said = "['a', None, True], (dtype, 2.0), {'a': 3, 'b': Loss}, object, float32"
+    assert loss_name(functools.partial(scaled, *given)) == f"scaled({said})"
+
+
+TABLES = {
+    "array": lambda at: np.eye(60) * at,
+    "in a list": lambda at: [0, torch.eye(60) * at],
+    "in a dict": lambda at: {"table": (np.eye(60, dtype=np.float32) * at,)},
+    "objects": lambda at: np.array([None, at], dtype=object),
+}
+
+
+@pytest.mark.parametrize("made", TABLES.values(), ids=TABLES)
+def test_fixed_tables_are_known_by_their_values(made):
+    """However long and wherever they lie: two that differ are two losses, in a short name."""
+    first, again, other = (loss_name(functools.partial(scaled, made(at))) for at in (2, 2, 3))
+    assert first == again != other and len(first) < 60
 
 
 def test_a_pilot_of_its_own_is_no_hindrance_to_another_chain():

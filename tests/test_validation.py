@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from analytic import BETAS, PosteriorMean, T, expected_bits, gains, images, population_bits, process
 from estimates import FACTOR, fitted_pilot, setting
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm_vlb import (
     Pilot,
@@ -219,6 +219,86 @@ OTHER_VALIDATIONS = {
 }
 
 
+OTHER_SETTINGS = {
+    "variance_type": {"variance_type": "fixed_large"},
+    "prediction_type": {"prediction_type": "v_prediction"},
+    "eta": {"eta": 0.5},
+    "clip_sample": {"clip_sample": True},
+    "clip_sample_range": {"clip_sample_range": 2.0},
+    "thresholding": {"thresholding": True},
+    "sample_max_value": {"sample_max_value": 3.0},
+    "dynamic_thresholding_ratio": {"dynamic_thresholding_ratio": 0.5},
+    "x_0_mse": {"x_0_mse": torch.full((T,), 0.1)},
+    "decoder_log_variance": {"decoder_log_variance": -2.0},
+    "decoder_slope": {"decoder_slope": 0.5},
+}
+
+
+def conditioned(told: Tensor | None, **options) -> Validation:
+    """By labels, None for no labels."""
+    return validation(conditioning=None if told is None else {"class_labels": told}, **options)
+
+
+def refused(state: dict, again: Validation) -> str:
+    """The one line, of which nothing is kept."""
+    with pytest.raises(ValueError) as refusal:
+        again.load_state_dict(state)
+    assert "\n" not in str(refusal.value) and not again.history and again.pilot is PILOT
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_a_state_of_other_settings_is_refused(name):
+    """Whose difference would be taken for the networks'; estimates of both, on purpose, are subtracted."""
+    ours = validation()
+    estimate = ours(network())
+    again = Validation(images(COUNT), replace(process(), **OTHER_SETTINGS[name]), pilot=PILOT)
+    assert f"must be of a validation with the same `{name}`, but theirs are" in refused(ours.state_dict(), again)
+    assert math.isfinite((again(network()) - estimate).bits_per_dim)
+
+
+@pytest.mark.parametrize(
+    "own, other",
+    [(torch.zeros(COUNT), torch.ones(COUNT)), (None, torch.zeros(COUNT)), (torch.zeros(COUNT), None)],
+    ids=["other", "none in the state", "none here"],
+)
+def test_a_state_of_other_conditioning_is_refused(own, other):
+    """As one of other images is."""
+
+    def told(x_t, timesteps, class_labels=None):
+        return network()(x_t, timesteps)
+
+    ours = conditioned(own)
+    ours(told)
+    said = refused(ours.state_dict(), conditioned(other))
+    assert "the same `conditioning['class_labels']`, but theirs are" in said
+    same = conditioned(None if own is None else own.double())
+    same.load_state_dict(ours.state_dict())
+    assert list(same.history) == [0]
+
+
+def test_settings_are_the_same_in_another_precision():
+    """As the chain is, and 1 is 1.0."""
+    made = {"x_0_mse": torch.linspace(0.1, 0.2, T).double(), "decoder_log_variance": -2}
+    ours = Validation(images(COUNT), replace(process(), **made), pilot=PILOT)
+    ours(network())
+    made |= {"x_0_mse": made["x_0_mse"].float(), "decoder_log_variance": -2.0}
+    again = Validation(images(COUNT), replace(process(), **made), pilot=PILOT)
+    again.load_state_dict(ours.state_dict())
+    assert list(again.history) == [0]
+
+
+def test_a_state_without_settings_is_refused():
+    """Of an earlier version; one without a history says nothing that could be wrong."""
+    ours = validation()
+    empty = ours.state_dict()
+    ours(network())
+    state = ours.state_dict()
+    del state["settings"], empty["settings"]
+    assert "is of an earlier version" in refused(state, validation())
+    validation(pilot=None).load_state_dict(empty)
+
+
 @pytest.mark.parametrize("said", OTHER_VALIDATIONS)
 def test_a_state_of_another_validation_is_refused(said):
     """At once, in one line, and nothing of it is kept; and so are its scores."""
@@ -327,6 +407,17 @@ def test_a_pilot_of_probabilities_is_saved():
     ours(network(), 1)
     again.load_state_dict(ours.state_dict())
     assert (again(network()) - again.history[1]).se == 0
+    again.pilot = 2 * PILOT.probabilities  # later too
+    assert again.pilot.digest == Pilot.from_state_dict(again.state_dict()["pilot"]).digest == ours.pilot.digest
+
+
+def test_a_label_is_a_plain_number():
+    """Of numpy's numbers too, with which a file of plain tensors would not load."""
+    ours, file = validation(), io.BytesIO()
+    ours(network(), np.int64(7))
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    assert list(torch.load(file, weights_only=True)["history"]) == [7] and ours.best == 7
 
 
 def test_more_processes_than_images():

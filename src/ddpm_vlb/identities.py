@@ -10,11 +10,13 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import Conditioning
 from .evaluation import Loss, digest
 from .reverse_process import ReverseProcess
 
@@ -59,11 +61,42 @@ def loss_name(loss: Any) -> str:
     return getattr(loss, "__name__", type(loss).__name__)
 
 
-def _said(value: Any) -> str:
-    """A fixed argument, the same in another process."""
+def settings(reverse: ReverseProcess, conditioning: Conditioning | None) -> dict[str, str]:
+    """What else a bound depends on, in words by name: how p is made of an output, and what the network is told.
+
+    Args:
+        reverse: p, whose chain and levels an `Identity` has.
+        conditioning: further arguments of the network.
+    """
+    names = [own.name for own in fields(reverse) if own.init and own.name not in ("forward", "levels")]
+    values: dict[str, Any] = {name: getattr(reverse, name) for name in names}
+    values |= {f"conditioning[{name!r}]": rows for name, rows in sorted((conditioning or {}).items())}
+    return {name: _said(_in_one_type(value)) for name, value in values.items()}
+
+
+def _in_one_type(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return f"tensor {digest(value) % 2**32:08x}"
-    return loss_name(value) if callable(value) else repr(value)
+        return value.float() if value.is_floating_point() else value
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _said(value: Any) -> str:
+    """A fixed argument, the same in another process; of what has no values to tell, its class."""
+    if isinstance(value, Tensor):
+        return f"tensor {_short(value)}"
+    if hasattr(value, "tolist") and not isinstance(value, type):  # numpy's, printed otherwise by its versions
+        value, array = value.tolist(), value
+        return f"{type(array).__name__} {_short(_said(value))}" if isinstance(value, list) else _said(value)
+    if isinstance(value, dict):
+        return f"{{{', '.join(sorted(f'{_said(key)}: {_said(own)}' for key, own in value.items()))}}}"
+    if isinstance(value, list | tuple):
+        inner = ", ".join(map(_said, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    return repr(value) if isinstance(value, str | int | float | complex | None) else loss_name(value)
+
+
+def _short(content: str | Tensor) -> str:
+    return f"{digest(content) % 2**32:08x}"
 
 
 def image_digests(x_0: Tensor, levels: int | None) -> Tensor:

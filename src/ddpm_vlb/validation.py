@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .checks import Conditioning, Model, check_conditioning, check_data
 from .estimation import VLBEstimator
 from .evaluation import Loss, enough_replicates, rows_of
-from .identities import unpaired
+from .identities import settings, unpaired
 from .pilot import Pilot, fit_pilot, pilot_positions
 from .reverse_process import ReverseProcess
 from .scores import Scores, VLBEstimate, VLBScores, compacted, estimate_from_scores, merge_scores
@@ -70,10 +70,19 @@ class Validation:
         check_conditioning(conditioning, len(images))
         self.images, self.reverse, self.conditioning = images, reverse, conditioning
         self.calls_per_image, self.seed, self.term = calls_per_image, seed, term
-        self.pilot = Pilot(pilot) if isinstance(pilot, Tensor) else pilot
+        self.pilot = pilot
         self.num_replicates = enough_replicates(calls_per_image, len(images))
         self.history: dict[Label, VLBEstimate] = {}
         self._scores: dict[Label, Scores] = {}
+
+    @property
+    def pilot(self) -> Pilot | None:
+        """What all estimates draw by; of a tensor of p_t, one is made."""
+        return self._pilot
+
+    @pilot.setter
+    def pilot(self, pilot: Pilot | Tensor | None) -> None:
+        self._pilot = Pilot(pilot) if isinstance(pilot, Tensor) else pilot
 
     def __len__(self) -> int:
         return len(self.images)
@@ -149,6 +158,7 @@ class Validation:
             )
         self._check("scores", [scores])
         estimate = self._estimate(scores)
+        label = getattr(label, "item", lambda: label)()  # numpy's is no plain number to a saved state
         if label is None:
             label = next(number for number in itertools.count(len(self.history)) if number not in self.history)
         for kept in (self.history, self._scores):  # whose order is that of time
@@ -162,15 +172,17 @@ class Validation:
         return min(self.history, key=lambda label: self.history[label].bits_per_dim, default=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The pilot and the history, in tensors, to be saved."""
+        """The pilot and the history, in tensors, and what they are of, in words; to be saved."""
         history = {label: [own.state_dict() for own in scores] for label, scores in self._scores.items()}
-        return {"pilot": {} if self.pilot is None else self.pilot.state_dict(), "history": history}
+        pilot = {} if self.pilot is None else self.pilot.state_dict()
+        return {"pilot": pilot, "history": history, "settings": settings(self.reverse, self.conditioning)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with a saved pilot and history.
 
         Args:
-            state_dict: what `state_dict` returned, of the same images, chain, seed, calls and term.
+            state_dict: what `state_dict` returned, of the same images, conditioning, reverse process, seed, calls and
+                term.
 
         Raises:
             ValueError: the state of another validation, whose estimates could not be compared, or of an earlier
@@ -181,6 +193,8 @@ class Validation:
         before, self.pilot = self.pilot, Pilot.from_state_dict(pilot) if pilot else None
         try:
             self._check("state_dict", scores.values())
+            if scores:
+                self._check_settings(state_dict.get("settings"))
         except ValueError:
             self.pilot = before
             raise
@@ -207,6 +221,22 @@ class Validation:
                 reason = next(filter(None, (unpaired(a.identity, b) for a, b in zip(scores, own))), None)
             if reason is not None:
                 raise ValueError(f"`{name}` must be of a validation with {reason}; or make another `Validation`.")
+
+    def _check_settings(self, theirs: dict[str, str] | None) -> None:
+        """Refuse a history that a change of them would enter as a change of the network."""
+        if theirs is None:
+            raise ValueError(
+                "`state_dict` must say how its validation was made, but is of an earlier version, which did not: make "
+                "another `Validation`."
+            )
+        mine = settings(self.reverse, self.conditioning)
+        for name in sorted(mine.keys() | theirs.keys()):
+            its, own = theirs.get(name), mine.get(name)
+            if its != own:
+                raise ValueError(
+                    f"`state_dict` must be of a validation with the same `{name}`, but theirs are {its} and {own}; or "
+                    "make another `Validation`."
+                )
 
     @property
     def _also(self) -> tuple[Loss, ...]:

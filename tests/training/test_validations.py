@@ -9,7 +9,7 @@ from training_support import checkpoint_weights, same_weights, tiny, until_train
 
 from ddpm_vlb.recipes import train as recipe
 from ddpm_vlb.training import scores as training_scores
-from ddpm_vlb.training.validations import Validations
+from ddpm_vlb.training.validations import Validations, spread
 
 OFFSETS = {2: 0.0, 4: -5.0, 6: 50.0, 8: 60.0, 10: 55.0}  # nats, beside which few steps of training are nothing
 
@@ -83,11 +83,19 @@ def test_an_overfit_ends_a_run(count):
     assert len(ends) == 15 and min(ends) > 22
 
 
-def test_the_images_are_spread_over_the_split():
-    """Of a split in the order of its classes all are there: of 10 in 200 images, 6 or 7 of each."""
+@pytest.mark.parametrize("order", ["sorted", "in turn"])
+def test_the_images_are_spread_over_the_split(order):
+    """Whichever way 10 classes lie in 640 images: of each as many as by chance, 2 to 14 of 64 within 3.3 errors."""
+    positions = torch.tensor(spread(640, 64))
+    classes = positions // 64 if order == "sorted" else positions % 10
+    counts = classes.bincount(minlength=10).tolist()
+    assert sum(counts) == len(positions.unique()) == 64 and 2 <= min(counts) <= max(counts) <= 14
+
+
+def test_the_images_of_a_validation_are_those():
+    """In the order of the split, the same each time."""
     made = Validations(Split(200), process(), 8, 0, False)
-    classes = torch.tensor(made.positions) // 20
-    assert len(made.positions) == 64 and set(classes.bincount(minlength=10).tolist()) <= {6, 7}
+    assert made.positions == sorted(made.positions) == spread(200, 64) and spread(5, 64) == list(range(5))
     assert torch.equal(made.so_far.images, images(200)[made.positions])
 
 

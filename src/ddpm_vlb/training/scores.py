@@ -52,7 +52,7 @@ def selected(images: Images, positions: Sequence[int]) -> Images:
 
 
 def to_score(total: int, asked: int | None, calls_per_image: int | None) -> list[int]:
-    """Positions of the test images to score: the first so many, or, spread over all, what bounded calls allow.
+    """Positions of the test images to score: the first so many, or, drawn from all, what bounded calls allow.
 
     Args:
         total: number of test images.
