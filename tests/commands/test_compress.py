@@ -279,3 +279,11 @@ def test_options_of_data_sets_have_no_effect_on_files(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(compress, tmp_path, "out.dvlb", "--model", "nowhere", "--split", "train")
     assert "--split has no effect beside IMAGES" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [inspect, decompress])
+def test_a_file_that_is_not_there_is_named(command, models, tmp_path):
+    """And a folder is none."""
+    rest = () if command is inspect else (tmp_path / "out", "--model", models["few"])
+    for name in ("nowhere.dvlb", "."):
+        assert "there is no such file" in refusal(command, tmp_path / name, *rest)

@@ -19,7 +19,15 @@ from ddpm_vlb.commands.options import SWITCH, Parser, add_model_options, add_rat
 from ddpm_vlb.runtime.files import hidden
 from ddpm_vlb.runtime.image_sets import as_stored
 from ddpm_vlb.runtime.stopping import refused
-from ddpm_vlb.scoring.codec import codec_device, codec_pipeline, codec_process, coding, make_codec, named_file
+from ddpm_vlb.scoring.codec import (
+    codec_device,
+    codec_pipeline,
+    codec_process,
+    coding,
+    make_codec,
+    named_file,
+    read_compressed,
+)
 from ddpm_vlb.scoring.image_files import METADATA, as_png, check_png, move_into, png_names
 
 
@@ -137,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Decompress a file. Returns the number of images."""
     args = build_parser().parse_args(argv)
     with named_file(args.file):
-        file = CompressedFile.read(args.file.read_bytes())
+        file = read_compressed(args.file)
         header = file.header
         check_png(header.shape, header.levels)
         targets = Targets(file)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ddpm_vlb import CompressedFile
 from ddpm_vlb.commands.options import Parser
 from ddpm_vlb.runtime.stopping import refused
-from ddpm_vlb.scoring.codec import named_file
+from ddpm_vlb.scoring.codec import named_file, read_compressed
 
 
 def build_parser() -> Parser:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     broken = []
     for path in args.files:
         with named_file(path):
-            file = CompressedFile.read(path.read_bytes())
+            file = read_compressed(path)
         lines, damaged = chunks(file)
         print("\n".join([*describe(file, str(path)), *lines]))
         if damaged:

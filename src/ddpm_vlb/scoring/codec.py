@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ddpm_vlb import (
     BitsBackCodec,
+    CompressedFile,
     DDPMVLBPipeline,
     ReverseProcess,
     VLBEstimate,
@@ -119,6 +120,20 @@ def coding(what: str, images: int, then: str | None = None) -> Iterator[Any]:
                 bar.set_description(then)
 
         yield progress
+
+
+def read_compressed(path: Path) -> CompressedFile:
+    """A compressed file.
+
+    Args:
+        path: of it.
+
+    Raises:
+        ValueError: there is none, or as of `CompressedFile.read`.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file, which `ddpm-vlb compress` would have written.")
+    return CompressedFile.read(path.read_bytes())
 
 
 @contextlib.contextmanager
