@@ -281,9 +281,12 @@ def test_options_of_data_sets_have_no_effect_on_files(tmp_path, capsys):
     assert "--split has no effect beside IMAGES" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [inspect, decompress])
-def test_a_file_that_is_not_there_is_named(command, models, tmp_path):
+def test_a_file_that_is_not_there_is_named(models, tmp_path, capsys):
     """And a folder is none."""
-    rest = () if command is inspect else (tmp_path / "out", "--model", models["few"])
     for name in ("nowhere.dvlb", "."):
-        assert "there is no such file" in refusal(command, tmp_path / name, *rest)
+        assert "there is no such file" in refusal(
+            decompress, tmp_path / name, tmp_path / "out", "--model", models["few"]
+        )
+        with pytest.raises(SystemExit):
+            inspect.main([str(tmp_path / name)])
+        assert "there is no such file" in capsys.readouterr().err
