@@ -23,6 +23,8 @@ multi-armed bandits" (halving); Wolter 2007, "Introduction to variance estimatio
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
+from types import NoneType
 from typing import Any
 
 import torch
@@ -248,7 +250,7 @@ def _check_labels(model: Model, labels: Tensor) -> None:
 
 def _rounds(number: int, halving: bool, calls_per_image: int | None) -> list[tuple[int, int]]:
     """Draws and classes of each round: equally many draws, and what is left over of the calls in the last."""
-    if isinstance(calls_per_image, bool) or not isinstance(calls_per_image, int | None):
+    if isinstance(calls_per_image, bool) or not isinstance(calls_per_image, (Integral, NoneType)):
         raise ValueError(f"`calls_per_image` must be an integer, or None, but got {calls_per_image!r:.80}.")
     alive = [number]
     while halving and alive[-1] > 2:
