@@ -18,7 +18,7 @@ from ddpm_vlb import BitsBackCodec, DDPMVLBPipeline, evaluate_vlb
 from ddpm_vlb.runtime.common_codecs import sizes
 from ddpm_vlb.runtime.image_data import load_image_data
 
-BOUNDS = 4  # draws of the bound, the mean of which is compared
+BOUNDS = 16  # draws of the bound, the mean of which is compared
 
 
 def coded(codec: BitsBackCodec, x_0: torch.Tensor, lanes: int | None) -> tuple[bytes, dict[int, float], list[float]]:

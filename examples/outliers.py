@@ -159,11 +159,25 @@ def auroc(usual: Tensor, unusual: Tensor, resamples: int = 1000) -> Tensor:
     return ((counts @ above) * counts).sum(1) / number**2
 
 
-def main(folder: str = "runs/digits", num_test: int = 297, num_train: int = 512, seed: int = 0) -> dict[str, ByScore]:
-    """Score `num_test` test digits and as many outliers of each kind, and print the table."""
+def load(folder: str) -> DDPMVLBPipeline:
+    """The pipeline in FOLDER, of digits told no labels; any other ends the program in one line."""
     if not Path(folder, "model_index.json").is_file():
         sys.exit(f"FOLDER must hold a trained pipeline, but {folder!r} has none: run `ddpm-vlb train`, or name yours.")
     pipeline = DDPMVLBPipeline.from_pretrained(folder)
+    for what, asked, found in [
+        ("no class labels (`num_class_embeds`)", None, pipeline.num_classes),
+        ("samples of shape", (1, 8, 8), pipeline.sample_shape),
+        ("levels:", 17, pipeline.chain.config.get("levels", 256)),
+    ]:
+        if found != asked:
+            wanted = what if asked is None else f"{what} {asked}"
+            sys.exit(f"FOLDER must have {wanted}, as the digits do, but {folder!r} has {found}: run `ddpm-vlb train`.")
+    return pipeline
+
+
+def main(folder: str = "runs/digits", num_test: int = 297, num_train: int = 512, seed: int = 0) -> dict[str, ByScore]:
+    """Score `num_test` test digits and as many outliers of each kind, and print the table."""
+    pipeline = load(folder)
     train, test = digits()
     test = test[:num_test]
     scores = Scores(pipeline.network, pipeline.chain.reverse_process(), train[:num_train], seed)

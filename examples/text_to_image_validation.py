@@ -17,6 +17,7 @@ told, none is dropped, and there is no guidance scale: what guidance samples fro
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,28 +28,32 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import is_peft_available, is_transformers_available
 from torch import Tensor
 
-from ddpm_vlb import DDPMVLBScheduler, Pilot, Validation, VLBDifference
+from ddpm_vlb import DDPMVLBScheduler, Pilot, ReverseProcess, Validation, VLBDifference
 
 
 def load_pipeline(name: str) -> StableDiffusionPipeline:
     """The pipeline of a folder or Hub name, on the accelerator where there is one."""
     pipe = DiffusionPipeline.from_pretrained(name, safety_checker=None, requires_safety_checker=False)
     check_pipeline(pipe, name)
+    if "scaling_factor" in pipe.vae.config.get("_use_default_values", ()):  # as the first ones were published
+        taken = f"diffusers' default of {pipe.vae.config.scaling_factor} is taken"
+        print(f"{name}: vae/config.json has no `scaling_factor`, and {taken}.", file=sys.stderr)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else pipe
 
 
 def check_pipeline(pipe: Any, name: str) -> None:
-    """Refuse what is not made of a U-Net told captions, a chain of betas and a VAE whose scale is known."""
+    """Refuse what is not made of a U-Net told captions, a chain of betas and a VAE whose scale is not null."""
     if not isinstance(pipe, StableDiffusionPipeline):
         raise ValueError(
             f"{name} must be a StableDiffusionPipeline, but is a {type(pipe).__name__}: it is called otherwise."
         )
     if "beta_schedule" not in pipe.scheduler.config:
         raise ValueError(f"{name} must have a scheduler of betas, but has a {type(pipe.scheduler).__name__}.")
-    if not isinstance(pipe.vae, AutoencoderKL) or pipe.vae.config.get("scaling_factor") is None:
+    factor = pipe.vae.config.get("scaling_factor")
+    if not isinstance(pipe.vae, AutoencoderKL) or factor is None:
         raise ValueError(
-            f"{name} must have an AutoencoderKL with a `scaling_factor`, but its {type(pipe.vae).__name__} has none: "
+            f"{name} must have an AutoencoderKL and its `scaling_factor`, not {type(pipe.vae).__name__}, {factor}: "
             "write the one that the U-Net was trained with into vae/config.json."
         )
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
@@ -100,16 +105,30 @@ def encode_captions(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> T
     return torch.cat([pipe.encode_prompt(list(own), pipe.device, 1, False)[0].cpu() for own in parts])
 
 
+def chain_of(pipe: StableDiffusionPipeline) -> ReverseProcess:
+    """The chain that the network was trained on, whatever samples from it; latents have no levels and no bounds."""
+    config, unet = pipe.scheduler.config, pipe.unet.config
+    learned = "learned" if config.get("variance_type") == "learned" else "learned_range"
+    variance = learned if unet.out_channels == 2 * unet.in_channels else "fixed_small"
+    options = {"clip_sample": False, "thresholding": False, "variance_type": variance}
+    return DDPMVLBScheduler.from_config(config, levels=None, **options).reverse_process(pipe.device)
+
+
+def check_chain(other: ReverseProcess, base: ReverseProcess, name: str) -> None:
+    """Refuse another chain than the base's, for which its pilot and its draws are not made."""
+    first, second = ((own.prediction_type, own.forward.log_alphas_cumprod.tolist()) for own in (base, other))
+    if first != second:
+        what = "the betas and the `prediction_type` of the other to be compared"
+        raise ValueError(f"{name} must have {what}, but its scheduler has others: score each by itself.")
+
+
 def validation_of(
     pipe: StableDiffusionPipeline, images: Sequence[Any], captions: Sequence[str], args: Any
 ) -> Validation:
     """The validation of a pipeline on its latents, given its captions, by the chain that it was trained on."""
     latents = encode_images(pipe, images, args.resolution, args.seed)
     told = {"encoder_hidden_states": encode_captions(pipe, captions)}
-    # Latents are neither discrete nor bounded: no levels, no clipping.
-    chain = DDPMVLBScheduler.from_config(pipe.scheduler.config, levels=None, clip_sample=False)
-    reverse = chain.reverse_process(pipe.device)
-    return Validation(latents, reverse, args.calls_per_image, args.seed, told)
+    return Validation(latents, chain_of(pipe), args.calls_per_image, args.seed, told)
 
 
 def score(
@@ -137,6 +156,7 @@ def compare(args: Any) -> VLBDifference | None:
     if args.lora is not None:
         pipe.load_lora_weights(args.lora)
     other = pipe if args.lora is not None else load_pipeline(args.compare)
+    check_chain(chain_of(other), base.reverse, args.lora or args.compare)
     tuned = score(args.lora or args.compare, other, data, args, base.pilot)
     # Refused where the other's VAE makes other latents: then there is nothing in common to compare on.
     difference = tuned.history[args.lora or args.compare] - base.history[args.model]

@@ -205,10 +205,12 @@ def test_class_posterior_runs(tmp_path, capsys, monkeypatch):
         tiny = tiny_unet(classes=classes), scheduler(levels=17, num_train_timesteps=20, beta_end=0.4)
         DDPMVLBPipeline(*tiny).save_pretrained(tmp_path / name)
     folders = "--model", str(tmp_path / "classes"), "--unconditional", str(tmp_path / "digits")
-    posterior_benchmark.main([*folders, "--images", "3", "--calls", "20", "40"])
+    posterior_benchmark.main([*folders, "--images", "3", "--calls", "20", "40", "--seeds", "2"])
     said = capsys.readouterr().out
     rows = [line.split(" | ")[1] for line in said.splitlines() if line.startswith(("| shared", "| draws"))]
     assert rows == ["40", "20", "40", "20", "40", "40", "20", "40"]
+    accuracy, low, high = re.search(r"`class_posterior`\) \| 40 \| (\S+) \+- \S+ \| (\S+) to (\S+) \|", said).groups()
+    assert float(accuracy) == pytest.approx((float(low) + float(high)) / 2, abs=0.11) and "| of 2 seeds |" in said
     assert "## Calibration at 40 calls" in said and said.count("+-") > 14
     assert "| the label for no class | " in said and "| nothing: a network trained without labels | " in said
 

@@ -173,6 +173,26 @@ def test_an_image_has_one_posterior_in_any_batch(pilot):
     assert not torch.allclose(other.log_probabilities, whole.log_probabilities)
 
 
+def test_draws_stay_what_they_are():
+    """Published figures are those of the draws: whoever changes these measures them anew, and this value with them."""
+    reverse, model, x_0, _ = setting(3, 1)
+    found = class_posterior(model, reverse, x_0, range(3), 20, pilot=Pilot(torch.ones(T)))
+    expected = torch.tensor([[-17.166680394, -10.682381387]], dtype=torch.float64)
+    torch.testing.assert_close(found.log_probabilities[:, 1:], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_may_be_of_any_integers(dtype):
+    """An embedding takes int64 and nothing narrower."""
+    x_0, reverse = torch.zeros(1, 1, 8, 8), process(17, torch.float32, variance_type="learned_range")
+    labels, flat = torch.tensor([0, 2]), Pilot(torch.ones(T))
+    whole, narrow, named = (
+        class_posterior(tiny_unet(classes=3), reverse, x_0, own, 8, pilot=flat).log_probabilities
+        for own in (labels, labels.to(dtype), {"class_labels": labels.to(dtype)})
+    )
+    assert torch.equal(narrow, whole) and torch.equal(named, whole)
+
+
 def test_without_a_pilot_one_is_fitted_to_the_images():
     """By some 1000 calls, which are told beside the images'."""
     reverse, model, x_0, _ = setting(3, 30)
@@ -194,6 +214,10 @@ def test_without_a_pilot_one_is_fitted_to_the_images():
         ([1], 3, r"at least 2 integer labels.*\[1\]"),
         ([], 3, "at least 2 integer labels"),
         ([0.5, 1.5], 3, "at least 2 integer labels"),
+        (torch.tensor([False, True]), 3, "at least 2 integer labels"),
+        (None, 3, "at least 2 integer labels.*None"),
+        ({0, 1}, 3, "at least 2 integer labels"),
+        (["cat", "dog"], 3, "at least 2 integer labels.*cat"),
         ({"class_labels": torch.tensor([0, 5])}, 3, "must lie in 0 .. 2"),
         ({"a": torch.zeros(3, 2)}, None, "number 1 is number 0 again"),
         ({"a": torch.eye(3), "b": torch.zeros(2)}, None, "one row for each of 3 classes, not the shape"),
@@ -223,6 +247,9 @@ def test_the_labels_of_a_transformer_are_counted_with_its_own_for_no_class():
         ({"guidance_scale": 3.0}, "`guidance_scale` must be 1, but got 3.0.*told each class"),
         ({"prior": [0.5]}, "`prior` must be 3 positive"),
         ({"prior": [0.5, 0.5, 0.0]}, "`prior` must be 3 positive"),
+        ({"calls_per_image": 80.0}, "`calls_per_image` must be an integer, or None, but got 80.0"),
+        ({"calls_per_image": True}, "`calls_per_image` must be an integer"),
+        ({"pilot": torch.ones(T)}, "`pilot` must come from `fit_class_pilot`, but got a Tensor"),
         ({"pilot": Pilot(torch.ones(T + 1))}, f"`pilot` must have {T} probabilities"),
         ({"x_0": torch.full((1, *SHAPE), 0.3)}, "must lie on the 17 levels"),
         ({"x_0": torch.zeros(0, *SHAPE)}, "holds no images"),

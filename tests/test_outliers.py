@@ -151,6 +151,24 @@ def test_a_folder_without_a_pipeline_is_one_line(program, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "unet, levels, message",
+    [
+        ({"classes": 10}, 17, "no class labels.* has 10: run"),
+        ({"channels": 3}, 17, r"samples of shape \(1, 8, 8\), .* has \(3, 8, 8\): run"),
+        ({}, 256, "levels: 17, as the digits do, .* has 256: run"),
+        ({}, None, "levels: 17, as the digits do, .* has None: run"),
+    ],
+    ids=str,
+)
+def test_a_pipeline_of_other_data_is_one_line(program, tmp_path, unet, levels, message):
+    """Of labels, of other images, of other levels: what it has is told."""
+    pipeline(tiny_unet(**unet), levels=levels).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=message) as error:
+        program.main(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def test_the_benchmark(benchmark, tmp_path, capsys, monkeypatch):
     """All of it on an untrained network and three of the kinds: a row for each in each table, and the picture."""
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -129,6 +131,56 @@ def test_a_fine_tune_is_told_from_its_base(program, folders, images, capsys):
     assert same.bits_per_dim == same.se == 0 and same.verdict == "cannot be told"
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(thresholding=True, clip_sample=False, **tiny_pipelines.BETAS),
+        DDPMScheduler(variance_type="fixed_large", clip_sample=False, **tiny_pipelines.BETAS),
+    ],
+    ids=["thresholding", "fixed_large"],
+)
+def test_the_options_of_sampling_decide_nothing(program, folders, images, home, base, scheduler):
+    """The same weights differ by 0, whichever scheduler samples from them."""
+    folder = home / f"sampled-{type(scheduler).__name__}"
+    with_part(base, scheduler=scheduler).save_pretrained(folder)
+    where = ["--images", str(images), "--num_images", "4", "--calls_per_image", "4"]
+    difference = program.main(["--model", folders["base"], "--compare", str(folder), *where])
+    assert difference.bits_per_dim == difference.se == 0
+
+
+def test_a_variance_half_is_scored(program, base):
+    """A U-Net of twice as many channels has learned its variance, whatever its sampler can take."""
+    config = {**base.unet.config, "_use_default_values": [], "out_channels": 8}
+    wide = with_part(base, unet=UNet2DConditionModel.from_config(config))
+    assert program.chain_of(base).variance_type == "fixed_small"
+    assert program.chain_of(wide).variance_type == "learned_range"
+    wide.scheduler = DDPMScheduler(variance_type="learned", clip_sample=False, **tiny_pipelines.BETAS)
+    assert program.chain_of(wide).variance_type == "learned"
+
+
+@pytest.mark.parametrize("option", [{"prediction_type": "v_prediction"}, {"beta_end": 0.02}], ids=str)
+def test_another_chain_is_not_compared(program, base, option):
+    """Other betas and predictions are refused, in one line."""
+    other = with_part(base, scheduler=DDPMScheduler(**{**tiny_pipelines.BETAS, **option}, clip_sample=False))
+    with pytest.raises(ValueError, match="m must have the betas and the `prediction_type` of the other") as raised:
+        program.check_chain(program.chain_of(other), program.chain_of(base), "m")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_scale_that_is_assumed_is_told(program, folders, home, capsys):
+    """Of a vae/config.json without one; diffusers takes its default."""
+    program.load_pipeline(folders["base"])
+    assert "scaling_factor" not in capsys.readouterr().err
+    folder = home / "unscaled"
+    shutil.copytree(folders["base"], folder)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    del config["scaling_factor"]
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    program.load_pipeline(str(folder))
+    said = "vae/config.json has no `scaling_factor`, and diffusers' default of 0.18215 is taken."
+    assert f"{folder}: {said}" in capsys.readouterr().err.splitlines()
+
+
 def test_another_network_s_latents_are_not_compared(program, folders, images, base, home):
     """A VAE of another scale makes other data: the paired difference refuses it."""
     with_vae(base, scaling_factor=1.0).save_pretrained(home / "rescaled")
@@ -145,7 +197,7 @@ def test_pipelines_that_cannot_be_scored(program, base):
     inpainting = UNet2DConditionModel.from_config({**base.unet.config, "_use_default_values": [], "in_channels": 9})
     for pipe, pattern in [
         (DDPMPipeline(network(), DDIMScheduler()), "must be a StableDiffusionPipeline, but is a DDPMPipeline"),
-        (with_vae(base, scaling_factor=None), "must have an AutoencoderKL with a `scaling_factor`"),
+        (with_vae(base, scaling_factor=None), "and its `scaling_factor`, not AutoencoderKL, None"),
         (with_part(base, scheduler=FlowMatchEulerDiscreteScheduler()), "a scheduler of betas, but has a FlowMatch"),
         (with_part(base, unet=inpainting), "the VAE's 4 channels, but it takes 9: an inpainting network"),
     ]:

@@ -23,6 +23,9 @@ multi-armed bandits" (halving); Wolter 2007, "Introduction to variance estimatio
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +105,7 @@ def class_posterior(
 
     Raises:
         ValueError: classes that the network does not have, fewer than 2 or the same one twice; too few calls; a prior
-            or pilot of another length; guidance; data and networks as `evaluate_vlb` refuses them.
+            or pilot of another length or type; guidance; data and networks as `evaluate_vlb` refuses them.
         FloatingPointError: NaN or infinity from the network, with the timestep and the image.
 
     Source: the module's list.
@@ -111,6 +114,10 @@ def class_posterior(
         raise ValueError(
             f"`guidance_scale` must be 1, but got {guidance_scale!r}: what is scored is the network as it is told "
             "each class, and a guided one is another model. Leave it out."
+        )
+    if not (pilot is None or isinstance(pilot, Pilot)):
+        raise ValueError(
+            f"`pilot` must come from `fit_class_pilot`, but got a {type(pilot).__name__}: wrap p_t, `Pilot(tensor)`."
         )
     told = _checked(model, reverse, x_0, classes)
     number = len(next(iter(told.values())))
@@ -191,10 +198,11 @@ def _checked(model: Model, reverse: ReverseProcess, x_0: Tensor, classes: Classe
     """The network's further arguments, one row for each class."""
     check_model(model)
     check_data(x_0, reverse.levels)
-    told = dict(classes) if isinstance(classes, Mapping) else {"class_labels": torch.as_tensor(classes)}
-    first = next(iter(told.values()), torch.empty(0))
+    named = classes if isinstance(classes, Mapping) else {"class_labels": _as_labels(classes)}
+    told: dict[str, Any] = dict(named)
+    first = next(iter(told.values()), None)
     number = len(first) if isinstance(first, Tensor) and first.ndim else 0
-    if number < 2 or not (isinstance(classes, Mapping) or _are_labels(first)):
+    if number < 2:
         raise ValueError(
             "`classes` must be at least 2 integer labels, or a dict of tensors with a row for each class, but got "
             f"{classes!r:.80}."
@@ -208,13 +216,22 @@ def _checked(model: Model, reverse: ReverseProcess, x_0: Tensor, classes: Classe
         first_such = seen.setdefault(digest(*(own[i] for own in told.values())), i)
         if first_such != i:
             raise ValueError(f"`classes` must differ, but number {i} is number {first_such} again: leave one out.")
-    if _are_labels(told.get("class_labels")):
-        _check_labels(model, told["class_labels"])
+    labels = _as_labels(told.get("class_labels"))
+    if labels is not None:
+        _check_labels(model, labels)
+        told["class_labels"] = labels
     return told
 
 
-def _are_labels(rows: Tensor | None) -> bool:
-    return rows is not None and rows.ndim == 1 and not rows.is_floating_point()
+def _as_labels(rows: Any) -> Tensor | None:
+    """Integers in one dimension as an embedding takes them, int64; None for anything else."""
+    try:
+        labels = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    if labels.ndim != 1 or labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        return None
+    return labels.long()
 
 
 def _check_labels(model: Model, labels: Tensor) -> None:
@@ -233,6 +250,8 @@ def _check_labels(model: Model, labels: Tensor) -> None:
 
 def _rounds(number: int, halving: bool, calls_per_image: int | None) -> list[tuple[int, int]]:
     """Draws and classes of each round: equally many draws, and what is left over of the calls in the last."""
+    if isinstance(calls_per_image, bool) or not isinstance(calls_per_image, (Integral, NoneType)):
+        raise ValueError(f"`calls_per_image` must be an integer, or None, but got {calls_per_image!r:.80}.")
     alive = [number]
     while halving and alive[-1] > 2:
         alive.append(-(-alive[-1] // 2))
