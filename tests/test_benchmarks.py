@@ -60,6 +60,7 @@ def test_smoke(mnist, capsys):
     assert "| test bits/dim | +- noise | +- images | test images |" in said
 
 
+@pytest.mark.slow
 def test_an_hour_of_mnist(mnist, tmp_path, monkeypatch):
     """A tiny run is trained, scored and optimized once, and its report replaces that part of the page."""
     tiny = "--block_out_channels 8 --norm_num_groups 4 --train_batch_size 4 --max_train_steps 2 --ddpm_num_steps 8"

@@ -74,7 +74,7 @@ PILOTS = {
 # --- the estimate is unbiased
 
 
-@pytest.mark.parametrize("levels", [None, 17])
+@pytest.mark.parametrize("levels", [pytest.param(None, marks=pytest.mark.slow), 17])
 @pytest.mark.parametrize("name", PILOTS)
 def test_estimate_is_unbiased(name, levels):
     """For any p_t and C_t the mean over 300 seeds is the bound's closed-form expectation, within 4 standard errors.

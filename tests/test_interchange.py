@@ -49,7 +49,10 @@ STEPS = {
     "LCMScheduler": 50,
     "TCDScheduler": 50,
 }
-SLOW = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler")
+SLOW = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler") + (
+    "DDPMParallelScheduler",  # whose steps are the others'
+    "DDIMParallelScheduler",
+)
 NO_NOISE = 0.03  # rms distance from the flow, in deviations of the data; other samples of it are sqrt(2) away
 BIAS = 0.08  # of moments, in units of the data's, beside 4 to 5 standard errors: EulerAncestral's 0.05 is the largest
 # What adding C to 2 C channels ends in, in a sum or in the network's next call, and a `step` without a generator.

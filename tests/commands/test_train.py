@@ -305,7 +305,9 @@ def test_other_options_train(tmp_path, few, options):
     check_metrics(tiny(tmp_path, f"--max_train_steps 2 {options}", *few, pictures=pictures), tmp_path)
 
 
-@pytest.mark.parametrize("objective", ["vlb", "hybrid", "simple"])
+@pytest.mark.parametrize(
+    "objective", ["vlb", *(pytest.param(own, marks=pytest.mark.slow) for own in ("hybrid", "simple"))]
+)
 def test_training_lowers_the_bound(tmp_path, few, objective):
     """Sixty steps are worth far more than the standard errors of the two scores, of what is trained: unclipped."""
     options = f"--objective {objective} --lr_scheduler constant --num_test_images 18"

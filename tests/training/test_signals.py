@@ -32,7 +32,9 @@ from reliability_support import (
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("options", ["--dataloader_num_workers 0", "--dataloader_num_workers 1"])
+@pytest.mark.parametrize(
+    "options", ["--dataloader_num_workers 0", pytest.param("--dataloader_num_workers 1", marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_the_step(tmp_path, few, straight, number, options):
     """To the whole process group, amid step 13: exit code 0, and the rest from checkpoint-13 on, bit for bit."""
     hook = functools.partial(within_step, 13, functools.partial(send, number=number, to_group=True))
