@@ -316,3 +316,13 @@ def test_t_of_a_floating_point_dtype():
     """Floating point chain indices are refused by the reverse process too."""
     with pytest.raises(TypeError, match="integer tensor of chain indices"):
         process()(randn(2, 3), randn(2, 3), torch.tensor([0.0, 1.0]))
+
+
+def test_an_output_of_more_digits_keeps_them():
+    """A float64 output at a float32 state is not cut to the state's type."""
+    chain = ForwardProcess.from_betas(make_betas("linear", 10))
+    reverse = ReverseProcess(chain, clip_sample=False).to(dtype=torch.float32)
+    output = torch.full((1, 1, 2, 2), 1 + 1e-12, dtype=torch.float64)
+    prediction = reverse(output, torch.zeros(1, 1, 2, 2), 3)
+    assert prediction.p.mean.dtype == prediction.x_0.dtype == torch.float64
+    assert bool((prediction.x_0 != reverse(torch.ones_like(output), torch.zeros(1, 1, 2, 2), 3).x_0).all())

@@ -257,7 +257,7 @@ class ReverseProcess:
             x_t: the network's input (B, C, *).
             c: the coefficients of the steps.
         """
-        x_0 = (c.x_t_to_x_0 * x_t).addcmul_(mean_output, c.output_to_x_0)
+        x_0 = torch.addcmul(c.x_t_to_x_0 * x_t, mean_output, c.output_to_x_0)
         if self.thresholding:
             s = torch.quantile(x_0.detach().flatten(1).abs(), self.dynamic_thresholding_ratio, dim=1)
             s = s.clamp(1.0, self.sample_max_value).reshape(-1, *[1] * (x_0.ndim - 1))
