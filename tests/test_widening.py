@@ -106,7 +106,14 @@ def analytic():
     return scheduler
 
 
+def unconfigured():
+    module = torch.nn.Module()
+    module.conv_out = torch.nn.Conv2d(1, 1, 1)
+    return module
+
+
 REFUSED = [
+    (unconfigured, lambda: stock("fixed_small"), "tell `in_channels` in its `config`"),
     (lambda: tiny_unet(), lambda: stock("learned_range"), "fixed `variance_type`, but has 'learned_range'"),
     (lambda: tiny_unet(), lambda: stock("learned"), "fixed `variance_type`, but has 'learned'"),
     (lambda: tiny_unet(out=1), DDIMScheduler, "is a DDIMScheduler.*DDPMScheduler.from_config"),

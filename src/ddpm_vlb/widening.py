@@ -76,6 +76,8 @@ def _mean_channels(unet: Any) -> int:
         raise ValueError(
             f"`unet` must end in a convolution `conv_out` with a bias, as UNet2DModel, but {name} has none."
         )
+    if "in_channels" not in config:
+        raise ValueError(f"`unet` must tell `in_channels` in its `config`, as UNet2DModel, but {name} does not.")
     inputs, outputs = config["in_channels"], conv.out_channels
     if outputs == 2 * inputs:
         raise ValueError(
