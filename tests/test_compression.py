@@ -368,3 +368,16 @@ def test_decoding_in_batches_of_another_shape(beside):
     codec = BitsBackCodec(tiny_unet(), reverse)
     k = codec.levels_of(images(9, (1, 8, 8), 17))
     assert (codec.decode(codec.encode(k, lanes=2, verify=False), k.shape[1:], beside=beside) == k).all()
+
+
+def test_a_device_that_is_full_is_no_damage(made):
+    """The network's lack of memory is told as it is."""
+    codec, data = made
+    full = BitsBackCodec(codec.coder.model, codec.coder.reverse)
+
+    def no_memory(*given):
+        raise torch.OutOfMemoryError("out of memory")
+
+    full.coder.model = no_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        full.decompress(data)

@@ -1,4 +1,4 @@
-"""Images as bytes, as many as the bound says, and back, bit for bit.
+"""Images as bytes, as many as the bound says, and back, level by level.
 
 `compress` needs the network once for each step and image, and so does `decompress`; a file says which network and
 chain, and every part of it has its CRC. See bits_back for how, seed_images for what is drawn from first, and
@@ -288,6 +288,8 @@ class BitsBackCodec:
         """
         try:
             return self._decoded(chunk, shape, progress, beside)
+        except torch.OutOfMemoryError:  # which is a RuntimeError
+            raise
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             said = " ".join(str(error).split())
             if said.startswith("`"):
@@ -357,7 +359,7 @@ def compress(model: Model, reverse: ReverseProcess, x_0: Tensor, conditioning: C
 
 
 def decompress(model: Model, reverse: ReverseProcess, data: bytes) -> Tensor:
-    """The images of `compress`, bit for bit.
+    """The images of `compress`: the same levels, as float32 `k * (2 / (levels - 1)) - 1`.
 
     Args:
         model: of `compress`.

@@ -101,7 +101,7 @@ def exact_power(s: int) -> float:
     Args:
         s: any integer.
     """
-    return math.ldexp(float(_inverse_sigmas()[-(s % OCTAVE) - SMALLEST + 0]), s // OCTAVE - _ROOT)
+    return math.ldexp(float(_inverse_sigmas()[-(s % OCTAVE) - SMALLEST]), s // OCTAVE - _ROOT)
 
 
 @cache

@@ -147,7 +147,7 @@ def _counted(counts: Integers, image: Integers) -> tuple[Integers, Integers]:
 
 
 def _kind(levels: int) -> str:
-    return "u1" if levels <= 256 else "<u2" if levels <= 2**16 else "<u4"
+    return "u1" if levels <= 256 else "<u2"
 
 
 def _deflated(k: Integers, levels: int) -> bytes:
