@@ -65,3 +65,25 @@ def few_base(tmp_path_factory, few):
     metrics = tiny(folder, "--max_train_steps 3", *few)
     reset_accelerate()
     return folder, metrics
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder for what is scored."""
+    return tmp_path_factory.mktemp("scored")
+
+
+@pytest.fixture(scope="session")
+def models(home):
+    """Checkpoints by what is special about them."""
+    from scoring_support import save_models
+
+    return save_models(home / "models")
+
+
+@pytest.fixture(scope="session")
+def sets(home):
+    """Data sets by name: the options that name them, and the images by split as x_0."""
+    from scoring_support import save_sets
+
+    return save_sets(home)

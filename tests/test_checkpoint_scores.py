@@ -17,28 +17,13 @@ from diffusers import (
 from networks import tiny_dit
 from PIL import Image
 from processes import fresh_accelerate  # noqa: F401
-from scoring_support import BETAS, T, network, run_evaluate, save_models, save_sets
+from scoring_support import BETAS, T, network, run_evaluate
 
 from ddpm_vlb import DDPMVLBPipeline, DDPMVLBScheduler, checkpoint_scores, estimate_vlb, fit_pilot, path_chain, score
 from ddpm_vlb.commands import evaluate
 
 BLOCKS = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
 NUMBERS = "bits_per_dim noise_se image_se prior kl decoder".split()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("scores")
-
-
-@pytest.fixture(scope="module")
-def models(home):
-    return save_models(home / "models")
-
-
-@pytest.fixture(scope="module")
-def sets(home):
-    return save_sets(home)
 
 
 def splits_of(home, own, column="image"):

@@ -6,7 +6,7 @@ import io
 import pytest
 from diffusers import UNet2DModel
 from processes import fresh_accelerate  # noqa: F401
-from scoring_support import FEW, run_evaluate, save_models, save_sets
+from scoring_support import FEW, run_evaluate
 
 from ddpm_vlb import VLBEstimator
 from ddpm_vlb.commands import evaluate
@@ -17,23 +17,6 @@ def no_evaluation_pictures(monkeypatch):
     """Leave out the pictures, which take longer than the scoring."""
     for name in ("plot_vlb_terms", "plot_per_image"):
         monkeypatch.setattr(evaluate, name, lambda *args, **options: None)
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("commands")
-
-
-@pytest.fixture(scope="session")
-def models(home):
-    """Checkpoints by what is special about them."""
-    return save_models(home / "models")
-
-
-@pytest.fixture(scope="session")
-def sets(home):
-    """Data sets by name: the options that name them, and the images by split as x_0."""
-    return save_sets(home)
 
 
 @pytest.fixture
