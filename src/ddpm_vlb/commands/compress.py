@@ -7,7 +7,7 @@
 IMAGES are files and folders; without any it is a split of a data set, as for `ddpm-vlb evaluate`. To read OUT again,
 `ddpm-vlb decompress` needs the same checkpoint. Pixels, names, order and class labels come back exactly; image files
 are encoded again, as PNG: how a file was compressed, its metadata and transparency are not kept. The network is called
-once for each step and image, in float64: this is thousands of times slower than PNG.
+once for each step and image, in float64, to encode and to decode, where PNG needs none.
 """
 
 import argparse
