@@ -37,7 +37,7 @@ class PosteriorMean:
 
     def __call__(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         self.told += timesteps.tolist()
-        t = torch.searchsorted(self.timesteps, timesteps)
+        t = torch.searchsorted(self.timesteps, timesteps.contiguous())
         assert torch.equal(self.timesteps[t], timesteps), "told a timestep that is not of the chain"
         return self.gain[t].to(x_t.dtype).reshape(-1, *[1] * (x_t.ndim - 1)) * x_t
 

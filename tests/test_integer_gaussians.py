@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtr
 
-from ddpm_vlb.integer_gaussians import LARGEST, PLACES, SMALLEST, TOTAL, Bins, exact_power, rounded
+from ddpm_vlb.integer_gaussians import LARGEST, OCTAVE, PLACES, SMALLEST, TOTAL, Bins, exact_power, rounded
 
 BINS = [Bins(0, 1), Bins(0, 16), Bins(0, 255), Bins(0, 65535), Bins(-300, 300)]
 
@@ -18,11 +18,11 @@ def gaussians(bins, n=400, seed=0, narrowest=-6.0):
     return rounded(rng.uniform(bins.low - width, bins.high + width, n), rng.uniform(narrowest, width, n))
 
 
-@pytest.mark.parametrize("s", [SMALLEST, -33, -1, 0, 1, 40, LARGEST])
+@pytest.mark.parametrize("s", [SMALLEST, -257, -1, 0, 1, 300, LARGEST])
 def test_powers(s):
-    """2^(s/32) to nine digits and more; powers of two exactly."""
-    assert exact_power(s) == pytest.approx(2 ** (s / 32), rel=1e-10)
-    assert exact_power(32 * s) == 2.0**s
+    """2^(s/256) to nine digits and more; powers of two exactly."""
+    assert exact_power(s) == pytest.approx(2 ** (s / OCTAVE), rel=1e-10)
+    assert exact_power(s // OCTAVE * OCTAVE) == 2.0 ** (s // OCTAVE)
 
 
 @pytest.mark.parametrize("bins", BINS)
@@ -38,7 +38,7 @@ def test_counts_add_up_and_none_is_zero(bins):
 def test_masses_are_the_gaussian_s(bins):
     """Each bin's mass is the rounded Gaussian's own, but for its one count and the straight lines of the table."""
     own = gaussians(bins)
-    sigma = 2.0 ** (own.s / 32)
+    sigma = 2.0 ** (own.s / OCTAVE)
     j = np.clip(np.rint(own.m / PLACES * sigma), bins.low, bins.high).astype(np.int64)
     mass = (bins.counts_below(j + 1, own.m, own.s) - bins.counts_below(j, own.m, own.s)) / TOTAL
     low, high = ((j + half - own.m / PLACES * sigma) / sigma for half in (-0.5, 0.5))
@@ -62,13 +62,13 @@ def test_every_slot_finds_its_bin(bins):
         assert found == (j[row], below[row], up_to[row])
 
 
-def test_rounding_is_to_a_64th_of_sigma_and_a_32nd_of_an_octave():
+def test_rounding_is_to_a_64th_of_sigma_and_a_256th_of_an_octave():
     """Both are as near as that, where they are not beyond all bounds."""
     rng = np.random.default_rng(0)
     mean, log2_sigma = rng.normal(size=500) * 100, rng.uniform(-7, 17, 500)
     own = rounded(mean, log2_sigma)
-    sigma = 2.0 ** (own.s / 32)
-    assert np.abs(own.s / 32 - log2_sigma).max() <= 1 / 64 + 1e-12
+    sigma = 2.0 ** (own.s / OCTAVE)
+    assert np.abs(own.s / OCTAVE - log2_sigma).max() <= 0.5 / OCTAVE + 1e-12
     assert (np.abs(own.m / PLACES * sigma - mean) / sigma).max() <= 0.5 / PLACES + 1e-6
 
 

@@ -39,9 +39,9 @@ _SHARE = 32  # binary digits of a transition's share of x_{t-1}
 class Grids:
     """What the coder needs of q, as integers: at step t = 0 .. K - 1 the grid of its latent, and how it is drawn."""
 
-    spacing: tuple[int, ...]  # log2 of the grid's step in 32nds
+    spacing: tuple[int, ...]  # log2 of the grid's step in 256ths
     share: tuple[int, ...]  # 2^32 sqrt(alphabar_t / alphabar_{t-1})
-    width: tuple[int, ...]  # log2 sigma of q(x_t | x_{t-1}) in 32nds
+    width: tuple[int, ...]  # log2 sigma of q(x_t | x_{t-1}) in 256ths
 
     @classmethod
     def of(cls, reverse: ReverseProcess) -> "Grids":

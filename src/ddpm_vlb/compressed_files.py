@@ -1,6 +1,6 @@
 """The file of a compressed set of images: a header, chunks that stand alone, and where they lie.
 
-    header   "DVLB", version 1, length, hashes of network and chain, K, dtype, levels, shape, the environment, CRC
+    header   "DVLB", version 2, length, hashes of network and chain, K, dtype, levels, shape, the environment, CRC
     chunks   images, seeds, nonce, CRC of the pixels, labels, names, and of each stack its states and words, CRC
     index    number of chunks, and of each its length and images; CRC, and the index's length in 4 bytes
 
@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-MAGIC, VERSION = b"DVLB", 1
+MAGIC, VERSION = b"DVLB", 2
 DTYPES = ("float64", "float32")
 _HASH = 6
 _MOST = 2**31  # of any count: more is damage

@@ -3,7 +3,7 @@ r"""Gaussian masses of bins as integers that add up to 2^28, the same on every m
 What a coder and its decoder must agree on to the last bit cannot be left to floating point. So a Gaussian is first
 rounded to two integers, and everything after that is integer arithmetic:
 
-1. sigma = unit 2^(s/32), with s an integer: the standard deviation to 1/32 octave, in units of the bin
+1. sigma = unit 2^(s/256), with s an integer: the standard deviation to 1/256 octave, in units of the bin
 2. mean = sigma m/64, with m an integer: the mean to 1/64 sigma
 3. bin j reaches from (j - 1/2) to (j + 1/2) units, j = low .. high; the outer bins are open
 4. C_j = floor(Phi(a_j) (2^28 - n)) + j - low, with a_j = ((j - 1/2) unit - mean) / sigma and n bins: every bin has at
@@ -27,14 +27,14 @@ Integers = NDArray[np.int64]
 PRECISION = 28
 """Binary digits of the counts' sum."""
 TOTAL = 1 << PRECISION
-OCTAVE, PLACES = 32, 64
+OCTAVE, PLACES = 256, 64
 """Steps of sigma in an octave, and of the mean in a sigma."""
 SMALLEST, LARGEST = -8 * OCTAVE, 18 * OCTAVE
 """The range of s: from a 256th of a bin to more than the levels of any data."""
 
 _WIDE = 8  # sigmas on either side that the table of Phi has; beyond them a bin has its one count
 _NODES, _FINE = 256, 22  # nodes of the table in a sigma, and binary digits of an argument's fraction
-_ROOT = 36  # binary digits of 2^(-s/32)
+_ROOT = 36  # binary digits of 2^(-s/256)
 _FARTHEST = (2 * _WIDE) << _FINE
 _HALF_ROOT, _MEAN, _BETWEEN = _ROOT + 1 - _FINE, _FINE - 6, _FINE - 8
 _FAR = 2.0**40  # in places of the mean
@@ -47,7 +47,7 @@ def _phi() -> Integers:
     """2^32 Phi at -8, -8 + 1/256 .. 8, from the series Phi(x) - 1/2 = phi(0) sum (-1)^k x^(2k+1) / (2^k k! (2k+1))."""
     one = 1 << 160  # at 8 sigma the terms reach 10^12 and leave 10^-15
     pi = _pi(one)
-    root = _integer_root(2 * pi * one, 2)  # sqrt(2 pi)
+    root = math.isqrt(2 * pi * one)  # sqrt(2 pi)
     values = []
     for node in range(_WIDE * _NODES + 1):
         x = node * one // _NODES
@@ -76,27 +76,24 @@ def _pi(one: int) -> int:
     return 4 * (4 * arctan(5) - arctan(239))
 
 
-def _integer_root(value: int, degree: int) -> int:
-    """The largest integer whose power is at most `value`."""
-    low, high = 0, 1 << (value.bit_length() // degree + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if middle**degree <= value else (low, middle)
-    return low
-
-
 @cache
 def _inverse_sigmas() -> Integers:
     """2^36 unit / sigma for s = SMALLEST .. LARGEST."""
-    digits = _ROOT * OCTAVE
-    fractions = [_integer_root(1 << (digits + OCTAVE - part), OCTAVE) for part in range(OCTAVE)]  # 2^37 2^(-part/32)
+    one = 1 << 200
+    step = one // 2
+    for _ in range(OCTAVE.bit_length() - 1):
+        step = math.isqrt(step * one)  # 2^(-1/OCTAVE) in the end
+    fractions, power = [], one
+    for _ in range(OCTAVE):
+        fractions.append(power >> 200 - _ROOT - 1)
+        power = power * step >> 200
     exponents = range(SMALLEST, LARGEST + 1)
     values = [(fractions[s % OCTAVE] << 20) >> (s // OCTAVE + 21) for s in exponents]
     return np.array(values, dtype=np.int64)
 
 
 def exact_power(s: int) -> float:
-    """2^(s/32) to 36 binary digits, the same number on every machine.
+    """2^(s/256) to 36 binary digits, the same number on every machine.
 
     Args:
         s: any integer.
