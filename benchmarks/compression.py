@@ -1,13 +1,13 @@
-"""The bound as bytes: net rates beside the bound of the same images, whole files beside other codecs, and seconds.
+"""The bound as bytes: net rates beside the bound of the same images, and whole files beside other codecs.
 
-python benchmarks/compression.py [--model runs/digits] [--steps 5 10 20 50]
+    python benchmarks/compression.py [--model runs/digits] [--steps 5 10 20 50] [--calls 320]
 
 The model is what `ddpm-vlb train` leaves, with the paths of these steps that `ddpm-vlb optimize-timesteps` stores in
-it; the images are the digits' test split. Every file is decoded and compared.
+it; the images are the digits' test split. A net rate is the mean over many orders of the images, each of which draws
+other latents; every first file is decoded and compared. Seconds are those of compression_speed.py.
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,47 +18,53 @@ from ddpm_vlb import BitsBackCodec, DDPMVLBPipeline, evaluate_vlb
 from ddpm_vlb.runtime.common_codecs import sizes
 from ddpm_vlb.runtime.image_data import load_image_data
 
-BOUNDS = 16  # draws of the bound, the mean of which is compared
 
-
-def coded(codec: BitsBackCodec, x_0: torch.Tensor, lanes: int | None) -> tuple[bytes, dict[int, float], list[float]]:
-    """A file, the net bits of each image but the seeds, and the CPU seconds to make it and to read it."""
-    net: dict[int, float] = {}
-    times = [time.process_time()]
-    data = codec.compress(x_0, lanes=lanes, verify=False, bits=net.__setitem__)
-    times.append(time.process_time())
+def checked(codec: BitsBackCodec, x_0: torch.Tensor, lanes: int | None = 1) -> bytes:
+    """A file that was decoded and compared."""
+    data = codec.compress(x_0, lanes=lanes, verify=False)
     if not torch.equal(codec.decompress(data).x_0, x_0):
         raise AssertionError("not what was encoded")
-    times.append(time.process_time())
-    return data, net, [b - a for a, b in zip(times, times[1:])]
+    return data
 
 
-def rates(pipeline: DDPMVLBPipeline, x_0: torch.Tensor, steps: Sequence[int]) -> None:
-    """Net rates beside the bound, paired."""
-    dims = x_0[0].numel()
-    print("| K | variance | bound, bits/dim | net bits/dim, less the bound of the same images | file | CPU s |")
-    print("| --- | --- | --- | --- | --- | --- |")
+def net_rates(codec: BitsBackCodec, x_0: torch.Tensor, repeats: int) -> np.ndarray:
+    """Net bits/dim of each image, the mean over orders of the images."""
+    total, times = np.zeros(len(x_0)), np.zeros(len(x_0))
+    for seed in range(repeats):
+        order = torch.randperm(len(x_0), generator=torch.Generator().manual_seed(seed))
+        net: dict[int, float] = {}
+        codec.compress(x_0[order], lanes=len(x_0) // 64 or 1, verify=False, bits=net.__setitem__)
+        own = order[list(net)].numpy()
+        total[own] += list(net.values())
+        times[own] += 1
+    return total / np.maximum(times, 1) / x_0[0].numel()
+
+
+def bounds(codec: BitsBackCodec, x_0: torch.Tensor, repeats: int) -> np.ndarray:
+    """The bound of each image in bits/dim by the codec's own network, the mean over draws."""
+    draws = []
+    for seed in range(repeats):
+        generator = torch.Generator().manual_seed(1000 + seed)
+        draws += [evaluate_vlb(codec.coder.model, codec.coder.reverse, x_0.double(), generator=generator).bits_per_dim]
+    return torch.stack(draws).mean(0).numpy()
+
+
+def rates(pipeline: DDPMVLBPipeline, x_0: torch.Tensor, steps: Sequence[int], calls: int) -> None:
+    """Net rates beside the bound, paired: the error is that of both means, over latents and images."""
+    print("| K | variance | bound, bits/dim | net, less the bound of the same images | file of all, one lane |")
+    print("| --- | --- | --- | --- | --- |")
     for count in steps:
-        reverse = pipeline.scheduler.reverse_process(dtype=torch.float64, num_inference_steps=count)
-        codec = BitsBackCodec(pipeline.network, reverse)
-        data, net, (encoding, decoding) = coded(codec, x_0, 1)
-        bound = torch.stack([one_bound(codec, x_0, seed) for seed in range(1, BOUNDS + 1)]).mean(0).numpy()
-        own = np.array(list(net))
-        difference = np.array(list(net.values())) / dims - bound[own]
-        gap = f"{difference.mean():+.4f} +- {difference.std(ddof=1) / len(own) ** 0.5:.4f}"
-        whole = 8 * len(data) / x_0.numel()
+        codec = BitsBackCodec(pipeline.network, pipeline.scheduler.reverse_process(num_inference_steps=count))
+        bound = bounds(codec, x_0, -(-calls // count))
+        gaps = net_rates(codec, x_0, -(-calls // count)) - bound
+        size = len(checked(codec, x_0))
+        above = 8 * size / x_0.numel() / bound.mean() - 1
         stored = pipeline.scheduler.optimal_paths.get(count)
-        kind = "not stored" if stored is None else stored.variance
-        above = f"{len(data)} bytes, {whole / bound.mean() - 1:+.1%}"
         print(
-            f"| {count} | {kind} | {bound.mean():.3f} | {gap} | {above} | {encoding:.0f}, {decoding:.0f} |", flush=True
+            f"| {count} | {'not stored' if stored is None else stored.variance} | {bound.mean():.3f} | "
+            f"{gaps.mean():+.4f} +- {gaps.std(ddof=1) / len(gaps) ** 0.5:.4f} | {size} bytes, {above:+.1%} |",
+            flush=True,
         )
-
-
-def one_bound(codec: BitsBackCodec, x_0: torch.Tensor, seed: int) -> torch.Tensor:
-    """A draw of the bound of each image, by the codec's own network."""
-    generator = torch.Generator().manual_seed(seed)
-    return evaluate_vlb(codec.coder.model, codec.coder.reverse, x_0.double(), generator=generator).bits_per_dim
 
 
 def files(pipeline: DDPMVLBPipeline, x_0: torch.Tensor, numbers: Sequence[int], count: int) -> None:
@@ -69,9 +75,8 @@ def files(pipeline: DDPMVLBPipeline, x_0: torch.Tensor, numbers: Sequence[int], 
     for number in numbers:
         k = codec.levels_of(x_0[:number])
         for lanes in (1, 4):
-            rows.setdefault(f"this, K = {count}, {lanes} lane(s)", []).append(
-                len(coded(codec, x_0[:number], lanes)[0])
-            )
+            file = checked(codec, x_0[:number], lanes)
+            rows.setdefault(f"this, K = {count}, {lanes} lane{'s' * (lanes > 1)}", []).append(len(file))
         rows.setdefault("histogram for each position, known beforehand", []).append(histogram(k, levels))
         for name, size in sizes(k, levels).items():
             rows.setdefault(name, []).append(size)
@@ -97,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/digits", help="A folder.")
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50], help="K.")
+    parser.add_argument("--steps", type=int, nargs="*", default=[5, 10, 20, 50], help="K.")
+    parser.add_argument("--calls", type=int, default=320, help="For each image and K, for the net rate and the bound.")
     parser.add_argument("--images", type=int, nargs="+", default=[1, 10, 100, 297], help="Of the test split.")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -105,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     test = load_image_data().test
     x_0 = torch.stack([test[i] for i in range(min(len(test), max(args.images)))])
     print(describe() + "\n")
-    rates(pipeline, x_0, args.steps)
+    rates(pipeline, x_0, args.steps, args.calls)
     files(pipeline, x_0, args.images, 20)
 
 

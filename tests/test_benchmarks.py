@@ -16,6 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import class_posterior as posterior_benchmark
+import compression
+import compression_speed
 import gpu
 import gpu_checks
 import gpu_speed
@@ -250,3 +252,14 @@ def test_checkpoints_are_ordered_by_their_benchmark(monkeypatch, capsys):
         assert 0 < abs(float(truth.split()[0]) - float(mean.split()[0])) < 4 * float(error)
     shares = [[float(cell.split()[0]) for cell in row[4:]] for row in rows if row[1:4] == ["10", "8", "0.0"]]
     assert 0 <= shares[0][1] <= shares[0][0] < shares[1][0] and said.count("seed by seed: 0, 0.") == 2
+
+
+def test_compression_and_its_speed_run(tmp_path, capsys):
+    """Their tables, of few images and steps; where there is no JPEG XL, they say so."""
+    folder = str(tmp_path)
+    DDPMVLBPipeline(tiny_unet(), DDPMVLBScheduler(variance_type="learned_range", levels=17)).save_pretrained(folder)
+    compression.main(["--model", folder, "--steps", "2", "--calls", "4", "--images", "1", "5"])
+    compression_speed.main(["--model", folder, "--images", "4", "3", "--steps", "2", "--symbols", "500"])
+    said = capsys.readouterr().out
+    assert "| 2 | not stored |" in said and "| this, K = 20, 4 lanes |" in said and "| 4 digits, 8x8 | 1 |" in said
+    assert "| 3 of 3x32x32 | 1 |" in said and "| one state |" in said and "| constriction" in said

@@ -1,9 +1,10 @@
 """The stack: last in, first out; as long as its symbols' information; bits that were drawn can be given back."""
 
+import constriction
 import numpy as np
 import pytest
 
-from ddpm_vlb.integer_gaussians import TOTAL, Bins, rounded
+from ddpm_vlb.integer_gaussians import OCTAVE, PLACES, TOTAL, Bins, rounded
 from ddpm_vlb.rans import Stack, WideStack, stack_for
 
 BINS = Bins(-40, 40)
@@ -45,6 +46,16 @@ def test_length_is_the_information(make):
     stack = make()
     stack.push(BINS, j, own.m, own.s)
     assert stack.bits() == pytest.approx(-np.log2(counts / TOTAL).sum(), rel=1e-3)
+
+
+def test_as_short_as_the_library_s():
+    """constriction's, with masses of 2^24, needs as many bits for the same symbols, to a thousandth."""
+    j, own = symbols(60000)
+    stack, coder, sigma = Stack(supply), constriction.stream.stack.AnsCoder(), 2.0 ** (own.s / OCTAVE)
+    stack.push(BINS, j, own.m, own.s)
+    family = constriction.stream.model.QuantizedGaussian(-40, 40)
+    coder.encode_reverse(j.astype(np.int32), family, own.m / PLACES * sigma, sigma)
+    assert stack.bits() == pytest.approx(coder.num_valid_bits(), rel=1e-3)
 
 
 def test_drawn_symbols_are_given_back(make):
