@@ -33,7 +33,7 @@ def net_rates(codec: BitsBackCodec, x_0: torch.Tensor, repeats: int) -> np.ndarr
     for seed in range(repeats):
         order = torch.randperm(len(x_0), generator=torch.Generator().manual_seed(seed))
         net: dict[int, float] = {}
-        codec.compress(x_0[order], lanes=len(x_0) // 64 or 1, verify=False, bits=net.__setitem__)
+        codec.compress(x_0[order], lanes=len(x_0) // 16 or 1, verify=False, bits=net.__setitem__)
         own = order[list(net)].numpy()
         total[own] += list(net.values())
         times[own] += 1
