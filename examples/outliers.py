@@ -1,11 +1,10 @@
 """Which images are no digits: bits/dim as a score, where it fails, and two scores that mend it.
 
     ddpm-vlb train
-    python examples/outliers.py [FOLDER]
+    python examples/outliers.py [--model runs/digits]
 
-scores test digits and thirteen kinds of images that are none by the network in FOLDER (runs/digits) and prints, for
-each kind, the chance that an outlier scores above a digit (AUROC: 1 where all are told apart, 0.5 for a coin) with its
-bootstrap error. Fitted to training digits alone, the scores are
+scores test digits and thirteen kinds of images that are none and prints, for each kind, the chance that an outlier
+scores above a digit (AUROC: 0.5 is a coin's) with its bootstrap error. Fitted to training digits alone, the scores are
 
 - bits: the bound on -log2 p(x_0), in bits/dim. What is simpler than a digit is cheap to code, however unlike one.
 - typicality: how far the bits are from their mean over training digits (Nalisnick et al. 2019).
@@ -17,6 +16,7 @@ The codec is the one with which bits - codec varies least over training digits. 
 the same for all images and does not matter: what does is whether the rest says more than "small".
 """
 
+import argparse
 import io
 import lzma
 import sys
@@ -160,9 +160,9 @@ def auroc(usual: Tensor, unusual: Tensor, resamples: int = 1000) -> Tensor:
 
 
 def load(folder: str) -> DDPMVLBPipeline:
-    """The pipeline in FOLDER, of digits told no labels; any other ends the program in one line."""
+    """The pipeline in a folder, of digits told no labels; any other ends the program in one line."""
     if not Path(folder, "model_index.json").is_file():
-        sys.exit(f"FOLDER must hold a trained pipeline, but {folder!r} has none: run `ddpm-vlb train`, or name yours.")
+        sys.exit(f"--model must hold a trained pipeline, but {folder} has none: run `ddpm-vlb train`, or name yours.")
     pipeline = DDPMVLBPipeline.from_pretrained(folder)
     for what, asked, found in [
         ("no class labels (`num_class_embeds`)", None, pipeline.num_classes),
@@ -171,7 +171,7 @@ def load(folder: str) -> DDPMVLBPipeline:
     ]:
         if found != asked:
             wanted = what if asked is None else f"{what} {asked}"
-            sys.exit(f"FOLDER must have {wanted}, as the digits do, but {folder!r} has {found}: run `ddpm-vlb train`.")
+            sys.exit(f"--model must have {wanted}, as the digits do, but {folder} has {found}: run `ddpm-vlb train`.")
     return pipeline
 
 
@@ -195,4 +195,6 @@ def main(folder: str = "runs/digits", num_test: int = 297, num_train: int = 512,
 
 
 if __name__ == "__main__":
-    main(folder=sys.argv[1] if len(sys.argv) > 1 else "runs/digits")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/digits", help="The pipeline's folder; default: runs/digits.")
+    main(parser.parse_args().model)

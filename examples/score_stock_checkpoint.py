@@ -1,13 +1,13 @@
 """Score a stock DDPMPipeline, which knows nothing of likelihood, in bits/dim: the whole chain and shorter ones.
 
-    python examples/score_stock_checkpoint.py [FOLDER]
+    python examples/score_stock_checkpoint.py [--model FOLDER]
 
 FOLDER holds a DDPMPipeline of 8x8 digits; without one a small one is trained as diffusers' own script trains it, with
 the mean squared error, and saved by DDPMPipeline. It prints the test bits/dim of 1000, 100 and 25 steps with their two
 standard errors. The variances are fixed and the noise was chosen for 256 levels, so expect a bound that is not low.
 """
 
-import sys
+import argparse
 import tempfile
 
 import torch
@@ -64,4 +64,6 @@ def main(folder: str | None = None, steps: int = 300, num_test: int = 297) -> di
 
 
 if __name__ == "__main__":
-    main(folder=sys.argv[1] if len(sys.argv) > 1 else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="The pipeline's folder; default: train one.")
+    main(parser.parse_args().model)

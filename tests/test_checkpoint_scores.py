@@ -1,6 +1,8 @@
 """A checkpoint and images in one call: the numbers of `ddpm-vlb evaluate`, the estimator's, and what is refused."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -191,7 +193,6 @@ def refused(pattern, images, *args, pipe=None, **options):
         (X_0 + 0.3, "must lie on the 256 levels"),
         (np.array(["a"]), "in numbers"),
         ([np.zeros((1, 8, 8)), np.zeros((1, 8, 7))], "in numbers"),
-        ("a folder", "a data set with all its rows, but is a str"),
         (datasets.Dataset.from_dict({"image": [[0]]}).to_iterable_dataset(), "all its rows, but is a IterableDataset"),
         ([Image.new("L", (8, 8)), Image.new("L", (9, 8))], "of one size"),
         ([Image.new("CMYK", (8, 8))], "number 0 must have a mode of .* but has CMYK"),
@@ -204,6 +205,20 @@ def refused(pattern, images, *args, pipe=None, **options):
 def test_images_that_do_not_fit(images, pattern):
     """Each is answered in one line, before any network call."""
     refused(pattern, images)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_of_pictures_is_told_how_to_be_read(tmp_path, kind):
+    """What the message says to do gives the numbers of the pictures themselves."""
+    pictures = [Image.fromarray(np.full((8, 8), 40 * i, dtype=np.uint8)) for i in range(5)]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match="`images` must be images, but is the path .* Read a folder of pict") as error:
+        score(pipe_of(), kind(tmp_path))
+    advice = re.search("`(datasets.*)`", str(error.value))[1]
+    read = eval(advice.removesuffix(")") + f", cache_dir={str(tmp_path / 'cache')!r})", {"datasets": datasets})
+    of_folder, of_pictures = (score(pipe_of(), own, calls_per_image=2) for own in (read, pictures))
+    assert torch.equal(of_folder.per_image, of_pictures.per_image)
 
 
 def test_levels_of_continuous_data():
@@ -245,4 +260,5 @@ def test_checkpoints_that_cannot_be_scored(models):
     refused("must be a folder, a Hub name or a pipeline", X_0, pipe=network())
     text = UNet2DConditionModel(8, block_out_channels=(32, 32), **BLOCKS, cross_attention_dim=8, layers_per_block=1)
     refused("a UNet2DConditionModel, none of x_t, t and labels alone", X_0, pipe=pipe_of(text))
-    refused("`pilot` must be a `Pilot`, or images", X_0, pipe=pipe_of(), pilot=3, calls_per_image=2)
+    for pilot in (3, "a folder"):
+        refused("`pilot` must be a `Pilot`, or images", X_0, pipe=pipe_of(), pilot=pilot, calls_per_image=2)

@@ -95,6 +95,22 @@ def test_each_image_s_bits_are_told(monkeypatch):
         assert 64 * 2.5 < written - sum(bits[image] for image in own) < 64 * 4.5 + 2 * 96
 
 
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("count", [1, 9])
+def test_progress_goes_on_while_it_verifies(monkeypatch, verify, count):
+    """Image by image, over chunks too, to the number of them or twice that; so it does when they are decoded."""
+    monkeypatch.setattr("ddpm_vlb.compression._CHUNK_VALUES", 4 * 16)
+    codec, x_0 = BitsBackCodec(PosteriorMean(TWO.forward), TWO), images(count, levels=17, dtype=torch.float32)
+    encoded, decoded = [], []
+    data = codec.compress(x_0, lanes=1, verify=verify, progress=encoded.append)
+    codec.decompress(data, progress=decoded.append)
+    for told, end in ((encoded, count * (1 + verify)), (decoded, count)):
+        steps = np.diff([0, *told])
+        assert (
+            told[-1] == end and steps.min() >= 0 and steps.max() <= 2
+        )  # of the first two, which no bits come back of
+
+
 def test_class_labels_and_names_are_stored():
     """The file holds what the network needs to know, and the names in their order."""
     reverse = DDPMVLBScheduler(variance_type="learned_range", levels=17).reverse_process(num_inference_steps=3)

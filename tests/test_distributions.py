@@ -252,6 +252,14 @@ def test_kl_is_not_negative(values, dtype):
     assert float(p.kl(p)) == 0
 
 
+def test_kl_of_vanishing_variances():
+    """0 to itself, where 1 / sigma is no float32, and infinity from another mean."""
+    mean, log_variance = torch.zeros(3), torch.tensor([-178.0, -300.0, -1e4])
+    p = DiagonalGaussian(mean, log_variance)
+    assert not bool(p.kl(p).any())
+    assert bool((p.kl(DiagonalGaussian(mean + 1, log_variance)) == torch.inf).all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_of_kl_is_finite(dtype):
     """Values and gradients are finite for log variances up to +-80, wherever the dtype can hold the true KL."""

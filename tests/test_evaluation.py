@@ -109,13 +109,24 @@ def test_evaluate_averages_to_the_closed_form_on_levels():
     assert abs(float(decoder.mean()) - exact) < 4 * float(decoder.std()) / 2000**0.5
 
 
-def test_evaluate_accepts_the_output_object_of_a_network():
-    """An object with `.sample` counts as the tensor in it."""
+@pytest.mark.parametrize(
+    "wrapping", [lambda output: SimpleNamespace(sample=output), lambda output: (output,), lambda output: (output, 3)]
+)
+def test_evaluate_accepts_what_diffusers_networks_return(wrapping):
+    """An object with `.sample` counts as the tensor in it, and so does a tuple that begins with it."""
     reverse = process()
     model, x_0 = PosteriorMean(reverse.forward), images(2)
     noise = torch.randn(T, *x_0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    wrapped = evaluate_vlb(lambda x, t: SimpleNamespace(sample=model(x, t)), reverse, x_0, noise=noise)
+    wrapped = evaluate_vlb(lambda x, t: wrapping(model(x, t)), reverse, x_0, noise=noise)
     assert torch.equal(wrapped.terms, evaluate_vlb(model, reverse, x_0, noise=noise).terms)
+
+
+@each_entrance
+@pytest.mark.parametrize("output", [(), (None,), [torch.zeros(2)], {"out": 1}, None, torch.distributions.Normal(0, 1)])
+def test_an_output_without_a_tensor_is_refused(call, output):
+    """In one line, which says what came."""
+    with pytest.raises(TypeError, match=f"^`model` must return a tensor.* returned a {type(output).__name__}: wrap"):
+        call(lambda x, t: output, process(), images(2))
 
 
 @each_entrance

@@ -4,6 +4,7 @@ import ast
 import copy
 import functools
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
@@ -60,6 +61,14 @@ def test_a_program_fits_on_a_page_and_stands_alone(name):
             assert node.level == 0 and node.module.split(".")[0] in installed | sys.stdlib_module_names
             assert not node.module.startswith("ddpm_vlb.")
     assert not {path.stem for path in FOLDER.glob("*.py")} & (installed | sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", ["outliers", "score_stock_checkpoint"])
+def test_the_model_is_an_option(name, tmp_path, monkeypatch):
+    """Of the programs that take a pipeline, as it is of the commands: a folder that is none is told."""
+    monkeypatch.setattr(sys, "argv", [name, "--model", str(tmp_path / "nowhere")])
+    with pytest.raises((SystemExit, OSError), match="nowhere"):
+        runpy.run_path(FOLDER / f"{name}.py", run_name="__main__")
 
 
 @runs("digits")

@@ -130,6 +130,20 @@ def test_the_log_ratio_of_a_vanishing_variance_is_not_nan(old):
     assert not bool(step_log_ratio(reverse, before, before, x_t, 2, x_s).any())
 
 
+@pytest.mark.parametrize("size", [-178.0, -300.0, -1e4])
+def test_a_vanishing_variance_has_its_density_at_the_mean(size):
+    """-log sigma^2 / 2 and the constant, where 1 / sigma is no float32; with its gradients."""
+    reverse, x_t = process("learned", dtype=torch.float32), randn(3, *SHAPE).float()
+    mean = outputs(reverse, 3).float()[:, : SHAPE[0]]
+    output = torch.cat([mean, torch.full_like(mean, size)], dim=1).requires_grad_()
+    x_s = reverse(output, x_t, torch.full((3,), 2))[0].mean.detach()
+    found = step_log_prob(reverse, output, x_t, 2, x_s)
+    density = -0.5 * mean[0].numel() * (size + math.log(2 * math.pi))
+    assert found.tolist() == pytest.approx([density] * 3, rel=1e-6)
+    of_mean, of_variance = torch.autograd.grad(found.sum(), output)[0].chunk(2, 1)
+    assert not bool(of_mean.any()) and bool((of_variance == -0.5).all())
+
+
 def test_the_divergence_of_a_vanishing_variance_is_that_of_float64():
     """From a policy that has collapsed it is some 90 nats a dimension; from its reference, whatever there is."""
     reverse, exact, x_t = process("learned", dtype=torch.float32), process("learned"), randn(3, *SHAPE).float()

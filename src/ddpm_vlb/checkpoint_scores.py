@@ -186,7 +186,7 @@ def _splits(images: Any, pilot: Any) -> tuple[Any, Any]:
 
 def _some(images: Any, dims: int) -> Any:
     """Of the pilot's images as many as it takes, spread over them."""
-    if isinstance(images, Mapping) or not hasattr(images, "__len__"):
+    if isinstance(images, (Mapping, str)) or not hasattr(images, "__len__"):
         raise ValueError(
             f"`pilot` must be a `Pilot`, or images in a form that `images` takes, but is a {type(images).__name__}."
         )
@@ -250,7 +250,12 @@ class _Reader:
         return rows[IMAGE_COLUMN], rows.get(LABEL_COLUMN, labels)
 
     def _x_0(self, name: str, images: Any) -> Tensor:
-        if isinstance(images, Sequence) and not isinstance(images, str):
+        if isinstance(images, (str, os.PathLike)):
+            raise ValueError(
+                f"`{name}` must be images, but is the path {os.fspath(images)!r}. Read a folder of pictures with "
+                f"`datasets.load_dataset('imagefolder', data_dir={os.fspath(images)!r}, split='train')`."
+            )
+        if isinstance(images, Sequence):
             if len(images) and all(isinstance(own, PIL.Image.Image) for own in images):
                 return self._of_pictures(name, images)
         elif not isinstance(images, (Tensor, np.ndarray)):

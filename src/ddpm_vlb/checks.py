@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .reverse_process import ReverseProcess
 
 Model = Callable[..., Any]
-"""The network: model(x_t, timesteps, **conditioning) returns a tensor, or an object with the tensor in `.sample`."""
+"""The network: model(x_t, timesteps, **conditioning) returns a tensor, an object with the tensor in `.sample`, or a
+tuple that begins with it, as diffusers' models do with `return_dict=False`."""
 
 Conditioning = Mapping[str, Tensor]
 """Further arguments of the network by name, each with one row for each image: `{"class_labels": labels}`."""
@@ -23,6 +24,26 @@ Told = tuple[Tensor, dict[str, Tensor]]
 # What layers that draw in training mode call their share: torch's dropouts, attention, a DiT's labels.
 _SHARES = ("p", "dropout", "dropout_p", "dropout_prob", "drop_prob", "class_dropout_prob")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """The tensor in what a network returned.
+
+    Args:
+        output: of a `Model`.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found = getattr(output, "sample", output)
+    if isinstance(found, tuple) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "`model` must return a tensor, an object with one in `.sample`, or a tuple that begins with one, "
+            f"but returned a {type(output).__name__}: wrap it in a function that returns the tensor."
+        )
+    return found
 
 
 def check_model(model: Model) -> None:

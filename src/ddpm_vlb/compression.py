@@ -106,7 +106,7 @@ class BitsBackCodec:
             names: of the images, stored in their order.
             lanes: how many images the network takes at once; more are faster and take some bytes more.
             verify: decode what was encoded, in batches of another shape, before it is given out.
-            progress: called with the number of images done.
+            progress: called with the number of images done; `verify` counts each once more, as it is decoded.
             bits: called with the number of each image but the seeds, and its net bits; again if a chunk is made anew.
 
         Raises:
@@ -123,7 +123,7 @@ class BitsBackCodec:
         for start in range(0, len(k), size):
             own = slice(start, start + size)
             told = None if labels is None else labels[own], tuple(names[own]) if names else ()
-            chunk = self.encode(k[own], *told, lanes, verify, _from(start, progress), _of(start, bits))
+            chunk = self.encode(k[own], *told, lanes, verify, _from(start * (1 + verify), progress), _of(start, bits))
             chunks.append((chunk.to_bytes(), chunk.images))
         index = index_of([(len(data), images) for data, images in chunks])
         return b"".join([self.header(k.shape[1:]).to_bytes(), *[data for data, _ in chunks], index])
@@ -221,7 +221,7 @@ class BitsBackCodec:
             raise ValueError(f"`k` must have at most {_CHUNK_VALUES} values in a chunk, but has {k.size}: split it.")
         for nonce in range(_TRIES):
             self.coder.margin = 0.5
-            stacks = self._encoded(k, labels, lanes_for(len(k), lanes), nonce, progress, bits)
+            stacks = self._encoded(k, labels, lanes_for(len(k), lanes), nonce, _from(0, progress), bits)
             told = () if labels is None else tuple(labels.tolist())
             parts = tuple(stack.parts() for stack in stacks)
             chunk = Chunk(len(k), seeds_for(len(k), len(stacks)), nonce, _crc(k), told, names, parts)
@@ -231,12 +231,12 @@ class BitsBackCodec:
             raise ValueError("`model` comes too near to being rounded otherwise every time: its output is no float64.")
         chunk = Chunk.read(chunk.to_bytes())
         if verify:
-            self._verify(chunk, k)
+            self._verify(chunk, k, _from(len(k), progress))
         return chunk
 
-    def _verify(self, chunk: Chunk, k: Integers) -> None:
+    def _verify(self, chunk: Chunk, k: Integers, progress: Progress) -> None:
         try:
-            same = np.array_equal(self.decode(chunk, k.shape[1:], beside=1), k)
+            same = np.array_equal(self.decode(chunk, k.shape[1:], progress, beside=1), k)
         except ValueError:
             same = False
         if not same:
@@ -250,7 +250,7 @@ class BitsBackCodec:
         labels: Integers | None,
         lanes: int,
         nonce: int,
-        progress: Progress | None,
+        progress: Progress,
         bits: NetBits | None,
     ) -> list[Stack]:
         seeds, size = seeds_for(len(k), lanes), math.prod(k.shape[1:])
@@ -261,6 +261,7 @@ class BitsBackCodec:
             count(counts, k[seeds:].reshape(-1, size))
         for lane, stack in enumerate(stacks):
             push_seeds(stack, k[:seeds][lane::lanes], levels, counts)
+        progress(seeds)
         for own in rounds(seeds, len(k), lanes):
             whites = whitening(nonce, own, k.shape[1:])
             before = [] if bits is None else [stack.bits() for stack in stacks]
@@ -268,8 +269,7 @@ class BitsBackCodec:
             if bits is not None:
                 for image, stack, height in zip(own, stacks, before):
                     bits(image, stack.bits() - height)
-            if progress is not None:
-                progress(own.stop)
+            progress(own.stop)
         return stacks
 
     def decode(
@@ -287,7 +287,7 @@ class BitsBackCodec:
             ValueError: other images come out than went in, or the network does not take what the file says.
         """
         try:
-            return self._decoded(chunk, shape, progress, beside)
+            return self._decoded(chunk, shape, _from(0, progress), beside)
         except torch.OutOfMemoryError:  # which is a RuntimeError
             raise
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -296,7 +296,7 @@ class BitsBackCodec:
                 raise
             raise ValueError(f"`data` is damaged, or of another network: {said}") from error
 
-    def _decoded(self, chunk: Chunk, shape: Sequence[int], progress: Progress | None, beside: int) -> Integers:
+    def _decoded(self, chunk: Chunk, shape: Sequence[int], progress: Progress, beside: int) -> Integers:
         size, levels, lanes = math.prod(shape), self.coder.reverse.levels or 0, len(chunk.stacks)
         if not lanes or size * chunk.images > max(_CHUNK_VALUES, size):
             raise ValueError("`data` is damaged: a chunk is of more images than it can hold.")
@@ -308,14 +308,14 @@ class BitsBackCodec:
         for own in reversed(list(rounds(chunk.seeds, chunk.images, lanes))):
             whites = whitening(chunk.nonce, own, shape)
             k[own] = self.coder.decode(stacks[: len(own)], shape, self._told(labels, own), whites, beside)
-            if progress is not None:
-                progress(chunk.images - own.start)
+            progress(chunk.images - own.start)
         counts = no_counts(size, levels)
         if counts is not None:
             count(counts, k[chunk.seeds :].reshape(-1, size))
         for lane, stack in enumerate(stacks):
             number = len(range(lane, chunk.seeds, lanes))
             k[: chunk.seeds][lane::lanes] = pop_seeds(stack, number, tuple(shape), levels, counts)
+        progress(chunk.images)
         if _crc(k) != chunk.pixels or not all(stack.is_as_supplied() for stack in stacks):
             raise ValueError(
                 "`data` is not decoded to what was encoded: the network's values differ here from where it was made."
@@ -386,9 +386,9 @@ def _labels(conditioning: Conditioning | None, images: int) -> Integers | None:
     return labels
 
 
-def _from(done: int, progress: Progress | None) -> Progress | None:
-    """The progress of a part, after so many images of others."""
-    return None if progress is None else lambda number: progress(done + number)
+def _from(done: int, progress: Progress | None) -> Progress:
+    """The progress of a part, after so many images of others, whether it is asked for or not."""
+    return lambda number: None if progress is None else progress(done + number)
 
 
 def _of(done: int, bits: NetBits | None) -> NetBits | None:

@@ -95,6 +95,16 @@ def _exact_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return difference, (a - (s - v)) - (b + v)
 
 
+def _inverse_sigma(log_variance: Tensor) -> Tensor:
+    """1 / sigma, the largest number that there is where sigma is too small for it: a distance of 0 stays 0 sigmas.
+
+    Args:
+        log_variance: log sigma^2, in float32 or float64.
+    """
+    least = -1.99 * math.log(torch.finfo(log_variance.dtype).max)
+    return torch.exp(-0.5 * log_variance.clamp(min=least))
+
+
 @dataclass(frozen=True, eq=False)
 class DiagonalGaussian:
     """A Gaussian with diagonal covariance, N(mean, exp(log_variance)).
@@ -119,7 +129,7 @@ class DiagonalGaussian:
         Args:
             x: the point, broadcastable to `mean`.
         """
-        z = (x - self.mean) * torch.exp(-0.5 * self.log_variance)
+        z = (x - self.mean) * _inverse_sigma(self.log_variance)
         return -0.5 * (z.square() + self.log_variance + LOG_2PI)
 
     def kl(self, other: "DiagonalGaussian") -> Tensor:
@@ -128,7 +138,7 @@ class DiagonalGaussian:
         Args:
             other: the second argument of the divergence.
         """
-        scaled_difference = (self.mean - other.mean) * torch.exp(-0.5 * self.log_variance)
+        scaled_difference = (self.mean - other.mean) * _inverse_sigma(self.log_variance)
         return gaussian_kl(scaled_difference, other.log_variance - self.log_variance)
 
     def sample(self, noise: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ class VLBEstimator:
     """How a data set is scored; `score` scores some of its images, in any order and on any process.
 
     Args:
-        model: the network, called as model(x_t, timesteps, **conditioning); returns a tensor or an object with
-            `.sample`.
+        model: the network, called as model(x_t, timesteps, **conditioning); returns a tensor, an object with
+            `.sample`, or a tuple that begins with the tensor.
         reverse: p, on the device to score on; decides on clipping and the decoder.
         pilot: p_t and the control variate, from `fit_pilot`; a tensor of p_t, (T,), will do, but where it misjudges
             the terms the standard errors of few images are too small. The full loop needs none.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import Conditioning, Model, check_conditioning, check_data, check_model
+from .checks import Conditioning, Model, check_conditioning, check_data, check_model, output_tensor
 from .devices import read_later, send
 from .forward_process import Diffused
 from .losses import nats_to_bits_per_dim, prior_kl, vlb_term
@@ -72,12 +72,14 @@ def model_output(model: Model, x_t: Tensor, timesteps: Tensor, conditioning: Con
         x_t: its input (B, C, *).
         timesteps: what it is told, (B,): `forward.timesteps[t]`.
         conditioning: its further arguments.
+
+    Raises:
+        TypeError: it returns no tensor.
     """
     weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     if weight is not None and weight.is_floating_point():
         x_t = x_t.to(weight.dtype)
-    output = model(x_t, timesteps, **(conditioning or {}))
-    return output if isinstance(output, Tensor) else output.sample
+    return output_tensor(model(x_t, timesteps, **(conditioning or {})))
 
 
 def rows_of(conditioning: Conditioning | None, index: Tensor) -> dict[str, Tensor]:
@@ -198,8 +200,8 @@ def evaluate_vlb(
     """The whole bound of a batch, every term computed once: T network calls for each image.
 
     Args:
-        model: the network, called as model(x_t, timesteps, **conditioning); returns a tensor or an object with
-            `.sample`.
+        model: the network, called as model(x_t, timesteps, **conditioning); returns a tensor, an object with
+            `.sample`, or a tuple that begins with the tensor.
         reverse: p; decides on clipping and the decoder.
         x_0: data (B, C, *) in [-1, 1] on its levels; it goes where `reverse` lives.
         noise: epsilon for each chain index, (T, B, C, *); drawn when None.

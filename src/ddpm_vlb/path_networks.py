@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import Model
+from .checks import Model, output_tensor
 from .devices import send
 from .distributions import ordinary_tensors, promote_half
 from .forward_process import gather
@@ -76,7 +76,7 @@ class PathNetwork(nn.Module):
         x = promote_half(x_t)
         scale, told, from_x, from_output = gather(self._table(x), t.expand(len(x)), x).unbind(1)
         output = self.model((scale * x).to(x_t.dtype), told.flatten().to(x_t.dtype), **conditioning)
-        output = promote_half(output if isinstance(output, Tensor) else output.sample)
+        output = promote_half(output_tensor(output))
         channels = x.shape[1]
         if output.shape not in [(len(x), width, *x.shape[2:]) for width in (channels, 2 * channels)]:
             raise ValueError(

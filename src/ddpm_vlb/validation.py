@@ -117,8 +117,8 @@ class Validation:
         """Score some of the images, as one of several processes does; fits the pilot where there is none.
 
         Args:
-            model: the network, called as model(x_t, timesteps, **conditioning); returns a tensor or an object with
-                `.sample`.
+            model: the network, called as model(x_t, timesteps, **conditioning); returns a tensor, an object with
+                `.sample`, or a tuple that begins with the tensor.
             positions: of the images; None for all. Of none, where there are more processes than images, nothing comes,
                 which `merge_scores` takes.
 

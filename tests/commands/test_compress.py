@@ -1,6 +1,7 @@
 """compress, decompress and inspect: what goes in comes out, under its name, and what cannot is refused in a line."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -103,6 +104,18 @@ def test_compressing_again_gives_the_same_file(models, made, tmp_path, monkeypat
     run(compress, *files, tmp_path / "two.dvlb", "--model", models["few"], *STEPS)
     file = CompressedFile.read((tmp_path / "two.dvlb").read_bytes())
     assert file.chunk(0).names == ("c.d.png", "a.png")
+
+
+@pytest.mark.parametrize(
+    "verify, bar",
+    [("--verify", "Compressing and decoding again: 100%.* 6/6 "), ("--no-verify", "Compressing: 100%.* 3/3 ")],
+)
+def test_the_bar_is_of_all_that_is_done(models, tmp_path, capsys, verify, bar):
+    """It says whether it decodes again, which takes as long, and ends where nothing is left; so does decompress's."""
+    run(compress, tmp_path / "a.dvlb", "--model", models["few"], *STEPS, "--num_images", 3, verify)
+    run(decompress, tmp_path / "a.dvlb", tmp_path / "out", "--model", models["few"])
+    said = capsys.readouterr().err
+    assert re.search(bar, said) and re.search("Decompressing: 100%.* 3/3 ", said)
 
 
 def test_the_digits_are_numbered(models, tmp_path):

@@ -36,17 +36,43 @@ def test_of_one_image_nothing_is_told():
     assert worse_than_others(rows, "bits/dim") == []
 
 
-def test_the_legends_cover_no_lines(tmp_path, monkeypatch):
-    """They stand below their axes, and within the picture."""
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """The picture of five paths and variances at some numbers of steps, the bits of each told by a function."""
     figures, save = [], report.save
     monkeypatch.setattr(report, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
-    paths, variances = (
-        ("leading", "linspace", "trailing", "quadratic", "optimal"),
-        ("network", "analytic", "per_pixel"),
-    )
-    rows = [row(k, path, v, 1 / k, 0.01, path == "optimal") for k in (5, 10) for path in paths for v in variances]
-    plot([*rows, *(row(20, "all", v, 0.0, 0.01) for v in variances)], tmp_path / "few.png", "bits/dim")
-    for axes in figures[0].axes:
+
+    def plotted(steps, bits):
+        paths = ("leading", "linspace", "trailing", "quadratic", "optimal")
+        variances = ("learned_range", "analytic", "per_pixel", "fixed_small", "fixed_large")
+        rows = [
+            row(k, path, v, bits(k, v), 0.01, path == "optimal") for k in steps for path in paths for v in variances
+        ]
+        plot([*rows, *(row(20, "all", v, 0.0, 0.01) for v in variances)], tmp_path / "few.png", "bits/dim")
+        return figures[0]
+
+    return plotted
+
+
+def test_the_legends_cover_no_lines(drawn):
+    """They stand below their axes, and within the picture."""
+    figure = drawn((5, 10), lambda k, variance: 1 / k)
+    for axes in figure.axes:
         legend = axes.get_legend().get_window_extent()
         assert not legend.overlaps(axes.get_window_extent())
-        assert legend.y0 >= 0 and legend.x0 >= 0 and legend.x1 <= figures[0].bbox.x1
+        assert legend.y0 >= 0 and legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
+
+
+def test_one_number_of_steps_is_drawn_side_by_side(drawn):
+    """Each chain in a place of its own, under its name and with its number, of what is above the picture too."""
+    figure = drawn((10,), lambda k, variance: 60 if variance == "fixed_small" else 1 / k)
+    for axes, number in zip(figure.axes, (5, 10)):
+        places = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+        assert places == axes.get_xticks().tolist() == list(range(number))
+        names, numbers = ([text.get_text() for text in own] for own in (axes.get_xticklabels(), axes.texts))
+        told = dict(zip(names, numbers, strict=True))
+        assert told["optimal, learned_range"] == "2.100"
+        assert axes is figure.axes[0] or told["optimal, fixed_small"] == "62.000, above"
+        for text in (*axes.get_xticklabels(), *axes.texts):
+            own, whole = text.get_window_extent(), figure.bbox
+            assert own.x0 >= 0 and own.y0 >= 0 and own.x1 <= whole.x1 and own.y1 <= whole.y1

@@ -175,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_png(x_0.shape[1:], reverse.levels)
     net: dict[int, float] = {}
     started = time.perf_counter()
-    with coding("Compressing", len(x_0), "Decoding it again" if args.verify else None) as progress:
+    what_is_done = "Compressing and decoding again" if args.verify else "Compressing"
+    with coding(what_is_done, len(x_0) * (1 + args.verify)) as progress:
         content = codec.compress(x_0, conditioning, names, args.lanes, args.verify, progress, net.__setitem__)
     seconds = time.perf_counter() - started
     write_whole(content, args.out)

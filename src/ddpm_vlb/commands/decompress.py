@@ -129,7 +129,6 @@ def decode(codec: BitsBackCodec, targets: Targets, stage: Path) -> int:
                 continue
             write_part(own, targets.names[index], file.header.levels, stage)
             done += len(own.x_0)
-            progress(start + len(own.x_0))
     return done
 
 

@@ -7,6 +7,11 @@ from typing import Any
 from ddpm_vlb.runtime.figures import Figure, save
 from ddpm_vlb.runtime.image_data import data_name
 
+Lines = dict[tuple[str, str], list[dict[str, Any]]]
+"""Rows of few_steps.json by path and variance."""
+Looks = dict[tuple[str, str], dict[str, Any]]
+"""How each of them is drawn."""
+
 
 def compare(rows: list[dict[str, Any]]) -> None:
     """Add to each row what it costs more than the stored chain, and one variance of each pixel more than one of all.
@@ -95,7 +100,7 @@ def worse_than_others(rows: list[dict[str, Any]], unit: str) -> list[str]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
-    """Draw bits/dim against the number of steps, a line for each path and variance.
+    """Draw bits/dim against the number of steps, a line for each path and variance; of one number side by side.
 
     Args:
         rows: of few_steps.json.
@@ -108,41 +113,63 @@ def plot(rows: list[dict[str, Any]], path: Path, unit: str) -> None:
     whole = {row["variance"]: row for row in rows if row["path"] == "all"}
     few = [row for row in rows if row["path"] != "all"]
     variances = list(dict.fromkeys(row["variance"] for row in few))
-    colours = {name: f"C{i}" for i, name in enumerate(variances)}
     paths = list(dict.fromkeys(row["path"] for row in few))
     styles = dict(zip(paths, ("dotted", "dashed", "dashdot", (0, (1, 2)), "solid")))
+    low = min(row[value] for row in rows)
+    axes[0].set_ylim(low - 0.1, min(max(row[value] for row in rows) + 0.2, low + 3))  # shared
     panels = (
         (axes[0], lambda row: row["variance"] == variances[0]),
         (axes[1], lambda row: row["path"] in ("linspace", "optimal")),
     )
+    draw = _side_by_side if len({row["num_inference_steps"] for row in few}) == 1 else _against_steps
     for axis, shown in panels:
-        lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        lines: Lines = {}
         for row in filter(shown, few):
             lines.setdefault((row["path"], row["variance"]), []).append(row)
-        for (name, variance), own in lines.items():
-            own = sorted(own, key=lambda row: row["num_inference_steps"])
-            bars = [math.hypot(row["noise_se"] or 0.0, row["image_se"] or 0.0) for row in own]
-            axis.errorbar(
-                [row["num_inference_steps"] for row in own],
-                [row[value] for row in own],
-                bars,
-                color=colours[variance] if axis is axes[1] else f"C{paths.index(name)}",
-                linestyle=styles[name],
-                marker="o",
-                markersize=4,
-                label=f"{name}, {variance}",
-            )
+        looks = {
+            (name, variance): {
+                "color": f"C{variances.index(variance) if axis is axes[1] else paths.index(name)}",
+                "linestyle": styles[name],
+            }
+            for name, variance in lines
+        }
+        draw(axis, lines, looks, value)
         for variance, row in whole.items():
             if any(own[1] == variance for own in lines):
-                axis.axhline(row[value], color=colours[variance], linewidth=0.7)
-        axis.set(xscale="log", xlabel="steps K")
-        numbers = sorted({row["num_inference_steps"] for row in few})
-        axis.set_xticks(numbers, labels=map(str, numbers), minor=False)
-        axis.set_xticks([], minor=True)
-        low = min(row[value] for row in rows)
-        axis.set_ylim(low - 0.1, min(max(row[value] for row in rows) + 0.2, low + 3))
+                axis.axhline(row[value], color=f"C{variances.index(variance)}", linewidth=0.7)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
     axes[0].set(ylabel=f"{unit}, held-out images", title=f"paths, with the variance {variances[0]!r}")
     axes[1].set(title="variances; thin lines: all steps of the training chain")
     save(figure, path)
+
+
+def _bars(rows: list[dict[str, Any]]) -> list[float]:
+    return [math.hypot(row["noise_se"] or 0.0, row["image_se"] or 0.0) for row in rows]
+
+
+def _against_steps(axis: Any, lines: Lines, looks: Looks, value: str) -> None:
+    """Lines over the numbers of steps, told by the legend."""
+    for line, own in lines.items():
+        own = sorted(own, key=lambda row: row["num_inference_steps"])
+        steps, values = zip(*((row["num_inference_steps"], row[value]) for row in own))
+        axis.errorbar(steps, values, _bars(own), marker="o", markersize=4, label=", ".join(line), **looks[line])
+    numbers = sorted({row["num_inference_steps"] for own in lines.values() for row in own})
+    axis.set(xscale="log", xlabel="steps K")
+    axis.set_xticks(numbers, labels=map(str, numbers), minor=False)
+    axis.set_xticks([], minor=True)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 3, "frameon": False}
+    axis.legend(fontsize=8, handlelength=3.5, **below)
+
+
+def _side_by_side(axis: Any, lines: Lines, looks: Looks, value: str) -> None:
+    """A place for each of what would be one above another, with its name and its number."""
+    top = axis.get_ylim()[1]
+    for place, (line, own) in enumerate(lines.items()):
+        found, bars = own[0][value], _bars(own)
+        axis.errorbar(place, found, bars, marker="o", markersize=4, color=looks[line]["color"])
+        told, end = f"{found:.3f}{', above' if found > top else ''}", found + bars[0]
+        where = {"xy": (place, min(end, top)), "xytext": (0, 4 if end < top else -12), "textcoords": "offset points"}
+        axis.annotate(told, ha="center", fontsize=8, **where)
+    names = [", ".join(line) for line in lines]
+    axis.set_xticks(range(len(lines)), labels=names, rotation=30, ha="right", rotation_mode="anchor", fontsize=8)
+    axis.set(xlabel=f"K = {own[0]['num_inference_steps']} steps", xlim=(-0.7, len(lines) - 0.3))

@@ -104,22 +104,15 @@ def bound_of(
 
 
 @contextlib.contextmanager
-def coding(what: str, images: int, then: str | None = None) -> Iterator[Any]:
-    """A bar for the codec's `progress`, with the running rate.
+def coding(what: str, images: int) -> Iterator[Any]:
+    """A bar for the codec's `progress`, with the running rate and the time that is left.
 
     Args:
         what: is done.
-        images: number of them.
-        then: what follows when all are done.
+        images: number of them, those that are decoded again counted too.
     """
     with tqdm(total=images, unit="image", desc=what) as bar:
-
-        def progress(number: int) -> None:
-            bar.update(number - bar.n)
-            if number == images and then is not None:
-                bar.set_description(then)
-
-        yield progress
+        yield lambda number: bar.update(number - bar.n)
 
 
 def read_compressed(path: Path) -> CompressedFile:
