@@ -253,7 +253,7 @@ class BitsBackCodec:
         bits: NetBits | None,
     ) -> list[Stack]:
         seeds, size = seeds_for(len(k), lanes), math.prod(k.shape[1:])
-        stacks = [stack_for(size, supply(nonce, lane)) for lane in range(lanes)]
+        stacks = [stack_for(size, supply(lane)) for lane in range(lanes)]
         levels = self.coder.reverse.levels or 0
         counts = no_counts(size, levels)
         if counts is not None:
@@ -299,7 +299,7 @@ class BitsBackCodec:
         size, levels, lanes = math.prod(shape), self.coder.reverse.levels or 0, len(chunk.stacks)
         if not lanes or size * chunk.images > max(_CHUNK_VALUES, size):
             raise ValueError("`data` is damaged: a chunk is of more images than it can hold.")
-        stacks = [stack_for(size, supply(chunk.nonce, i), *parts) for i, parts in enumerate(chunk.stacks)]
+        stacks = [stack_for(size, supply(i), *parts) for i, parts in enumerate(chunk.stacks)]
         for stack in stacks:
             stack.lends = False
         k = np.zeros((chunk.images, *shape), dtype=np.int64)
