@@ -103,6 +103,11 @@ def deflated_seeds():
     return Case(Waves(), chain(3, 256), k, lanes=2)
 
 
+def constant_images():
+    """Whose seeds are too short to borrow from: words that nobody pushed are drawn from, too."""
+    return Case(Waves(), chain(3), torch.full((4, 1, 8, 8), 5))
+
+
 def told(images, names, labels):
     """Labels and names, which are deflated where that is shorter."""
     return Case(Waves(), chain(2), noise(17, images, 1, 4, 4), labels=labels, names=names)
@@ -119,9 +124,7 @@ CASES = {
     "eight_images": lambda: Case(Waves(), chain(), ((pictures() + 1) * 8).long()),
     "no_image": lambda: Case(Waves(), chain(3), noise(17, 0, 1, 8, 8)),
     "three_lanes": lambda: Case(Waves(), chain(3), noise(17, 11, 1, 8, 8), lanes=3),
-    "constant_images": lambda: Case(
-        Waves(), chain(3), torch.full((4, 1, 8, 8), 5)
-    ),  # on seeds too short to borrow from
+    "constant_images": constant_images,
     "joined": lambda: Case(Waves(), chain(3), noise(17, 10, 1, 6, 6), parts=(1, 4, 5)),
     "told_as_it_is": lambda: told(5, tuple("abéde"), torch.tensor([3, 300, 0, 70000, 2**31 - 1])),
     "told_deflated": lambda: told(24, LONG, torch.arange(24) % 3),
