@@ -23,6 +23,25 @@ def tiny_unet(channels: int = 1, out: int | None = None, size=8, classes: int | 
     ).eval()
 
 
+def attentive(channels: int = 1, size: int = 8, **options):
+    """A U-Net with attention, and a variance half."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        **{
+            "sample_size": size,
+            "in_channels": channels,
+            "out_channels": 2 * channels,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "norm_num_groups": 4,
+            "attention_head_dim": 4,
+            "layers_per_block": 1,
+        }
+        | options
+    ).eval()
+
+
 def one_block_unet(channels: int = 1, learned: bool = True) -> UNet2DModel:
     """A U-Net of one block for images of 4x4, without attention."""
     torch.manual_seed(0)

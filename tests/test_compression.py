@@ -9,12 +9,12 @@ import pytest
 import torch
 from analytic import BETAS, PosteriorMean, images, process
 from diffusers.models.embeddings import Timesteps
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from networks import tiny_unet
+from networks import attentive, tiny_unet
 from path_networks import rewritten
 
-from ddpm_vlb import CompressedFile, DDPMVLBScheduler
+from ddpm_vlb import CompressedFile, DDPMVLBScheduler, make_betas
 from ddpm_vlb.compressed_files import Header, read_index
 from ddpm_vlb.compression import BitsBackCodec, compress, decompress
 from ddpm_vlb.exact_networks import Float64Timesteps
@@ -80,6 +80,37 @@ def test_many_dimensions():
     """Rows of symbols at once."""
     x_0 = images(4, (3, 20, 20), 256, dtype=torch.float32)
     assert same(restored(process(256), x_0)[0].x_0, x_0, 256)
+
+
+def test_colour_of_32_by_32_with_attention():
+    """In 256 levels, by a U-Net as they are trained."""
+    model = attentive(channels=3, size=32)
+    reverse = DDPMVLBScheduler(variance_type="learned_range").reverse_process(num_inference_steps=2)
+    x_0 = images(4, (3, 32, 32), 256, dtype=torch.float32)
+    own = decompress(model, reverse, compress(model, reverse, x_0))
+    assert torch.equal(own, ((x_0 + 1) * 127.5).round() * (2 / 255) - 1)
+
+
+@settings(max_examples=16, deadline=None)
+@example(steps=100, levels=256, kind="learned_range", factor=1.1, lanes=2)
+@given(
+    steps=st.integers(1, 100),
+    levels=st.sampled_from([2, 17, 256]),
+    kind=st.sampled_from(["fixed_small", "fixed_large", "learned", "learned_range"]),
+    factor=st.floats(0.5, 1.5),
+    lanes=st.integers(1, 2),
+)
+def test_any_number_of_steps(steps, levels, kind, factor, lanes):
+    """From 1 to 100, with variances of every kind and networks right and wrong, on one stack and on two."""
+    reverse = process(levels, betas=make_betas("linear", steps, 0.05, 0.5), variance_type=kind)
+    mean = PosteriorMean(reverse.forward, factor)
+
+    def model(x_t, timesteps):
+        own = mean(x_t, timesteps)
+        return torch.cat([own, x_t.sin()], 1) if kind.startswith("learned") else own
+
+    x_0 = images(2 * lanes + 2, (1, 2, 3), levels, dtype=torch.float32)
+    assert same(restored(reverse, x_0, model, lanes=lanes, verify=False)[0].x_0, x_0, levels)
 
 
 def test_each_image_s_bits_are_told(monkeypatch):

@@ -225,14 +225,14 @@ def whitening(key: int, images: Sequence[int], shape: Sequence[int]) -> Whitenin
     return whites
 
 
-def supply(key: int, lane: int) -> Callable[[int], int]:
-    """The words that a stack begins with, by their number.
+def supply(lane: int) -> Callable[[int], int]:
+    """The words that a stack begins with, by their number; the same for every chunk.
 
     Args:
-        key: of the chunk.
         lane: number of the stack.
     """
-    return lambda n: int(np.random.Philox(key=[2**63 + key, lane << 40 | n]).random_raw()) >> 32
+    # Told its type: a list of so large a number and a small one is floating point to numpy.
+    return lambda n: int(np.random.Philox(key=np.array([2**63, lane << 40 | n], dtype=np.uint64)).random_raw()) >> 32
 
 
 def _pop(stacks: Sequence[Stack], bins: Bins, own: Rounded, whites: Integers | None = None) -> Integers:

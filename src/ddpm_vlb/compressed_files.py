@@ -5,7 +5,7 @@
     index    number of chunks, and of each its length and images; CRC, and the index's length in 4 bytes
 
 Numbers are varints (7 bits a byte, the lowest first) but for hashes and CRCs. All bytes lie under a CRC, which is
-looked at first. A chunk is found by the index, and needs no other.
+looked at first. A chunk is found by the index, and needs no other; those of two files of one header make a third.
 """
 
 import math
@@ -20,6 +20,7 @@ _HASH = 6
 _MOST = 2**31  # of any count: more is damage
 _LARGEST = 2**28  # values of an image
 _LONGEST_NAME = 4096  # bytes
+_TOLD = {"class labels": "labels", "names": "names"}  # of a chunk: all of a file have them, or none
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,66 @@ class CompressedFile:
         if chunk.images != self.places[index][2]:
             raise ValueError("`data` is damaged: a chunk has other images than the index says.")
         return chunk
+
+    def chunks(self) -> list[Chunk]:
+        """What all of them say.
+
+        Raises:
+            ValueError: one is damaged, or only some have class labels, or names.
+        """
+        chunks = [self.chunk(index) for index in range(len(self.places))]
+        for what in _TOLD:
+            if len({_has(chunk, what) for chunk in chunks}) > 1:
+                raise ValueError(f"`data` contradicts itself: some of its chunks are with {what}, others without.")
+        return chunks
+
+    def joined(self, other: "CompressedFile") -> bytes:
+        """The images of two files as one, which is as long as both: nothing is coded anew, the network is not needed.
+
+        Args:
+            other: the file whose images come after this one's; made with the same network, chain and precision, but
+                anywhere, and in any lanes.
+
+        Raises:
+            ValueError: made with something else, with class labels or names where this file is without or the other
+                way round, two images of one name, or either damaged.
+        """
+        _check_alike(self.header, other.header)
+        mine, theirs = self.chunks(), other.chunks()
+        for what in _TOLD:
+            if mine and theirs and _has(mine[0], what) != _has(theirs[0], what):
+                own, came = ("with" if _has(chunks[0], what) else "without" for chunks in (mine, theirs))
+                raise ValueError(f"`other` must be {own} {what}, as this file, but is {came}: compress it likewise.")
+        twice = {name for chunk in mine for name in chunk.names} & {name for chunk in theirs for name in chunk.names}
+        if twice:
+            raise ValueError(f"`other` must have names of its own, but has this file's {min(twice)!r}: rename it.")
+        return file_of(
+            self.header, [(file.part(i), file.places[i][2]) for file in (self, other) for i in range(len(file.places))]
+        )
+
+
+def file_of(header: Header, chunks: Iterable[tuple[bytes, int]]) -> bytes:
+    """The whole file.
+
+    Args:
+        header: of it.
+        chunks: bytes of each, and the number of its images.
+    """
+    parts = list(chunks)
+    index = index_of([(len(data), images) for data, images in parts])
+    return b"".join([header.to_bytes(), *[data for data, _ in parts], index])
+
+
+def _check_alike(header: Header, other: Header) -> None:
+    for what in ("network", "chain", "steps", "dtype", "levels", "shape"):
+        own, came = getattr(header, what), getattr(other, what)
+        if own != came:
+            own, came = (told.hex() if isinstance(told, bytes) else told for told in (own, came))
+            raise ValueError(f"`other` must have this file's {what}, {own}, but has {came}: compress it likewise.")
+
+
+def _has(chunk: Chunk, what: str) -> bool:
+    return bool(getattr(chunk, _TOLD[what]))
 
 
 def varint(value: int) -> bytes:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .bits_back import ChainCoder, supply, whitening
 from .checks import Conditioning, Model, check_conditioning, check_data, check_model
-from .compressed_files import Chunk, Header, index_of, read_index
+from .compressed_files import Chunk, CompressedFile, Header, file_of
 from .exact_networks import exact_network, exact_process, fingerprint
 from .integer_gaussians import Integers
 from .rans import Stack, stack_for
@@ -125,8 +125,7 @@ class BitsBackCodec:
             told = None if labels is None else labels[own], tuple(names[own]) if names else ()
             chunk = self.encode(k[own], *told, lanes, verify, _from(start * (1 + verify), progress), _of(start, bits))
             chunks.append((chunk.to_bytes(), chunk.images))
-        index = index_of([(len(data), images) for data, images in chunks])
-        return b"".join([self.header(k.shape[1:]).to_bytes(), *[data for data, _ in chunks], index])
+        return file_of(self.header(k.shape[1:]), chunks)
 
     def decompress(self, data: bytes, progress: Progress | None = None) -> Decompressed:
         """The images of a file.
@@ -138,15 +137,15 @@ class BitsBackCodec:
         Raises:
             ValueError: damaged or cut off, of another network, chain or format, or not decoded to what it says.
         """
-        header, start = Header.read(data)
-        self.check(header)
-        parts, done = [self._as_images(np.zeros((0, *header.shape), dtype=np.int64))], 0
-        for begin, end, images in read_index(data, start):
-            parts.append(self.decode_part(data[begin:end], header.shape, _from(done, progress)))
-            done += images
-        labels = [own.class_labels for own in parts if own.class_labels is not None]
-        names = tuple(name for own in parts for name in own.names)
-        return Decompressed(torch.cat([own.x_0 for own in parts]), torch.cat(labels) if labels else None, names)
+        file = CompressedFile.read(data)
+        self.check(file.header)
+        shape, chunks, done = file.header.shape, file.chunks(), 0
+        k = [np.zeros((0, *shape), dtype=np.int64)]
+        for chunk in chunks:
+            k.append(self.decode(chunk, shape, _from(done, progress)))
+            done += chunk.images
+        labels = [label for chunk in chunks for label in chunk.labels]
+        return self._as_images(np.concatenate(k), labels, tuple(name for chunk in chunks for name in chunk.names))
 
     def decode_part(self, data: bytes, shape: Sequence[int], progress: Progress | None = None) -> Decompressed:
         """The images of one chunk of a file.
@@ -160,11 +159,11 @@ class BitsBackCodec:
             ValueError: as of `decompress`.
         """
         chunk = Chunk.read(data)
-        own = self._as_images(self.decode(chunk, shape, progress))
-        return own._replace(class_labels=torch.tensor(chunk.labels) if chunk.labels else None, names=chunk.names)
+        return self._as_images(self.decode(chunk, shape, progress), chunk.labels, chunk.names)
 
-    def _as_images(self, k: Integers) -> Decompressed:
-        return Decompressed(torch.from_numpy(k).float() * (2 / ((self.coder.reverse.levels or 2) - 1)) - 1, None, ())
+    def _as_images(self, k: Integers, labels: Sequence[int], names: tuple[str, ...]) -> Decompressed:
+        x_0 = torch.from_numpy(k).float() * (2 / ((self.coder.reverse.levels or 2) - 1)) - 1
+        return Decompressed(x_0, torch.tensor(labels) if labels else None, names)
 
     def check(self, header: Header) -> None:
         """Refuse a file that another codec made.
@@ -254,7 +253,7 @@ class BitsBackCodec:
         bits: NetBits | None,
     ) -> list[Stack]:
         seeds, size = seeds_for(len(k), lanes), math.prod(k.shape[1:])
-        stacks = [stack_for(size, supply(nonce, lane)) for lane in range(lanes)]
+        stacks = [stack_for(size, supply(lane)) for lane in range(lanes)]
         levels = self.coder.reverse.levels or 0
         counts = no_counts(size, levels)
         if counts is not None:
@@ -300,7 +299,7 @@ class BitsBackCodec:
         size, levels, lanes = math.prod(shape), self.coder.reverse.levels or 0, len(chunk.stacks)
         if not lanes or size * chunk.images > max(_CHUNK_VALUES, size):
             raise ValueError("`data` is damaged: a chunk is of more images than it can hold.")
-        stacks = [stack_for(size, supply(chunk.nonce, i), *parts) for i, parts in enumerate(chunk.stacks)]
+        stacks = [stack_for(size, supply(i), *parts) for i, parts in enumerate(chunk.stacks)]
         for stack in stacks:
             stack.lends = False
         k = np.zeros((chunk.images, *shape), dtype=np.int64)

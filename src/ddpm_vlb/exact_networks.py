@@ -85,7 +85,7 @@ def exact_network(model: Model, dtype: torch.dtype = torch.float64) -> Model:
                 elif isinstance(child, GaussianFourierProjection):
                     setattr(layer, name, Float64Input(child))
             for upcast in ("upcast_softmax", "upcast_attention"):  # to float32
-                if hasattr(layer, upcast):
+                if upcast in vars(layer):  # not in its configuration, of which diffusers warns
                     setattr(layer, upcast, False)
     return exact.eval().requires_grad_(False)
 

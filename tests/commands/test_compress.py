@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
+from networks import attentive
 from processes import reset_accelerate
 from scoring_support import network, options_for, ours, stock, write_images
 
@@ -170,6 +171,19 @@ def test_colour(models, tmp_path):
     run(compress, *files, tmp_path / "c.dvlb", "--model", models["colour"], *STEPS, "--no-verify")
     run(decompress, tmp_path / "c.dvlb", tmp_path / "out", "--model", models["colour"])
     assert same(pixels(tmp_path / "out"), {"a.png": k[0], "b.png": k[1]})
+
+
+def test_a_folder_of_32_by_32_in_colour(tmp_path):
+    """With attention in the network, and a name in another folder."""
+    ours(tmp_path / "large", attentive(channels=3, size=32), variance_type="learned_range")
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    k = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    for name, own in zip(("b", "a", "deep/a"), k):
+        PIL.Image.fromarray(own).save(tmp_path / "in" / f"{name}.png")
+    where = ("--model", tmp_path / "large")
+    run(compress, tmp_path / "in", tmp_path / "c.dvlb", *where, "--num_inference_steps", 2, "--no-verify")
+    assert run(decompress, tmp_path / "c.dvlb", tmp_path / "out", *where) == 3
+    assert same(pixels(tmp_path / "out"), pixels(tmp_path / "in"))
 
 
 def test_a_flow_network(tmp_path):
