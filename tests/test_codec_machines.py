@@ -156,7 +156,7 @@ def written(case: Case) -> bytes:
 
 @pytest.mark.parametrize("name", CASES)
 def test_golden_files_decode(name):
-    """What was written when the format was made is what it was. To write new ones: python tests/test_codec_machines.py."""
+    """What was written with the format is what it was. To write new ones: python tests/test_codec_machines.py."""
     case = CASES[name]()
     own = BitsBackCodec(case.model, case.reverse).decompress((GOLDEN / f"{name}.dvlb").read_bytes())
     assert torch.equal(own.x_0, case.k.float() * (2 / (case.reverse.levels - 1)) - 1) and own.names == case.names
