@@ -1,6 +1,6 @@
 """The bound as bytes: net rates beside the bound of the same images, and whole files beside other codecs.
 
-    python benchmarks/compression.py [--model runs/digits] [--steps 5 10 20 50] [--calls 320]
+    python benchmarks/compression.py [--model runs/digits] [--steps 5 10 20 50] [--calls 100]
 
 The model is what `ddpm-vlb train` leaves, with the paths of these steps that `ddpm-vlb optimize-timesteps` stores in
 it; the images are the digits' test split. A net rate is the mean over many orders of the images, each of which draws
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[5, 10, 20, 50], help="K; whole files take 20, or else the first."
     )
-    parser.add_argument("--calls", type=int, default=320, help="For each image and K, for the net rate and the bound.")
+    parser.add_argument("--calls", type=int, default=100, help="For each image and K, for the net rate and the bound.")
     parser.add_argument("--images", type=int, nargs="+", default=[1, 10, 100, 297], help="Of the test split.")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
