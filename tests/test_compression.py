@@ -19,6 +19,7 @@ from ddpm_vlb.compressed_files import Header, read_index
 from ddpm_vlb.compression import BitsBackCodec, compress, decompress
 from ddpm_vlb.exact_networks import Float64Timesteps
 from ddpm_vlb.integer_gaussians import OCTAVE, PLACES, exact_power
+from ddpm_vlb.seed_images import lanes_for
 
 TWO = process(17, betas=BETAS[:2])
 
@@ -208,6 +209,7 @@ def test_a_number_near_a_boundary_is_coded_anew():
     codec = BitsBackCodec(model, reverse)
     k = np.random.default_rng(0).integers(0, 17, (6, 1, 4, 4))
     chunk = codec.encode(k, verify=False)
+    assert len(model.told) == (1 + 4) * len(reverse.forward)  # one image until then, and all but two seeds
     assert chunk.nonce == 1 and codec.encode(k).nonce == 0
     assert (codec.decode(chunk, k.shape[1:]) == k).all()
 
@@ -344,6 +346,32 @@ def test_another_chain_is_refused(made, change):
     reverse = process(**({"levels": 17} | change))
     with pytest.raises(ValueError, match="another chain"):
         decompress(PosteriorMean(reverse.forward), reverse, data)
+
+
+@pytest.mark.parametrize(
+    "names, said", [("ab", "2"), (("a", "", "c"), "''"), (("a", "b", "c\nd"), "c.n"), ("aba", "'a'")]
+)
+def test_bad_names_are_refused(made, names, said):
+    """Too few of them, an empty one, and one of two lines or images, by its name."""
+    with pytest.raises(
+        ValueError, match=f"^`names` must be a line for each of 3 images, all different, but got .*{said}"
+    ):
+        made[0].compress(images(3, levels=17), names=names)
+
+
+def test_chunks_of_a_long_chain_are_small(monkeypatch):
+    """Of 100 steps a fifth as many images as of 20: as many numbers are rounded in each."""
+    monkeypatch.setattr("ddpm_vlb.compression._CHUNK_VALUES", 16 * 10)
+    reverse = process(17, betas=make_betas("linear", 100, 0.01, 0.1))
+    x_0 = images(4, levels=17, dtype=torch.float32)
+    own, data = restored(reverse, x_0)
+    assert torch.equal(own.x_0, x_0) and [part[2] for part in CompressedFile.read(data).places] == [2, 2]
+
+
+@pytest.mark.parametrize("images, dims, lanes", [(10_000, 64, 16), (297, 64, 1), (341, 3072, 5), (1, 3072, 1)])
+def test_lanes_by_default(images, dims, lanes):
+    """More for larger sets and images, of which two seeds for each are a smaller part."""
+    assert lanes_for(images, images * dims, None) == lanes and lanes_for(images, images * dims, 2) == min(images, 2)
 
 
 REFUSED = {

@@ -258,6 +258,8 @@ def test_kl_of_vanishing_variances():
     p = DiagonalGaussian(mean, log_variance)
     assert not bool(p.kl(p).any())
     assert bool((p.kl(DiagonalGaussian(mean + 1, log_variance)) == torch.inf).all())
+    one = DiagonalGaussian(torch.ones(3), torch.zeros(3))
+    assert torch.equal(p.kl(one), -0.5 * log_variance)  # (u + expm1(-u) + 1) / 2, whose exp(-u) is 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

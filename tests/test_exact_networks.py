@@ -5,12 +5,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from diffusers.models.activations import FP32SiLU
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
     AttnProcessor2_0,
     SlicedAttnProcessor,
 )
+from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from networks import attentive, tiny_dit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -115,3 +117,12 @@ def test_switches_are_turned_off_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         exact_network(tiny_dit())
+
+
+@pytest.mark.parametrize("layer", [FP32SiLU(), FP32LayerNorm(4), RMSNorm(4, 1e-5)], ids=lambda own: type(own).__name__)
+def test_layers_that_are_float32_whatever_they_are_given_are_refused(layer):
+    """But for files that say so."""
+    model = torch.nn.Sequential(layer)
+    with pytest.raises(ValueError, match=f"^`model` must compute in float64, but its {type(layer).__name__} does not"):
+        exact_network(model)
+    exact_network(model, torch.float32)

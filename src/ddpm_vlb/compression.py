@@ -8,6 +8,7 @@ compressed_files for the format.
 import math
 import platform
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from .seed_images import count, lanes_for, no_counts, pop_seeds, push_seeds, rou
 _MARGIN = 1e-9
 _TRIES = 64
 _MOST_LEVELS = 65536
-_CHUNK_VALUES = 2**20  # of pixels: more come near a boundary more often, and a chunk is then made anew
+_CHUNK_VALUES = 2**20  # of 20 steps, fewer of more: some come near a boundary, and a chunk is then made anew
 Progress = Callable[[int], object]
 NetBits = Callable[[int, float], object]
 
@@ -69,7 +70,7 @@ class BitsBackCodec:
         self.coder = ChainCoder(exact_network(model, dtype), exact_process(reverse), dtype)
         if max(self.coder.grids.bins(t).high for t in range(len(self.coder.grids))) > _MOST_LEVELS:
             raise ValueError(
-                "`reverse` begins with less noise than the codec's grids can tell: take a larger first beta."
+                "`reverse` begins with less noise than the codec's grids can tell: take a larger first beta or ratio."
             )
 
     def header(self, shape: Sequence[int]) -> Header:
@@ -114,16 +115,16 @@ class BitsBackCodec:
                 that this machine does not decode to themselves.
         """
         k, labels = self.levels_of(x_0), _labels(conditioning, len(x_0))
-        if names is not None and (len(names) != len(k) or not all(name and "\n" not in name for name in names)):
-            raise ValueError(
-                f"`names` must be one line, not empty, for each of {len(k)} images, but got {len(names)}."
-            )
-        size = max(1, _CHUNK_VALUES // max(1, math.prod(k.shape[1:])))
+        bad = [name for name, times in Counter(names or ()).items() if times > 1 or not name or "\n" in name]
+        if names is not None and (bad or len(names) != len(k)):
+            told = f"{bad[0]!r} among them" if bad else len(names)
+            raise ValueError(f"`names` must be a line for each of {len(k)} images, all different, but got {told}.")
+        size = max(1, _CHUNK_VALUES * 20 // (max(20, len(self.coder.grids)) * max(1, math.prod(k.shape[1:]))))
         chunks = []
         for start in range(0, len(k), size):
             own = slice(start, start + size)
-            told = None if labels is None else labels[own], tuple(names[own]) if names else ()
-            chunk = self.encode(k[own], *told, lanes, verify, _from(start * (1 + verify), progress), _of(start, bits))
+            given = None if labels is None else labels[own], tuple(names[own]) if names else ()
+            chunk = self.encode(k[own], *given, lanes, verify, _from(start * (1 + verify), progress), _of(start, bits))
             chunks.append((chunk.to_bytes(), chunk.images))
         return file_of(self.header(k.shape[1:]), chunks)
 
@@ -220,14 +221,14 @@ class BitsBackCodec:
             raise ValueError(f"`k` must have at most {_CHUNK_VALUES} values in a chunk, but has {k.size}: split it.")
         for nonce in range(_TRIES):
             self.coder.margin = 0.5
-            stacks = self._encoded(k, labels, lanes_for(len(k), lanes), nonce, _from(0, progress), bits)
+            stacks = self._encoded(k, labels, lanes_for(len(k), k.size, lanes), nonce, _from(0, progress), bits)
             told = () if labels is None else tuple(labels.tolist())
             parts = tuple(stack.parts() for stack in stacks)
             chunk = Chunk(len(k), seeds_for(len(k), len(stacks)), nonce, _crc(k), told, names, parts)
-            if self.coder.margin >= _MARGIN or self.dtype != torch.float64:
+            if not self._near():
                 break
         else:
-            raise ValueError("`model` comes too near to being rounded otherwise every time: its output is no float64.")
+            raise ValueError(f"`model` comes too near to being rounded otherwise in {_TRIES} tries: take fewer steps.")
         chunk = Chunk.read(chunk.to_bytes())
         if verify:
             self._verify(chunk, k, _from(len(k), progress))
@@ -243,14 +244,11 @@ class BitsBackCodec:
                 "`x_0` is not decoded to itself: `model` gives other values in another batch. Nothing was written."
             )
 
+    def _near(self) -> bool:
+        return self.coder.margin < _MARGIN and self.dtype == torch.float64
+
     def _encoded(
-        self,
-        k: Integers,
-        labels: Integers | None,
-        lanes: int,
-        nonce: int,
-        progress: Progress,
-        bits: NetBits | None,
+        self, k: Integers, labels: Integers | None, lanes: int, nonce: int, progress: Progress, bits: NetBits | None
     ) -> list[Stack]:
         seeds, size = seeds_for(len(k), lanes), math.prod(k.shape[1:])
         stacks = [stack_for(size, supply(lane)) for lane in range(lanes)]
@@ -269,6 +267,8 @@ class BitsBackCodec:
                 for image, stack, height in zip(own, stacks, before):
                     bits(image, stack.bits() - height)
             progress(own.stop)
+            if self._near():
+                break
         return stacks
 
     def decode(

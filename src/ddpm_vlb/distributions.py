@@ -138,8 +138,9 @@ class DiagonalGaussian:
         Args:
             other: the second argument of the divergence.
         """
-        scaled_difference = (self.mean - other.mean) * _inverse_sigma(self.log_variance)
-        return gaussian_kl(scaled_difference, other.log_variance - self.log_variance)
+        z = (self.mean - other.mean) * _inverse_sigma(other.log_variance)
+        log_ratio = other.log_variance - self.log_variance
+        return gaussian_kl(torch.zeros_like(log_ratio), log_ratio) + 0.5 * z.square()
 
     def sample(self, noise: Tensor) -> Tensor:
         """The sample mean + sigma * noise.

@@ -10,7 +10,9 @@ import math
 from dataclasses import replace
 
 import torch
+from diffusers.models.activations import FP32SiLU
 from diffusers.models.embeddings import GaussianFourierProjection, Timesteps
+from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import Tensor, nn
 
 from .checks import Model
@@ -18,6 +20,7 @@ from .forward_process import ForwardProcess
 from .path_networks import PathNetwork
 from .reverse_process import ReverseProcess
 
+_COARSE = (FP32LayerNorm, FP32SiLU, RMSNorm)
 _WRAPPERS = (torch._dynamo.OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -73,9 +76,18 @@ def exact_network(model: Model, dtype: torch.dtype = torch.float64) -> Model:
     Args:
         model: the network.
         dtype: torch.float32 leaves it in that precision.
+
+    Raises:
+        ValueError: a layer of it computes in float32 whatever it is given.
     """
     if not isinstance(model, nn.Module):
         return model
+    coarse = [type(layer).__name__ for layer in model.modules() if isinstance(layer, _COARSE)]
+    if coarse and dtype == torch.float64:
+        raise ValueError(
+            f"`model` must compute in float64, but its {coarse[0]} does not: give `dtype=torch.float32`, for files "
+            "that only this machine with these settings will read."
+        )
     exact = nn.Module.to(copy.deepcopy(_plain(model)), dtype)  # diffusers' own warns
     if dtype == torch.float64:
         for layer in list(exact.modules()):

@@ -23,14 +23,16 @@ _MOST_LANES = 16
 _FILTERS = (None, -1, -2)  # the axis along which neighbours are subtracted
 
 
-def lanes_for(images: int, lanes: int | None) -> int:
-    """How many images are coded side by side: as asked for, else so few that they cost less than a hundredth.
+def lanes_for(images: int, values: int, lanes: int | None) -> int:
+    """How many images are coded side by side: as asked for, else so few that they cost about a hundredth.
 
     Args:
         images: number of them.
+        values: of all of them.
         lanes: as asked for.
     """
-    return max(1, min(images // 256, _MOST_LANES) if lanes is None else min(lanes, images))
+    few = min(images // 64, values // 2**14, _MOST_LANES)
+    return max(1, few if lanes is None else min(lanes, images))
 
 
 def seeds_for(images: int, lanes: int) -> int:

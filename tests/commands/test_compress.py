@@ -160,6 +160,12 @@ def test_every_image_of_a_single_split(models, tmp_path):
     assert same(pixels(tmp_path / "out"), {f"{i}.png": own for i, own in enumerate(levels["train"])})
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert [row["label"] for row in rows] == [3, 1, 4, 1, 0]
+    (tmp_path / "out" / "metadata.jsonl").write_text(
+        '{"file_name": "1.png", "label": 9}\n{"file_name": "x", "label": 2}'
+    )
+    run(decompress, tmp_path / "a.dvlb", tmp_path / "out", "--model", models["classes"], "--overwrite")
+    others = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert others == [*rows, {"file_name": "x", "label": 2}]
 
 
 def test_colour(models, tmp_path):

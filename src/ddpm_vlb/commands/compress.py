@@ -5,9 +5,10 @@
     ddpm-vlb compress train.dvlb --model runs/digits --dataset_name my/set --split train
 
 IMAGES are files and folders; without any it is a split of a data set, as for `ddpm-vlb evaluate`. To read OUT again,
-`ddpm-vlb decompress` needs the same checkpoint. Pixels, names, order and class labels come back exactly; image files
-are encoded again, as PNG: how a file was compressed, its metadata and transparency are not kept. The network is called
-once for each step and image, in float64, to encode and to decode, where PNG needs none.
+`ddpm-vlb decompress` needs the same checkpoint. Pixels and class labels come back exactly, and names but for their
+suffix; image files are encoded again, as PNG: how a file was compressed, its metadata and transparency are not kept.
+The network is called once for each step and image, in float64, to encode and to decode, and once more for the bound
+that the file is compared with, where PNG needs none.
 """
 
 import argparse
@@ -52,7 +53,9 @@ def build_parser() -> Parser:
     steps = "Network calls for each image: the stored path of so many steps, else even ones; default: 20."
     coder.add_argument("--num_inference_steps", type=positive_int, help=steps)
     coder.add_argument(
-        "--lanes", type=positive_int, help="Images in a network call; default: 1 for each 256, at most 16."
+        "--lanes",
+        type=positive_int,
+        help="Images in a network call; default: so many that they cost about 1 %, at most 16.",
     )
     coder.add_argument(
         "--dtype",
@@ -74,6 +77,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     of_sets = "dataset_name dataset_config_name split image_column"
     if args.plot is not None and not args.plot.absolute().parent.is_dir():
         parser.error(f"--plot {args.plot}: there is no such folder")
+    if args.plot is not None and args.plot.suffix.lower() != ".png":
+        parser.error(f"--plot {args.plot}: give a name that ends in .png")
     parser.refuse_idle(args, {f"{of_sets}, beside IMAGES": bool(args.images)})
     return args
 
@@ -118,7 +123,8 @@ def load(args: argparse.Namespace, network: NetworkShape) -> tuple[ScoringData, 
 def describe_steps(scheduler: DDPMVLBScheduler, steps: int, model: str) -> str:
     """The chain that codes the images in words, and how it gets better."""
     path = path_taken(scheduler, steps, None)
-    advice = f" (`ddpm-vlb optimize-timesteps --model {model} --steps {steps}` finds better ones)"
+    every = " ".join(map(str, sorted({*scheduler.optimal_paths, steps})))  # of which a run replaces all
+    advice = f" (`ddpm-vlb optimize-timesteps --model {model} --steps {every}` finds better ones)"
     return f"{steps} steps, {path}" + (advice if path.startswith("spacing") and steps < len(scheduler) else "")
 
 
@@ -136,6 +142,11 @@ def report_net(net: dict[int, float], bound: VLBEstimate, plot: Path | None) -> 
     return {"net_bits_per_dim": float(bits.mean()), "from_bound": mean, "from_bound_se": error}
 
 
+def compared(own: int, other: int) -> str:
+    """How a size is to another's, in words."""
+    return f"{1 - own / other:.1%} saved" if own < other else f"this is {own / other:.2g} times as large"
+
+
 def report(
     content: bytes, x_0: Tensor, bound: VLBEstimate, others: dict[str, int], what: str, seconds: float
 ) -> dict[str, Any]:
@@ -147,7 +158,7 @@ def report(
     print(f"{len(x_0)} images of {what}: {len(content)} bytes, {bits_per_dim:.3f} bits/dim")
     print(f"  {abs(above):.1%} {'above' if above >= 0 else 'below'} the bound of {bound.bits_per_dim:.3f}{noise}")
     for name, size in others.items():
-        print(f"  {name}: {size} bytes, {8 * size / dims:.3f} bits/dim, {1 - len(content) / size:.1%} saved")
+        print(f"  {name}: {size} bytes, {8 * size / dims:.3f} bits/dim, {compared(len(content), size)}")
     print(f"  {len(x_0) / seconds:.2f} images/s, {seconds:.1f} s")
     return {
         "bytes": len(content),
@@ -185,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     numbers = report(content, x_0, bound, others, what, seconds)
     numbers |= report_net({image: bits / x_0[0].numel() for image, bits in net.items()}, bound, args.plot)
     print(f"  {describe_steps(pipeline.chain, len(reverse.forward), args.model)}")
-    print(f"Wrote {args.out}. It is read with --model {args.model} alone: `ddpm-vlb decompress`.")
+    where = ", on this machine with these settings" if args.dtype == "float32" else ""
+    print(f"Wrote {args.out}. It is read with --model {args.model} alone{where}: `ddpm-vlb decompress`.")
     return numbers
 
 

@@ -3,16 +3,17 @@
     ddpm-vlb decompress images.dvlb out/ --model runs/pictures
     ddpm-vlb decompress digits.dvlb out/ --model runs/digits --overwrite
 
-Pixels, names and order are those that went in; images of a data set, which have no names, are numbered. Class labels
-are written to metadata.jsonl, where `ddpm-vlb compress` and `datasets` find them. The number of steps is the file's
-own; the checkpoint, its stored path of so many steps and --ratios must be as they were. Where a part of the file is
-damaged the others are written all the same.
+Pixels are those that went in, and names but for their suffix; images of a data set, which have none, are numbered.
+Class labels are written to metadata.jsonl, where `ddpm-vlb compress` and `datasets` find them. The number of steps is
+the file's own; the checkpoint, its stored path of so many steps and --ratios must be as they were. Where a part of the
+file is damaged the others are written all the same.
 """
 
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ddpm_vlb import BitsBackCodec, CompressedFile, DDPMVLBPipeline, Decompressed
 from ddpm_vlb.commands.options import SWITCH, Parser, add_model_options, add_ratios_option
@@ -28,7 +29,7 @@ from ddpm_vlb.scoring.codec import (
     named_file,
     read_compressed,
 )
-from ddpm_vlb.scoring.image_files import METADATA, as_png, check_png, move_into, png_names
+from ddpm_vlb.scoring.image_files import METADATA, as_png, check_png, metadata_rows, move_into, png_names
 
 
 def build_parser() -> Parser:
@@ -66,6 +67,7 @@ class Targets:
             start += images
         names = iter(png_names([name for own in told.values() for name in own]))
         self.names = {index: [next(names) for _ in own] for index, own in told.items()}
+        self.others: list[dict[str, Any]] = []  # what metadata.jsonl says of other images
 
     def check(self, folder: Path, overwrite: bool) -> None:
         """Refuse to replace files without a word.
@@ -86,6 +88,8 @@ class Targets:
                 f"{folder / there[0]} is there already: give another folder, or --overwrite to replace {len(there)} "
                 "files."
             )
+        if METADATA in there:
+            self.others = [row for row in metadata_rows(folder / METADATA) if row.get("file_name") not in own]
 
     def message(self, index: int) -> str:
         """That a chunk is lost, with its images."""
@@ -109,9 +113,20 @@ def write_part(own: Decompressed, names: Sequence[str], levels: int, stage: Path
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         as_png(k, levels).save(stage / name, "PNG", optimize=True)
     if own.class_labels is not None:
+        rows = zip(names, own.class_labels.tolist(), strict=True)
+        add_rows(stage, [{"file_name": name, "label": label} for name, label in rows])
+
+
+def add_rows(stage: Path, rows: list[dict[str, Any]]) -> None:
+    """Tell more of a folder's images.
+
+    Args:
+        stage: the folder.
+        rows: lines of its metadata.jsonl.
+    """
+    if rows:
         with open(stage / METADATA, "a", encoding="utf-8") as file:
-            for name, label in zip(names, own.class_labels.tolist(), strict=True):
-                file.write(json.dumps({"file_name": name, "label": label}) + "\n")
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def decode(codec: BitsBackCodec, targets: Targets, stage: Path) -> int:
@@ -159,13 +174,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         stage.mkdir(parents=True)
         try:
             done = decode(codec, targets, stage)
+            add_rows(stage, targets.others)
             if done or not targets.lost:
                 move_into(stage, args.folder)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
         if targets.lost:
             lost = "; ".join(map(targets.message, sorted(targets.lost)))
-            raise ValueError(f"`data`: {lost} The other {done} images are in {args.folder}.")
+            others = f"The other {done} images are in {args.folder}." if done else "There are no others."
+            raise ValueError(f"`data`: {lost} {others}")
     print(f"Wrote {done} images to {args.folder}.")
     return done
 

@@ -113,7 +113,9 @@ class Optimization(Checkpoint):
         main_first(accelerator, lambda: check_output(args), "optimize-timesteps", ValueError, OSError)
         super().__init__(args, accelerator, "optimize-timesteps")
         scheduler = self.pipeline.chain
-        scheduler.store_few_steps()  # what an earlier run has stored is replaced
+        if scheduler.optimal_paths and args.output_dir is None:
+            accelerator.print(f"Replaces stored steps {[*scheduler.optimal_paths]}: files coded by them need a copy.")
+        scheduler.store_few_steps()
         for steps in args.steps:
             if steps > len(scheduler):
                 raise ValueError(f"--steps {steps} must lie in 1 .. {len(scheduler)}, the length of the chain.")
@@ -146,9 +148,7 @@ class Optimization(Checkpoint):
             self.variances.remove("per_pixel")
             self.accelerator.print(f"Only {count} training images: no variances of each pixel below {MIN_IMAGES}.")
         elif count < FEW_IMAGES:
-            self.accelerator.print(
-                f"Only {count} training images: the variances of each pixel are rough below {FEW_IMAGES}."
-            )
+            self.accelerator.print(f"Only {count} training images: rough variances of each pixel below {FEW_IMAGES}.")
         return [i * total // count for i in range(count)]
 
     @property

@@ -79,7 +79,7 @@ def read_labels(given: Sequence[Path], names: Sequence[str], column: str) -> lis
             f"The network is class-conditional, but there are no labels: give one folder with a {METADATA} of lines "
             f'{{"file_name": "a.png", "{column}": 0}}, or name the data with `--dataset_name`.'
         )
-    rows = {str(row.get("file_name")): row.get(column) for row in _rows(files[0])}
+    rows = {str(row.get("file_name")): row.get(column) for row in metadata_rows(files[0])}
     missing = [name for name in names if rows.get(name) is None]
     if missing:
         raise ValueError(f"{files[0]} has no {column!r} of image {missing[0]!r}.")
@@ -89,7 +89,15 @@ def read_labels(given: Sequence[Path], names: Sequence[str], column: str) -> lis
         raise ValueError(f"{files[0]}: labels must be integers in {column!r}: {error}.") from error
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def metadata_rows(path: Path) -> list[dict[str, Any]]:
+    """What is told of the images of a folder.
+
+    Args:
+        path: its metadata.jsonl or metadata.csv.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file)) if path.name == _ALSO else [json.loads(line) for line in file]
