@@ -6,7 +6,7 @@
 
 PATH is a folder as the Hub's ylecun/mnist. `run` hands options that it does not know to `ddpm-vlb train`, behind its
 own; started again it goes on where it was stopped. `report` writes its part of results/mnist.md, with the
-first run's samples as results/mnist.png.
+first run's samples as docs/mnist.png.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     text = report(args.folders, args.mnist)
     page = RESULTS / "mnist.md"
     page.write_text(page.read_text("utf-8").split(HEADING)[0] + HEADING + "\n" + text, "utf-8")
-    shutil.copy(args.folders[0] / "samples.png", RESULTS / "mnist.png")
+    shutil.copy(args.folders[0] / "samples.png", RESULTS.parents[1] / "docs" / "mnist.png")
     print(text)
 
 
