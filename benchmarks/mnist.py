@@ -32,6 +32,7 @@ from ddpm_vlb.runtime.image_data import load_image_data
 from ddpm_vlb.runtime.reporting import baselines, integer_levels
 
 RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parents[1] / "docs" / "mnist.png"
 HEADING = "\n## What it comes to\n"
 TRAIN = """--path flow --block_out_channels 32 32 64 --train_batch_size 32 --max_train_steps 10000
     --checkpointing_steps 250 --checkpoints_total_limit 2 --resume_from_checkpoint latest
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     text = report(args.folders, args.mnist)
     page = RESULTS / "mnist.md"
     page.write_text(page.read_text("utf-8").split(HEADING)[0] + HEADING + "\n" + text, "utf-8")
-    shutil.copy(args.folders[0] / "samples.png", RESULTS.parents[1] / "docs" / "mnist.png")
+    shutil.copy(args.folders[0] / "samples.png", PICTURE)
     print(text)
 
 

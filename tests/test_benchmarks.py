@@ -69,6 +69,7 @@ def test_an_hour_of_mnist(mnist, tmp_path, monkeypatch):
     told = f"{tiny} --ddpm_num_inference_steps 2 --eval_batch_size 4"
     monkeypatch.setattr(hour, "FEW", "--steps 2 --num_images 4 --num_fit_images 16 --num_knots 4")
     monkeypatch.setattr(hour, "RESULTS", tmp_path)
+    monkeypatch.setattr(hour, "PICTURE", tmp_path / "mnist.png")
     (tmp_path / "mnist.md").write_text(f"The choice.\n{hour.HEADING}\nWhat was before.\n")
     run, told = tmp_path / "seed0", ["--mnist", str(mnist), *told.split()]
 
