@@ -55,7 +55,7 @@ def build_parser() -> Parser:
     coder.add_argument(
         "--lanes",
         type=positive_int,
-        help="Images in a network call; default: so many that they cost about 1 %, at most 16.",
+        help="Images in a network call; default: so many that they cost a hundredth, at most 16.",
     )
     coder.add_argument(
         "--dtype",
