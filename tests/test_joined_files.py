@@ -7,7 +7,7 @@ import torch
 from analytic import BETAS, PosteriorMean, images, process
 
 from ddpm_vlb import BitsBackCodec, CompressedFile
-from ddpm_vlb.compressed_files import file_of
+from ddpm_vlb.compressed_files import file_of, index_of, read_index
 
 REVERSE = process(17, betas=BETAS[:2])
 X_0 = images(9, levels=17, dtype=torch.float32)
@@ -121,3 +121,11 @@ def test_damaged_files_are_not_joined():
         for pair in ((first, CompressedFile.read(data)), (CompressedFile.read(data), first)):
             with pytest.raises(ValueError, match="^`data` is damaged: [^\n]*$"):
                 pair[0].joined(pair[1])
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 61, 62, 63, 64, 65, 300])
+def test_an_index_of_any_length(chunks):
+    """Its length takes a byte, and five from 255 bytes on."""
+    told = index_of([(1000, 7)] * chunks)
+    places = read_index(bytes(3 + 1000 * chunks) + told, 3)
+    assert places == [(3 + 1000 * i, 1003 + 1000 * i, 7) for i in range(chunks)]

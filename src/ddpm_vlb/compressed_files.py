@@ -2,7 +2,7 @@
 
     header   "DVLB", version 2, length, hashes of network and chain, K, dtype, levels, shape, the environment, CRC
     chunks   images, seeds, nonce, CRC of the pixels, labels, names, and of each stack its states and words, CRC
-    index    number of chunks, and of each its length and images; CRC, and the index's length in 4 bytes
+    index    number of chunks, and of each its length and images; CRC, and the index's length: a byte, or 4 and a 255
 
 Numbers are varints (7 bits a byte, the lowest first) but for hashes and CRCs. All bytes lie under a CRC, which is
 looked at first. A chunk is found by the index, and needs no other; those of two files of one header make a third.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 MAGIC, VERSION = b"DVLB", 2
 DTYPES = ("float64", "float32")
-_HASH = 6
+HASH = 4
 _MOST = 2**31  # of any count: more is damage
 _LARGEST = 2**28  # values of an image
 _LONGEST_NAME = 4096  # bytes
@@ -28,8 +28,8 @@ class Header:
     """What a file was made with.
 
     Args:
-        network: hash of the weights, 6 bytes.
-        chain: hash of what the chain's coder is made of, 6 bytes.
+        network: hash of the weights, 4 bytes.
+        chain: hash of what the chain's coder is made of, 4 bytes.
         steps: K.
         dtype: of the network, of `DTYPES`.
         levels: of the data.
@@ -70,7 +70,7 @@ class Header:
         length = whole.number()
         start = whole.place
         reader = Reader(unsealed(data[: start + length + 4], "header"), start)
-        network, chain = reader.take(_HASH), reader.take(_HASH)
+        network, chain = reader.take(HASH), reader.take(HASH)
         steps, dtype, levels, ndim = (reader.number() for _ in range(4))
         shape = tuple(reader.number() for _ in range(min(ndim, 16)))
         environment = reader.take(reader.number()).decode(errors="replace")
@@ -146,7 +146,7 @@ def index_of(chunks: Iterable[tuple[int, int]]) -> bytes:
     """
     numbers = [own for chunk in chunks for own in chunk]
     body = sealed(varint(len(numbers) // 2) + b"".join(map(varint, numbers)))
-    return body + struct.pack("<I", len(body))
+    return body + (bytes([len(body)]) if len(body) < 255 else struct.pack("<IB", len(body), 255))
 
 
 def read_index(data: bytes, start: int) -> list[tuple[int, int, int]]:
@@ -159,11 +159,12 @@ def read_index(data: bytes, start: int) -> list[tuple[int, int, int]]:
     Raises:
         ValueError: the end is missing or damaged.
     """
-    (length,) = struct.unpack("<I", data[-4:]) if len(data) >= start + 4 else (0,)
-    begin = len(data) - 4 - length
-    if begin < start or not length:
+    short = data[-1:] != b"\xff"
+    end = len(data) - (1 if short else 5)
+    begin = end - int.from_bytes(data[end : end + (1 if short else 4)], "little")
+    if begin < start or begin == end:
         raise ValueError("`data` is damaged: it is cut off, its index is missing.")
-    reader = Reader(unsealed(data[begin:-4], "index"))
+    reader = Reader(unsealed(data[begin:end], "index"))
     places, place = [], start
     for _ in range(reader.number()):
         size, images = reader.number(), reader.number()

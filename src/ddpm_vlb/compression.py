@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .bits_back import ChainCoder, supply, whitening
 from .checks import Conditioning, Model, check_conditioning, check_data, check_model
-from .compressed_files import Chunk, CompressedFile, Header, file_of
+from .compressed_files import HASH, Chunk, CompressedFile, Header, file_of
 from .exact_networks import exact_network, exact_process, fingerprint
 from .integer_gaussians import Integers
 from .rans import Stack, stack_for
@@ -65,7 +65,7 @@ class BitsBackCodec:
             raise ValueError(f"`reverse` must have at most {_MOST_LEVELS} levels, but has {reverse.levels}.")
         if reverse.eta == 0:
             raise ValueError("`reverse` draws nothing (`eta=0`), and has no bound: take a chain with noise.")
-        self.network = fingerprint(model)[:6]
+        self.network = fingerprint(model)[:HASH]
         self.dtype = dtype
         self.coder = ChainCoder(exact_network(model, dtype), exact_process(reverse), dtype)
         if max(self.coder.grids.bins(t).high for t in range(len(self.coder.grids))) > _MOST_LEVELS:
@@ -81,7 +81,7 @@ class BitsBackCodec:
         """
         return Header(
             self.network,
-            self.coder.digest(shape)[:6],
+            self.coder.digest(shape)[:HASH],
             len(self.coder.grids),
             str(self.dtype).removeprefix("torch."),
             self.coder.reverse.levels or 0,
